@@ -1,0 +1,1187 @@
+"""Hand-written LoRA, bottleneck adapters, prefix tuning, selective freezing and full fine-tuning for GPT-2.
+
+    python modify_llm.py --modification_type lora                          # exact parameter counts, no weights needed
+    python modify_llm.py --compare --model_name_or_path gpt2-xl
+    python modify_llm.py --adapter_path outputs/best --merge_to merged/    # a plain GPT-2 with the LoRA folded in
+
+From a notebook: `model = apply_lora(GPT2LMHeadModel.from_pretrained("gpt2"), rank=8, alpha=16)`, then train as usual.
+Each technique stands in a section of its own below: a module, and an `apply_` function that puts it into a model.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
+
+logger = logging.getLogger(__name__)
+
+TECHNIQUES = ("lora", "adapter", "prefix", "selective", "full")
+# layers, hidden size, heads: enough to count parameters with no weights at hand
+GPT2_SIZES = {
+    "distilgpt2": (6, 768, 12),
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+WEIGHTS, PEFT_CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "modification.json"
+PEFT_PREFIX = "base_model.model."
+
+
+def boolean(text: str) -> bool:
+    """A flag's value: true or false."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: true or false")
+    return text.lower() == "true"
+
+
+def names(text: str) -> list[str]:
+    """A flag's value: names, comma-separated."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def layer_numbers(text: str) -> list[int]:
+    """A flag's value: layer numbers and ranges, such as 0,1,4-7."""
+    layers: set[int] = set()
+    for part in names(text):
+        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part)) or int(match[2] or match[1]) < int(match[1]):
+            raise argparse.ArgumentTypeError(f"{text!r}: layer numbers and ranges, such as 0,1,4-7")
+        if int(match[2] or match[1]) > 9999:
+            raise argparse.ArgumentTypeError(f"{text!r}: no GPT-2 has so many layers")
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(layers)
+
+
+def model_flags() -> argparse.ArgumentParser:
+    """The model flags, for `parents=` of the scripts that build a model; their defaults are `final_modify`'s."""
+    parser = argparse.ArgumentParser(add_help=False)
+    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+    add = parser.add_argument_group("model").add_argument
+    add("--modification_type", choices=TECHNIQUES, default="lora", help="what trains (%(default)s)")
+    add("--model_name_or_path", default="gpt2", metavar="NAME", help="hub id or local directory (%(default)s)")
+    add("--from_scratch", **switch, help="random weights instead of pretrained ones, of the sizes below")
+    add("--vocab_size", type=int, default=50257, help="(%(default)s)")
+    add("--hidden_size", type=int, default=768, help="(%(default)s)")
+    add("--num_attention_heads", type=int, default=12, help="must divide --hidden_size (%(default)s)")
+    add("--num_hidden_layers", type=int, default=12, help="(%(default)s)")
+    add("--max_position_embeddings", type=int, default=1024, help="longest sequence, prefix included (%(default)s)")
+    add("--dropout", type=float, default=0.0, help="the base model's own, while training; 0 <= p < 1 (%(default)s)")
+    add(
+        "--trainable_modules",
+        type=names,
+        default=[],
+        metavar="NAMES",
+        help="modules trained in full besides the technique's own, by suffix: wte,wpe,ln_1,ln_2,ln_f (none)",
+    )
+    add = parser.add_argument_group("LoRA (--modification_type lora)").add_argument
+    add("--lora_rank", type=int, default=4, metavar="R", help="rank r of A and B; >= 1 (%(default)s)")
+    add("--lora_alpha", type=float, default=8.0, help="the update is scaled by alpha / r; > 0 (%(default)s)")
+    add("--lora_dropout", type=float, default=0.0, help="on A's input, while training; 0 <= p < 1 (%(default)s)")
+    add(
+        "--lora_target_modules",
+        type=names,
+        default=["c_attn", "c_proj", "c_fc"],
+        metavar="NAMES",
+        help="by suffix; c_attn.q, c_attn.k, c_attn.v are thirds of the fused projection (c_attn,c_proj,c_fc)",
+    )
+    add = parser.add_argument_group("bottleneck adapters (--modification_type adapter)").add_argument
+    add("--adapter_size", type=int, default=64, help="width of the bottleneck; >= 1 (%(default)s)")
+    add(
+        "--adapter_placement",
+        choices=("pfeiffer", "houlsby"),
+        default="pfeiffer",
+        help="pfeiffer: one a block; houlsby: two (%(default)s)",
+    )
+    add = parser.add_argument_group("prefix tuning (--modification_type prefix)").add_argument
+    add("--prefix_length", type=int, default=50, help="virtual tokens; >= 1 (%(default)s)")
+    add(
+        "--prefix_type",
+        choices=("embedding", "key_value"),
+        default="embedding",
+        help="embedding: at the model's input; key_value: in every layer (%(default)s)",
+    )
+    add(
+        "--prefix_projection_size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="key_value only: trained through an MLP of this width; 0: directly (%(default)s)",
+    )
+    add = parser.add_argument_group("selective freezing (--modification_type selective)").add_argument
+    add(
+        "--freeze_layers",
+        type=layer_numbers,
+        default=[0, 1, 2, 3],
+        metavar="LAYERS",
+        help="from 0; ranges such as 0-5 (0,1,2,3)",
+    )
+    add("--freeze_head", **switch, help="also freeze the tied head and the final LayerNorm, which train otherwise")
+    return parser
+
+
+def model_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the model flags, a line each; nothing is loaded."""
+    sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
+    sizes += ("lora_rank", "adapter_size", "prefix_length")
+    problems = [f"--{name} {getattr(args, name)}: at least 1" for name in sizes if getattr(args, name) < 1]
+    if args.num_attention_heads >= 1 and args.hidden_size % args.num_attention_heads:
+        problems.append(f"--hidden_size {args.hidden_size}: not a multiple of {args.num_attention_heads} heads")
+    for name in ("dropout", "lora_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            problems.append(f"--{name} {getattr(args, name)}: 0 or more, below 1")
+    if not 0 < args.lora_alpha < math.inf:
+        problems.append(f"--lora_alpha {args.lora_alpha}: above 0")
+    if args.prefix_projection_size < 0:
+        problems.append(f"--prefix_projection_size {args.prefix_projection_size}: 0 (none) or more")
+    if args.prefix_projection_size > 0 and args.prefix_type != "key_value":
+        problems.append("--prefix_projection_size: needs --prefix_type key_value")
+    return problems
+
+
+def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
+    """All model flags: those that `args` has as attributes, the others at their defaults, `overrides` above both."""
+    settings = model_flags().parse_args([])
+    if unknown := overrides.keys() - vars(settings):
+        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
+    for name in vars(settings):
+        setattr(settings, name, overrides.get(name, getattr(args, name, getattr(settings, name))))
+    for name, parse in (("trainable_modules", names), ("lora_target_modules", names), ("freeze_layers", layer_numbers)):
+        if isinstance(value := getattr(settings, name), str):
+            setattr(settings, name, parse(value))
+    if problems := model_problems(settings):
+        raise ValueError("; ".join(problems))
+    return settings
+
+
+# ---- the base model --------------------------------------------------------------------------------------------------
+
+
+def read_config(args: argparse.Namespace) -> GPT2Config:
+    """The base model's configuration, from the flags, a local directory or the table of published sizes."""
+    if args.from_scratch:
+        return GPT2Config(
+            vocab_size=args.vocab_size,
+            n_embd=args.hidden_size,
+            n_head=args.num_attention_heads,
+            n_layer=args.num_hidden_layers,
+            n_positions=args.max_position_embeddings,
+            bos_token_id=args.vocab_size - 1,  # GPT-2's end-of-text is its last token
+            eos_token_id=args.vocab_size - 1,
+        )
+    name = args.model_name_or_path
+    size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
+    if size and not Path(name).exists():
+        return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
+    path = locate(name)
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "gpt2":
+        raise ValueError(f"--model_name_or_path {name}: a {config.get('model_type')!r} model; only GPT-2 is supported")
+    return GPT2Config.from_pretrained(path)
+
+
+def locate(name: str) -> str:
+    """A directory that holds the model: a local one, or the hub's, downloaded if need be.
+
+    Raises ValueError within seconds, where transformers would retry for a minute without a network.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+
+    ways_out = "give --model_name_or_path a local directory, or --from_scratch"
+    if Path(name).exists():
+        if not (Path(name) / "config.json").is_file():
+            raise ValueError(f"--model_name_or_path {name}: holds no config.json; {ways_out}")
+        return name
+    files = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        return snapshot_download(name, allow_patterns=files, local_files_only=True)
+    except Exception:  # not cached, or not a hub id at all: one quick request tells
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
+            return snapshot_download(name, allow_patterns=files)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"--model_name_or_path {name}: neither a local directory nor to be had from the hub ({reason}); {ways_out}"
+            ) from None
+
+
+def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
+    """The base model in fp32, all of it trainable, its own dropouts set to --dropout.
+
+    `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never filled in quietly.
+    """
+    if args.from_scratch:
+        config = read_config(args)
+        logger.warning("RANDOM WEIGHTS: --from_scratch initialises the base model at random, nothing is pretrained")
+        model, model_path = GPT2LMHeadModel(config), None
+    else:
+        model_path = locate(args.model_name_or_path)
+        where = f"--model_name_or_path {args.model_name_or_path}"
+        read_config(argparse.Namespace(from_scratch=False, model_name_or_path=model_path))
+        try:
+            model, loading = GPT2LMHeadModel.from_pretrained(
+                model_path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{where}: does not load: {str(error).strip().splitlines()[0]}") from None
+        if missing := sorted(set(loading["missing_keys"]) - {"lm_head.weight"}):
+            raise ValueError(f"{where}: its weights lack {len(missing)} tensors, such as {missing[0]}")
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise ValueError(f"{where}: its weights hold NaN or infinite values")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = args.dropout
+    model.base_path, model.base_name = model_path, args.model_name_or_path if model_path else None
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells one base model from another: a hash of its frozen biases and LayerNorms, in fp32."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 1 and "lora_" not in name:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_tied(model: GPT2LMHeadModel) -> bool:
+    return model.lm_head.weight is model.transformer.wte.weight
+
+
+def start_modification(model: GPT2LMHeadModel, technique: str, **settings: Any) -> None:
+    """Freezes the whole model and notes what is about to be done to it, for saving and loading."""
+    if done := getattr(model, "modification", None):
+        raise ValueError(f"the model carries {done['modification_type']} already; load a fresh base")
+    model.requires_grad_(False)
+    model.modification = {"modification_type": technique, **settings, "trainable_modules": []}
+
+
+def modules_named(model: nn.Module, suffix: str) -> dict[str, nn.Module]:
+    """The modules whose dotted name is, or ends in, `suffix`."""
+    return {name: module for name, module in model.named_modules() if f".{name}".endswith(f".{suffix}")}
+
+
+def train_modules(model: GPT2LMHeadModel, suffixes: Iterable[str]) -> None:
+    """--trainable_modules: trains whole modules besides the technique's own, by suffix of their names."""
+    for suffix in suffixes:
+        found = {n: m for n, m in modules_named(model, suffix).items() if ".original_layer" not in n}
+        if not found:
+            legal = sorted({name.split(".")[-1] for name, m in model.named_modules() if list(m.parameters(False))})
+            raise ValueError(f"--trainable_modules {suffix}: matches nothing; the model has {', '.join(legal)}")
+        for name, module in found.items():
+            if any(isinstance(part, LoRALayer) for part in module.modules()):
+                raise ValueError(f"--trainable_modules {suffix}: {name} is wrapped by LoRA; choose one of the two")
+            module.requires_grad_(True)
+        model.modification["trainable_modules"].append(suffix)
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+class LoRALayer(nn.Module):
+    """h = W0 x + (alpha / r) B A x, where only A and B train (Hu et al., 2021, section 4.1, equation 3).
+
+    A, `lora_A` (r, in_features), starts as in loralib (Kaiming uniform, a = sqrt(5)), and B, `lora_B`
+    (out_features, r), at zero, so that B A = 0 when training starts. `thirds`, such as "qv", adapts single parts of
+    GPT-2's fused query-key-value projection: each has an A and a B of its own, stacked in n x r rows of `lora_A` and
+    n x (out_features / 3) rows of `lora_B`. `rslora` scales by alpha / sqrt(r) (Kalajdzievski, 2023).
+    """
+
+    def __init__(
+        self,
+        original_layer: Conv1D | nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        thirds: str = "",
+        rslora: bool = False,
+    ) -> None:
+        super().__init__()
+        weight = original_layer.weight
+        in_features, out_features = weight.shape if isinstance(original_layer, Conv1D) else weight.shape[::-1]
+        parts = len(thirds) or 1
+        self.original_layer = original_layer
+        self.lora_A = nn.Parameter(torch.empty(parts * rank, in_features, device=weight.device))
+        rows = parts * out_features // 3 if thirds else out_features
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.dropout = nn.Dropout(dropout)
+        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
+        self.thirds, self.merged = thirds, False
+
+    def full_B(self) -> Tensor:
+        """(out_features, rows of A): B itself, or each third's B in its own block, zeros elsewhere."""
+        if not self.thirds:
+            return self.lora_B
+        blocks = self.lora_B.chunk(len(self.thirds))
+        zero = torch.zeros_like(blocks[0])
+        rows = [[block if part == third else zero for third, block in zip(self.thirds, blocks)] for part in "qkv"]
+        return torch.cat([torch.cat(row, dim=1) for row in rows])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.original_layer(x)
+        if self.merged:
+            return h
+        A, B = self.lora_A.to(x.dtype), self.full_B().to(h.dtype)
+        low_rank = F.linear(self.dropout(x), A) * self.scaling  # (batch, length, r): scaled where it is small
+        return torch.addmm(h.flatten(0, -2), low_rank.flatten(0, -2).to(h.dtype), B.t()).view_as(h)
+
+    def get_delta_weight(self) -> Tensor:
+        """(alpha / r) B A in fp32, laid out as the original weight: Conv1D's is transposed."""
+        delta = self.full_B().float() @ self.lora_A.float() * self.scaling
+        return delta.t() if isinstance(self.original_layer, Conv1D) else delta
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds the update into the original weight, so that inference costs nothing more (section 4.1)."""
+        if self.merged:
+            raise RuntimeError("merged already: merging twice would add the update twice")
+        self.original_layer.weight += self.get_delta_weight().to(self.original_layer.weight.dtype)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if not self.merged:
+            raise RuntimeError("not merged: there is no update to take out")
+        self.original_layer.weight -= self.get_delta_weight().to(self.original_layer.weight.dtype)
+        self.merged = False
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, str]:
+    """{layer name: its adapted thirds, "" for the whole layer} of the LoRA targets. Logs how many each one matched."""
+    matched: dict[str, str] = {}
+    for target in targets:
+        suffix, _, third = target.rpartition(".")
+        if suffix.split(".")[-1] != "c_attn" or third not in ("q", "k", "v"):
+            suffix, third = target, ""
+        found = modules_named(model, suffix)
+        if not found:
+            layers = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, Conv1D | nn.Linear)}
+            legal = ", ".join(sorted(layers - {"lm_head"}))
+            raise ValueError(f"--lora_target_modules {target}: matches nothing; the model has {legal}")
+        for name, module in found.items():
+            if not isinstance(module, Conv1D | nn.Linear):
+                raise ValueError(
+                    f"--lora_target_modules {target}: {name} is a {type(module).__name__}; LoRA wraps Conv1D and Linear"
+                )
+            if module is getattr(model, "lm_head", None) and is_tied(model):
+                raise ValueError(
+                    f"--lora_target_modules {target}: the head shares its weight with the token embeddings, "
+                    "so LoRA on one would silently part the two"
+                )
+            if name in matched and (not third or not matched[name] or third in matched[name]):
+                raise ValueError(f"--lora_target_modules {target}: {name} is matched by another target too")
+            matched[name] = "".join(sorted(matched.get(name, "") + third, key="qkv".index))
+        logger.info("LoRA target %s: %d layers", target, len(found))
+    return matched
+
+
+def apply_lora(
+    model: GPT2LMHeadModel,
+    rank: int = 4,
+    alpha: float = 8.0,
+    *,
+    dropout: float = 0.0,
+    target_modules: Iterable[str] = ("c_attn", "c_proj", "c_fc"),
+    trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:
+    """Wraps every Conv1D or Linear layer that a target names in a LoRALayer, in place, and freezes all else.
+
+    target_modules: suffixes of layer names. The paper adapts the query and value projections alone (section 4.2):
+    ("c_attn.q", "c_attn.v"). Raises ValueError for a target that matches nothing, or no layer of these types.
+    """
+    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise ValueError(f"out of range: {rank=}, {alpha=}, {dropout=}")
+    targets = list(target_modules)
+    if not targets:
+        raise ValueError("--lora_target_modules: names no layer")
+    matched = match_targets(model, targets)
+    start_modification(
+        model, "lora", lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout, lora_target_modules=targets
+    )
+    for name, thirds in matched.items():
+        model.set_submodule(name, LoRALayer(model.get_submodule(name), rank, alpha, dropout, thirds))
+    train_modules(model, trainable_modules)
+    return model
+
+
+def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Folds every LoRA update into its layer and takes the wrappers out: a plain GPT2LMHeadModel remains."""
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("the model holds no LoRA to merge")
+    for name, layer in layers.items():
+        if not layer.merged:
+            layer.merge()
+        model.set_submodule(name, layer.original_layer)
+    del model.modification
+    return model
+
+
+# ---- bottleneck adapters ---------------------------------------------------------------------------------------------
+
+
+class BottleneckAdapter(nn.Module):
+    """h <- h + W_up f(W_down h), a bottleneck with a skip connection (Houlsby et al., 2019, section 2.1).
+
+    GPT-2 ends each sub-layer with a dropout, right before the residual add: there the paper puts its adapter, so the
+    adapter takes that dropout in, and no weight of the base is renamed. W_up starts at zero, so that the modified
+    model starts as the original (the paper's near-identity initialisation). f is GELU, as in GPT-2 itself.
+    """
+
+    def __init__(self, original_layer: nn.Dropout, hidden_size: int, adapter_size: int, device: torch.device) -> None:
+        super().__init__()
+        self.original_layer = original_layer
+        self.down_proj = nn.Linear(hidden_size, adapter_size, device=device)
+        self.up_proj = nn.Linear(adapter_size, hidden_size, device=device)
+        nn.init.normal_(self.down_proj.weight, std=0.02)
+        nn.init.zeros_(self.down_proj.bias)
+        nn.init.zeros_(self.up_proj.weight)
+        nn.init.zeros_(self.up_proj.bias)
+
+    def forward(self, h: Tensor) -> Tensor:  # (batch, length, hidden)
+        h = self.original_layer(h)
+        bottleneck = F.gelu(F.linear(h, *self.cast(self.down_proj, h)), approximate="tanh")  # (batch, length, size)
+        return h + F.linear(bottleneck, *self.cast(self.up_proj, h))
+
+    @staticmethod
+    def cast(linear: nn.Linear, h: Tensor) -> tuple[Tensor, Tensor]:
+        return linear.weight.to(h.dtype), linear.bias.to(h.dtype)
+
+
+def apply_adapters(
+    model: GPT2LMHeadModel,
+    adapter_size: int = 64,
+    *,
+    placement: str = "pfeiffer",
+    trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:
+    """Puts bottleneck adapters into every block, in place, and freezes all else.
+
+    placement: "houlsby" has one after the attention and one after the feed-forward sub-layer (Houlsby et al., 2019,
+    figure 2), "pfeiffer" only the latter (Pfeiffer et al., 2020, AdapterFusion, section 3). Houlsby's runs train the
+    LayerNorms too: trainable_modules=("ln_1", "ln_2", "ln_f").
+    """
+    if adapter_size < 1 or placement not in ("pfeiffer", "houlsby"):
+        raise ValueError(f"out of range: {adapter_size=}, {placement=} (pfeiffer or houlsby)")
+    start_modification(model, "adapter", adapter_size=adapter_size, adapter_placement=placement)
+    for block in model.transformer.h:
+        build = (model.config.n_embd, adapter_size, block.ln_1.weight.device)
+        if placement == "houlsby":
+            block.attn.resid_dropout = BottleneckAdapter(block.attn.resid_dropout, *build)
+        block.mlp.dropout = BottleneckAdapter(block.mlp.dropout, *build)
+    train_modules(model, trainable_modules)
+    return model
+
+
+# ---- prefix tuning ---------------------------------------------------------------------------------------------------
+
+
+class PromptEmbedding(nn.Module):
+    """Virtual tokens at the model's input, trained as embeddings (Lester et al., 2021, section 2)."""
+
+    def __init__(self, embedding: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(embedding)  # (prefix length, hidden)
+
+    def prompt_embeddings(self) -> Tensor:
+        return self.embedding
+
+
+class KeyValuePrefix(nn.Module):
+    """Virtual tokens as keys and values of every layer (Li & Liang, 2021, section 4.2).
+
+    Columns: key of layer 0, value of layer 0, key of layer 1, ..., each with its heads side by side.
+    With a projection, P = MLP(P') as in section 4.3: embedding (prefix length, hidden) -> tanh -> all columns.
+    """
+
+    def __init__(self, columns: Tensor, tokens: Tensor, projection_size: int = 0) -> None:
+        super().__init__()
+        self.mlp = None
+        if not projection_size:
+            self.embedding = nn.Parameter(columns)  # (prefix length, layers * 2 * hidden)
+            return
+        device, hidden_size = tokens.device, tokens.shape[1]
+        self.embedding = nn.Parameter(tokens)  # (prefix length, hidden): P'
+        self.mlp = nn.Sequential(
+            nn.Linear(hidden_size, projection_size, device=device),
+            nn.Tanh(),
+            nn.Linear(projection_size, columns.shape[1], device=device),
+        )
+        if device.type != "meta":  # solve the last layer for the columns, so that this start is a real one too
+            with torch.no_grad():
+                nn.init.normal_(self.mlp[0].weight, std=1 / tokens.std().item() / math.sqrt(hidden_size))
+                features = self.mlp[:2](tokens)
+                self.mlp[2].bias.copy_(columns.mean(0))
+                solution = torch.linalg.pinv(features, rtol=1e-3) @ (columns - columns.mean(0))
+                self.mlp[2].weight.copy_(solution.t())
+
+    def prompt_embeddings(self) -> Tensor:
+        return self.embedding if self.mlp is None else self.mlp(self.embedding)
+
+    def fill(self, cache: DynamicCache, batch_size: int, config: GPT2Config, dtype: torch.dtype) -> DynamicCache:
+        """Puts the prefix's keys and values, each (batch, heads, prefix length, head size), into an empty cache."""
+        columns = self.prompt_embeddings().to(dtype)
+        layers = columns.unflatten(1, (config.n_layer, 2, config.n_head, -1)).permute(1, 2, 3, 0, 4)
+        for i, key_value in enumerate(layers):  # (2, heads, prefix length, head size)
+            key, value = key_value[:, None].expand(-1, batch_size, -1, -1, -1)
+            cache.update(key, value, i)
+        return cache
+
+
+class PrefixedGPT2(GPT2Model):
+    """GPT2Model that sees `self.prefix` before its text: in training, in evaluation and at generate()'s first step.
+
+    Text positions start at the prefix's length, and the attention mask grows by it. The hidden states of embedding
+    prefixes are cut off again, so that logits and labels align with the text.
+    """
+
+    prefix: PromptEmbedding | KeyValuePrefix
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        prefix_length = len(self.prefix.embedding)
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0  # 0: the prefix is still to come
+        if (total := max(seen, prefix_length) + length) > self.config.n_positions:
+            raise ValueError(f"prefix and text make {total} tokens; the model has {self.config.n_positions} positions")
+        if attention_mask is not None:
+            if attention_mask.ndim != 2:
+                raise ValueError("a prefix needs a 2-D attention mask (no static cache)")
+            attention_mask = torch.cat([attention_mask.new_ones(batch_size, prefix_length), attention_mask], dim=1)
+        if position_ids is not None:
+            position_ids = position_ids + prefix_length
+        if seen:
+            return super().forward(
+                input_ids, past_key_values, attention_mask, None, position_ids, inputs_embeds, **kwargs
+            )
+        if isinstance(self.prefix, KeyValuePrefix):
+            if self.training and self.gradient_checkpointing:
+                raise ValueError("gradient checkpointing drops the cache that carries a key_value prefix")
+            autocast = torch.is_autocast_enabled(self.device.type)
+            dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.wte.weight.dtype
+            cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+            cache = self.prefix.fill(cache, batch_size, self.config, dtype)
+            return super().forward(input_ids, cache, attention_mask, None, position_ids, inputs_embeds, **kwargs)
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        virtual = self.prefix.embedding.to(inputs_embeds.dtype).expand(batch_size, -1, -1)
+        inputs_embeds = torch.cat([virtual, inputs_embeds], dim=1)  # (batch, prefix length + length, hidden)
+        if position_ids is not None:
+            first = torch.arange(prefix_length, device=position_ids.device).expand(position_ids.shape[0], -1)
+            position_ids = torch.cat([first, position_ids], dim=1)
+        output = super().forward(None, past_key_values, attention_mask, None, position_ids, inputs_embeds, **kwargs)
+        output.last_hidden_state = output.last_hidden_state[:, prefix_length:]
+        return output
+
+
+def apply_prefix(
+    model: GPT2LMHeadModel,
+    prefix_length: int = 50,
+    *,
+    prefix_type: str = "embedding",
+    projection_size: int = 0,
+    init_ids: Iterable[int] | None = None,
+    trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:
+    """Puts `prefix_length` trainable virtual tokens before every text, in place, and freezes all else.
+
+    prefix_type: "embedding" or "key_value". projection_size: key_value's reparametrisation (0: none).
+    init_ids: the real tokens to start from, as Li & Liang find essential (section 7.4); by default the most frequent
+    ones: a byte-level BPE numbers its merges, from 256 on, in that order.
+    """
+    config = model.config
+    if prefix_type not in ("embedding", "key_value") or projection_size < 0 or prefix_length < 1:
+        raise ValueError(f"out of range: {prefix_length=}, {prefix_type=} (embedding, key_value), {projection_size=}")
+    if prefix_length >= config.n_positions:
+        raise ValueError(f"--prefix_length {prefix_length}: leaves no room for text in {config.n_positions} positions")
+    if projection_size and prefix_type != "key_value":
+        raise ValueError("--prefix_projection_size: needs --prefix_type key_value")
+    start_modification(
+        model, "prefix", prefix_length=prefix_length, prefix_type=prefix_type, prefix_projection_size=projection_size
+    )
+    ids = torch.tensor(list(init_ids or range(256, 256 + prefix_length)))[:prefix_length] % config.vocab_size
+    ids = ids.repeat(math.ceil(prefix_length / len(ids)))[:prefix_length]
+    wte = model.transformer.wte.weight
+    with torch.no_grad():
+        tokens = wte[ids.to(wte.device)].float().clone()
+        if prefix_type == "embedding":
+            prefix: nn.Module = PromptEmbedding(tokens)
+        elif wte.device.type == "meta":
+            columns = torch.empty(prefix_length, config.n_layer * 2 * config.n_embd, device="meta")
+            prefix = KeyValuePrefix(columns, tokens, projection_size)
+        else:
+            columns = key_value_columns(model, ids.to(wte.device))
+            prefix = KeyValuePrefix(columns, tokens, projection_size)
+    model.transformer.prefix = prefix
+    model.transformer.__class__ = PrefixedGPT2  # as torch's own parametrizations do; every key keeps its name
+    train_modules(model, trainable_modules)
+    return model
+
+
+def key_value_columns(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
+    """(tokens, layers * 2 * hidden) fp32: the keys and values that the tokens produce in every layer."""
+    training = model.training
+    model.eval()
+    cache = model.transformer(ids[None], use_cache=True).past_key_values
+    model.train(training)
+    states = [state[0].transpose(0, 1).flatten(1) for layer in cache.layers for state in (layer.keys, layer.values)]
+    return torch.cat(states, dim=1).float()
+
+
+# ---- selective freezing and full fine-tuning -------------------------------------------------------------------------
+
+
+def apply_selective_freezing(
+    model: GPT2LMHeadModel,
+    freeze_layers: Iterable[int] = (0, 1, 2, 3),
+    *,
+    freeze_head: bool = False,
+    trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:
+    """Trains the blocks that `freeze_layers` leaves, and the head and final LayerNorm unless `freeze_head`.
+
+    GPT-2's head is tied to the token embeddings, so these train with it, and the backward pass then reaches the
+    model's input; with `freeze_head` it stops below the lowest trainable block. Position embeddings stay frozen.
+    """
+    freeze_layers, layers = sorted(set(freeze_layers)), len(model.transformer.h)
+    if outside := [layer for layer in freeze_layers if not 0 <= layer < layers]:
+        raise ValueError(f"--freeze_layers {outside[0]}: the model has layers 0 to {layers - 1}")
+    start_modification(model, "selective", freeze_layers=freeze_layers, freeze_head=freeze_head)
+    for i, block in enumerate(model.transformer.h):
+        block.requires_grad_(i not in freeze_layers)
+    model.lm_head.requires_grad_(not freeze_head)
+    model.transformer.ln_f.requires_grad_(not freeze_head)
+    train_modules(model, trainable_modules)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("--freeze_layers with --freeze_head: nothing is left to train")
+    return model
+
+
+def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Trains every parameter."""
+    start_modification(model, "full")
+    model.requires_grad_(True)
+    return model
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
+
+
+def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
+    """Applies the technique that the flags name, in place."""
+    extra = {"trainable_modules": args.trainable_modules}
+    match args.modification_type:
+        case "lora":
+            targets = args.lora_target_modules
+            apply_lora(
+                model, args.lora_rank, args.lora_alpha, dropout=args.lora_dropout, target_modules=targets, **extra
+            )
+        case "adapter":
+            apply_adapters(model, args.adapter_size, placement=args.adapter_placement, **extra)
+        case "prefix":
+            projection_size = args.prefix_projection_size
+            apply_prefix(
+                model, args.prefix_length, prefix_type=args.prefix_type, projection_size=projection_size, **extra
+            )
+        case "selective":
+            apply_selective_freezing(model, args.freeze_layers, freeze_head=args.freeze_head, **extra)
+        case "full":
+            apply_full_finetuning(model)
+        case other:
+            raise ValueError(f"--modification_type {other}: one of {', '.join(TECHNIQUES)}")
+    return model
+
+
+def final_modify(args: object = None, **overrides: Any) -> GPT2LMHeadModel:
+    """The base model with a technique applied, fp32, called like any GPT2LMHeadModel.
+
+    args: any object with the model flags as attributes (an argparse Namespace, a dataclass); what it lacks takes the
+    flag's default, and keyword arguments stand above both: `final_modify(modification_type="prefix")`.
+    Raises ValueError that names the flag, its value and what is legal.
+    """
+    settings = with_defaults(args, **overrides)
+    return modify(load_base(settings), settings)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, trainable ones); tied weights count once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters by name, not copied."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def statistics(model: GPT2LMHeadModel) -> str:
+    """The model's parameter counts and what trains, a line a parameter."""
+    total, trainable = parameter_counts(model)
+    lines = ["📊 Final Parameter Statistics:"]
+    lines += [f"   Total parameters: {total:,}", f"   Trainable parameters: {trainable:,}"]
+    lines += [f"   Trainable ratio: {trainable / total:.4f} ({trainable / total:.2%})", ""]
+    lines += ["🔍 Parameter Trainability Status:"]
+    for name, parameter in model.named_parameters():
+        status = "✅ {}: Trainable ({:,} params)" if parameter.requires_grad else "❄️  {}: Frozen ({:,} params)"
+        lines.append("  " + status.format(name, parameter.numel()))
+    if is_tied(model):
+        lines.append("  🔗 lm_head.weight: tied to transformer.wte.weight")
+    return "\n".join(lines)
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a safetensors file and reads it back: it counts only when every tensor returns as it was."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    for name, tensor in load_file(path).items():
+        if not torch.equal(tensor, tensors[name]):
+            raise OSError(f"{path}: {name} does not read back as it was written")
+
+
+def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
+    """Writes what was trained: the PEFT layout for LoRA and prefixes, a plain Hugging Face model for selective and
+    full, safetensors of our own for adapters; `modification.json` beside each. `load_trained` reads all of them.
+
+    Frozen weights of plain models are taken from the base model's own files, at their precision.
+    """
+    directory, settings = Path(directory), dict(model.modification)
+    directory.mkdir(parents=True, exist_ok=True)
+    technique, state = settings["modification_type"], trainable_state(model)
+    if technique in ("full", "selective"):
+        save_plain(model, state, directory)
+    elif technique == "adapter":
+        write_tensors(state, directory / "adapter.safetensors")
+    elif technique == "lora":
+        tensors, peft_config = lora_as_peft(model, state)
+        write_tensors(tensors, directory / WEIGHTS)
+        write_json(directory / PEFT_CONFIG, peft_config)
+    else:
+        embeddings = {"prompt_embeddings": model.transformer.prefix.prompt_embeddings()}
+        write_tensors(embeddings, directory / WEIGHTS)
+        write_json(directory / PEFT_CONFIG, prefix_as_peft(model))
+        if extra := {name: tensor for name, tensor in state.items() if "transformer.prefix." not in name}:
+            write_tensors(extra, directory / "trainable_modules.safetensors")  # PEFT has no place for them
+        settings["prefix_projection_size"] = 0  # computed out
+    config = model.config
+    settings["base_config"] = {key: getattr(config, key) for key in ("n_layer", "n_embd", "n_head", "vocab_size")}
+    settings["base_model_name_or_path"] = base_reference(model, directory)
+    settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
+    write_json(directory / METADATA, settings)
+
+
+def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
+    """The base as it was named; one that lies beside the result by its relative path, so that both can move."""
+    name = getattr(model, "base_name", None)
+    if name and Path(name).is_dir():
+        base = Path(name).resolve()
+        return os.path.relpath(base, directory.resolve()) if base.parent == directory.resolve().parent else str(base)
+    return name
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_plain(model: GPT2LMHeadModel, state: dict[str, Tensor], directory: Path) -> None:
+    """A plain Hugging Face model directory: the base as its files hold it, with the tensors of `state` put in."""
+    base_path = getattr(model, "base_path", None)
+    plain = model
+    if base_path:
+        plain = GPT2LMHeadModel.from_pretrained(base_path, dtype="auto", local_files_only=True)
+        with torch.no_grad():
+            for name, tensor in state.items():
+                plain.get_parameter(name).copy_(tensor)
+    plain.save_pretrained(directory)
+    written = load_file(directory / "model.safetensors")
+    for name, tensor in written.items():
+        if not torch.equal(tensor, plain.get_parameter(name).detach().cpu()):
+            raise OSError(f"{directory}: {name} does not read back as it was written")
+
+
+def lora_as_peft(model: GPT2LMHeadModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and configuration of PEFT's LoRA layout.
+
+    n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA of rank n r and
+    alpha n, with A stacked and B in blocks.
+    """
+    layers, settings = lora_layers(model), model.modification
+    tensors, rank_pattern, alpha_pattern = {}, {}, {}
+    for name, layer in layers.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.full_B()
+        if layer.thirds:
+            rank_pattern[name], alpha_pattern[name] = len(layer.lora_A), settings["lora_alpha"] * len(layer.thirds)
+    others = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
+    if "transformer.wte.weight" in others and is_tied(model):  # with wte alone, PEFT would keep the old head
+        others["lm_head.weight"] = others["transformer.wte.weight"].clone()
+    tensors |= {PEFT_PREFIX + name.replace(".original_layer", ""): tensor for name, tensor in others.items()}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(model, "base_name", None),
+        "inference_mode": True,
+        "r": settings["lora_rank"],
+        "lora_alpha": settings["lora_alpha"],
+        "lora_dropout": settings["lora_dropout"],
+        "use_rslora": settings.get("use_rslora", False),
+        "target_modules": sorted(layers),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "fan_in_fan_out": all(isinstance(layer.original_layer, Conv1D) for layer in layers.values()),
+        "bias": settings.get("bias", "none"),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in others if not name.endswith(".bias")}) or None,
+    }
+    return tensors, config
+
+
+def prefix_as_peft(model: GPT2LMHeadModel) -> dict:
+    """The configuration of PEFT's PROMPT_TUNING or PREFIX_TUNING layout."""
+    config, settings = model.config, model.modification
+    key_value = settings["prefix_type"] == "key_value"
+    return {
+        "peft_type": "PREFIX_TUNING" if key_value else "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",  # without it PEFT loads the prefix, and then ignores it
+        "base_model_name_or_path": getattr(model, "base_name", None),
+        "inference_mode": True,
+        "num_virtual_tokens": settings["prefix_length"],
+        "token_dim": config.n_embd,
+        "num_attention_heads": config.n_head,
+        "num_layers": config.n_layer,
+        "num_transformer_submodules": 1,
+        **({"prefix_projection": False} if key_value else {"prompt_tuning_init": "RANDOM"}),
+    }
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises ValueError for one that is damaged or holds NaN."""
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    return tensors
+
+
+@torch.no_grad()
+def put_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Copies tensors into the parameters of these names; raises ValueError for one that has no place or shape there."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if name not in parameters:
+            raise ValueError(f"{path}: {name} has no place in this model")
+        if parameters[name].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
+            raise ValueError(f"{path}: {name} has shape {shapes}")
+        parameters[name].copy_(tensor)
+
+
+def load_trained(
+    directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
+) -> GPT2LMHeadModel:
+    """What a run saved in best/ or final/, on its base model, ready to use or to train on; a PEFT-made LoRA too.
+
+    model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
+    """
+    directory = Path(directory)
+    if (directory / METADATA).is_file():
+        settings = read_json(directory / METADATA)
+    elif (directory / PEFT_CONFIG).is_file():
+        settings = peft_settings(directory)
+    else:
+        raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
+    technique = settings.get("modification_type")
+    if technique not in TECHNIQUES:
+        raise ValueError(f"{directory / METADATA}: modification_type {technique!r} is not one of {TECHNIQUES}")
+    base = str(directory) if technique in ("full", "selective") else model_name_or_path
+    base = base or settings.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{directory}: does not name its base model; give --model_name_or_path")
+    if (directory / base).is_dir() and not Path(base).is_absolute() and base.startswith(os.pardir):
+        base = str(directory / base)
+    try:
+        args = with_defaults(
+            argparse.Namespace(**settings), model_name_or_path=base, from_scratch=False, dropout=dropout
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory / METADATA}: {error}") from None
+    model = load_base(args)
+    for key, value in settings.get("base_config", {}).items():
+        if getattr(model.config, key, None) != value:
+            have = getattr(model.config, key, None)
+            raise ValueError(f"--model_name_or_path {base}: {key} is {have}; {directory} was trained on {value}")
+    if technique == "lora":
+        load_lora(model, directory, settings)
+    else:
+        modify(model, args)
+    if technique == "adapter":
+        path = directory / "adapter.safetensors"
+        tensors = read_tensors(path)
+        if missing := trainable_state(model).keys() - tensors.keys():
+            raise ValueError(f"{path}: lacks {min(missing)}")
+        put_tensors(model, tensors, path)
+    elif technique == "prefix":
+        tensors = read_tensors(directory / WEIGHTS)
+        if tensors.keys() != {"prompt_embeddings"}:
+            raise ValueError(f"{directory / WEIGHTS}: expected prompt_embeddings alone, found {sorted(tensors)}")
+        put_tensors(model.transformer.prefix, {"embedding": tensors["prompt_embeddings"]}, directory / WEIGHTS)
+        if args.trainable_modules:
+            extra = directory / "trainable_modules.safetensors"
+            put_tensors(model, read_tensors(extra), extra)
+    return model
+
+
+def peft_settings(directory: Path) -> dict:
+    """The settings of a LoRA directory that PEFT itself wrote."""
+    config = read_json(directory / PEFT_CONFIG)
+    where = directory / PEFT_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type {config.get('peft_type')!r}; of PEFT's own directories only LORA loads")
+    for unsupported in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices"):
+        if config.get(unsupported):
+            raise ValueError(f"{where}: {unsupported} is not supported")
+    return {
+        "modification_type": "lora",
+        "base_model_name_or_path": config.get("base_model_name_or_path"),
+        "lora_rank": config.get("r", 8),
+        "lora_alpha": config.get("lora_alpha", 8),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+    }
+
+
+def load_lora(model: GPT2LMHeadModel, directory: Path, settings: dict) -> None:
+    """Wraps the layers whose A and B the file holds, whatever patterns chose them, and loads everything into place.
+
+    Ranks come from the tensors' shapes; alpha, rsLoRA and their exceptions from PEFT's configuration; the thirds that
+    a run of ours adapted from its own metadata. Tensors of whole modules (modules_to_save, biases) train on.
+    """
+    path, config = directory / WEIGHTS, read_json(directory / PEFT_CONFIG)
+    tensors = {
+        key.removeprefix(PEFT_PREFIX).replace(".base_layer", ""): tensor for key, tensor in read_tensors(path).items()
+    }
+    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
+    if not wrapped:
+        raise ValueError(f"{path}: holds no LoRA tensors")
+    targets = settings.get("lora_target_modules") or wrapped
+    thirds = match_targets(model, targets)
+    if sorted(thirds) != wrapped:
+        raise ValueError(f"{path}: holds LoRA for {len(wrapped)} layers, its settings name {len(thirds)}")
+    alpha, rslora = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
+    start_modification(
+        model,
+        "lora",
+        lora_rank=settings["lora_rank"],
+        lora_alpha=settings["lora_alpha"],
+        lora_dropout=settings["lora_dropout"],
+        lora_target_modules=targets,
+        use_rslora=rslora,
+        bias=config.get("bias", "none"),
+    )
+    for name in wrapped:
+        try:
+            A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
+        except KeyError as missing:
+            raise ValueError(f"{path}: lacks {missing}") from None
+        parts = len(thirds[name]) or 1
+        layer_alpha = peft_pattern(config.get("alpha_pattern"), name, alpha) / parts
+        layer = LoRALayer(
+            model.get_submodule(name), len(A) // parts, layer_alpha, settings["lora_dropout"], thirds[name], rslora
+        )
+        if thirds[name]:  # each third's B is the block where its rows of B meet its columns
+            rows, columns = dict(zip("qkv", B.chunk(3))), B.shape[1] // parts
+            B = torch.cat([rows[t][:, i * columns : (i + 1) * columns] for i, t in enumerate(thirds[name])])
+        put_tensors(layer, {"lora_A": A, "lora_B": B}, path)
+        model.set_submodule(name, layer)
+    wte, head = (tensors.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
+    if (wte is None) != (head is None) or (wte is not None and not torch.equal(wte, head)):
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # PEFT trained one of the two alone
+        model.config.tie_word_embeddings = False
+    layers = lora_layers(model)
+    own = {}
+    for key, tensor in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        own[f"{module}.original_layer.{leaf}" if module in layers else key] = tensor
+    put_tensors(model, own, path)
+    for name in own:
+        model.get_parameter(name).requires_grad_(True)
+    model.modification["trainable_modules"] = settings.get("trainable_modules", [])
+
+
+def peft_pattern(pattern: dict | None, name: str, default: float) -> float:
+    """The value of PEFT's rank_pattern or alpha_pattern for a layer: keys are regular expressions of its name's end."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
+    """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, tokenizer files too."""
+    source = Path(adapter_path)
+    model = load_trained(source, model_name_or_path)
+    technique = model.modification["modification_type"]
+    if technique in ("selective", "full"):
+        raise ValueError(f"--adapter_path {adapter_path}: {technique} saves a plain model already, use it as it is")
+    if technique != "lora":
+        raise ValueError(
+            f"--adapter_path {adapter_path}: {technique} cannot be folded into the base: it is no update of weights"
+        )
+    if Path(merge_to).exists() and (not Path(merge_to).is_dir() or any(Path(merge_to).iterdir())):
+        raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
+    stored = GPT2Config.from_pretrained(model.base_path).dtype or torch.float32
+    dropouts = GPT2Config.from_pretrained(model.base_path)
+    merged = merge_lora(model).to(stored)
+    merged.config.update({key: getattr(dropouts, key) for key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")})
+    merged.save_pretrained(merge_to)
+    for pattern in ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"):
+        for file in source.glob(pattern):
+            shutil.copy(file, merge_to)
+    logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM.from_pretrained", merge_to)
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
+
+COMPARED = [
+    ("full fine-tuning", "", {"modification_type": "full"}),
+    ("selective, lower half frozen", "", {"modification_type": "selective"}),
+    ("LoRA r=4, all Conv1D", "Hu 2021", {"modification_type": "lora"}),
+    ("LoRA r=4, query and value", "Hu 2021", {"lora_target_modules": ["c_attn.q", "c_attn.v"]}),
+    ("adapters 64, two a block", "Houlsby 2019", {"modification_type": "adapter", "adapter_placement": "houlsby"}),
+    ("adapters 64, one a block", "Pfeiffer 2020", {"modification_type": "adapter"}),
+    ("prefix 50, keys and values", "Li & Liang 2021", {"modification_type": "prefix", "prefix_type": "key_value"}),
+    ("prefix 50, embeddings", "Lester 2021", {"modification_type": "prefix"}),
+]
+
+
+def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
+    """The modified model on PyTorch's meta device: every shape, no weight."""
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(read_config(args))
+    model.tie_weights()
+    return modify(model, args)
+
+
+def compare(args: argparse.Namespace) -> list[dict]:
+    """What each technique trains, saves (fp32) and needs in AdamW's two moments, counted on the meta device."""
+    half = list(range(read_config(args).n_layer // 2))
+    logging.disable(logging.INFO)
+    rows = []
+    for label, paper, chosen in COMPARED:
+        settings = with_defaults(None, freeze_layers=half, **chosen)
+        for name in ("model_name_or_path", "from_scratch", "vocab_size", "hidden_size", "num_attention_heads"):
+            setattr(settings, name, getattr(args, name))
+        settings.num_hidden_layers = args.num_hidden_layers
+        settings.max_position_embeddings = args.max_position_embeddings
+        total, trainable = parameter_counts(meta_model(settings))
+        saved = total if settings.modification_type in ("full", "selective") else trainable
+        rows.append({"label": label, "paper": paper, "total": total, "trainable": trainable, "saved_mb": saved * 4e-6})
+    logging.disable(logging.NOTSET)
+    return rows
+
+
+def plot_comparison(rows: list[dict], title: str, path: str) -> None:
+    """Bars of the trainable parameters of each technique, on a log scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows], color="#4c72b0")
+    axes.bar_label(bars, [f"{r['trainable']:,} ({r['trainable'] / r['total']:.2%})" for r in rows], padding=4)
+    axes.set(xscale="log", xlabel="trainable parameters", title=title)
+    axes.set_xlim(right=max(row["trainable"] for row in rows) * 60)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="modify_llm.py",
+        description="Count what a fine-tuning technique trains in GPT-2, compare techniques, or merge a trained LoRA.",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        parents=[model_flags()],
+    )
+    add = parser.add_argument_group("tasks").add_argument
+    add("--compare", action="store_true", help="every technique side by side, no weights loaded")
+    add("--plot", metavar="FILE.png", help="with --compare: draw it")
+    add("--adapter_path", metavar="DIR", help="what a run saved in best/ or final/")
+    add("--merge_to", metavar="DIR", help="fold the LoRA of --adapter_path into a plain GPT-2 there")
+    args = parser.parse_args(argv)
+    problems = model_problems(args)
+    if bool(args.adapter_path) != bool(args.merge_to):
+        problems.append("--adapter_path and --merge_to: give both, or neither")
+    if args.plot and not args.compare:
+        problems.append("--plot: needs --compare")
+    if problems:
+        parser.error("; ".join(problems))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    disable_progress_bar()
+    try:
+        if args.merge_to:
+            given = args.model_name_or_path != parser.get_default("model_name_or_path")
+            merge_directory(args.adapter_path, args.merge_to, args.model_name_or_path if given else None)
+        elif args.compare:
+            rows = compare(args)
+            print(f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>11}{'optimizer':>11}  paper")
+            for row in rows:
+                ratio, saved, optimizer = row["trainable"] / row["total"], row["saved_mb"], row["trainable"] * 8e-6
+                numbers = f"{row['trainable']:>14,}{ratio:>9.2%}{saved:>8,.1f} MB{optimizer:>8,.1f} MB"
+                print(f"{row['label']:<30}{numbers}  {row['paper']}".rstrip())
+            if args.plot:
+                plot_comparison(rows, f"{args.model_name_or_path}: what each technique trains", args.plot)
+        else:
+            print(statistics(meta_model(args)))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
