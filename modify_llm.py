@@ -250,15 +250,15 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
     model.base_path, model.base_name = model_path, args.model_name_or_path if model_path else None
+    model.base_fingerprint = fingerprint(model)
     return model
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Tells one base model from another: a hash of its frozen biases and LayerNorms, in fp32."""
+    """Tells one base model from another: a hash of the first values of each of its parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 1 and "lora_" not in name:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        digest.update(name.encode() + parameter.detach().flatten()[:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -1,0 +1,1278 @@
+"""Fine-tune GPT-2 on instruction rows with LoRA, adapters, prefixes, selective freezing or in full.
+
+    python train_llm.py --demo                                              # no download, about a minute on a CPU
+    python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
+    python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs --resume_from auto
+    python train_llm.py --adapter_path outputs/best --prompt "Name three primary colours."
+    torchrun --nproc_per_node=2 train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
+
+The loop is one for all techniques: a technique only decides which parameters train.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+import data_pipeline
+import modify_llm
+from data_pipeline import IGNORED, AlpacaDataset, final_dataset_loader, load_dataset, load_tokenizer, split_text
+from modify_llm import boolean, final_modify, load_trained, save_trained, trainable_state
+
+logger = logging.getLogger(__name__)
+progress = logging.getLogger("progress")  # lines without a prefix
+
+# Measured on held-out Alpaca rows by tests/sweep_learning_rates.py; prefixes need the largest steps by far.
+LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
+LOSS_CHUNK = 128  # rows of logits at a time: small enough to stay in cache
+# What may differ between a run and its continuation; all else must be equal for it to be the same run.
+FREE_TO_CHANGE = {
+    "dataset_path", "eval_dataset_path", "output_dir", "overwrite_output_dir", "resume_from", "num_workers", "demo",
+    "log_interval", "eval_interval", "save_interval", "save_total_limit", "device", "report_to", "prompt", "eval_only",
+    "num_samples", "max_new_tokens", "temperature", "model_name_or_path", "tokenizer_name_or_path", "adapter_path",
+}  # fmt: skip
+OWN_FILES = ("run.json", "metrics.jsonl", "training_curves.png", "predictions.jsonl", "training_*.log")
+OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
+
+
+class Stopped(Exception):
+    """A signal asked for the end; a checkpoint is written."""
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_llm.py",
+        description="Fine-tune GPT-2 on instruction rows.",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        parents=[data_pipeline.data_flags(), modify_llm.model_flags()],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:7]),
+    )
+    parser.set_defaults(text_format=None, eval_fraction=0.05, num_workers=0)
+    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+    add = parser.add_argument_group("more data").add_argument
+    add("--eval_dataset_path", metavar="FILE", help="held-out rows of their own, instead of --eval_fraction")
+    add("--max_eval_samples", type=int, default=0, metavar="N", help="only the first N held-out rows; 0: all")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=3, help="passes over the training rows; >= 1 (%(default)s)")
+    add("--max_steps", type=int, default=0, help="optimizer steps; 0: by --epochs (%(default)s)")
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+    add("--learning_rate", type=float, help=f"peak of the schedule; > 0 ({rates})")
+    add("--weight_decay", type=float, default=0.01, help="AdamW's, none on 1-D parameters; >= 0 (%(default)s)")
+    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to it; 0: off (%(default)s)")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches a step; >= 1 (%(default)s)")
+    schedules = ("warmup_cosine", "cosine", "linear", "constant")
+    add("--scheduler", choices=schedules, default="warmup_cosine", help="counted in optimizer steps (%(default)s)")
+    add("--warmup_steps", type=int, help="of warmup_cosine and linear (100, at most 10%% of the run)")
+    add("--min_lr", type=float, default=0.0, help="where the decay ends; >= 0 (%(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
+    add("--compile", **switch, help="torch.compile: faster steps after a minute's start")
+    add("--gradient_checkpointing", **switch, help="less memory for a third more time")
+    add = parser.add_argument_group("evaluation and saving").add_argument
+    add("--output_dir", default="./outputs", metavar="DIR", help="(%(default)s)")
+    add("--overwrite_output_dir", **switch, help="remove the run that the directory holds")
+    add("--log_interval", type=int, default=10, help="optimizer steps; >= 1 (%(default)s)")
+    add("--eval_interval", type=int, default=0, help="optimizer steps; 0: each epoch (%(default)s)")
+    add("--save_interval", type=int, default=0, help="optimizer steps; 0: each evaluation (%(default)s)")
+    add("--save_total_limit", type=int, default=3, help="checkpoints kept; >= 1 (%(default)s)")
+    add("--early_stopping_patience", type=int, default=0, help="evaluations without gain; 0: off (%(default)s)")
+    add("--resume_from", metavar="PATH", help="auto, a run directory or a checkpoint directory")
+    add("--report_to", choices=("none", "tensorboard"), default="none", help="(%(default)s)")
+    add = parser.add_argument_group("using a model").add_argument
+    add("--adapter_path", metavar="DIR", help="start from, evaluate or prompt what an earlier run saved")
+    add("--eval_only", **switch, help="evaluate on the held-out rows, train nothing")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="answer it; repeatable")
+    add("--max_new_tokens", type=int, default=128, help=">= 1 (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0: greedy (%(default)s)")
+    add("--num_samples", type=int, default=3, help="held-out prompts answered at each evaluation (%(default)s)")
+    add("--demo", **switch, help="train a tiny GPT-2, then LoRA on it, on the bundled sample")
+    return parser
+
+
+def train_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags, a line each; nothing is loaded."""
+    checks = [(getattr(args, n) >= 1, n, "at least 1") for n in (
+        "epochs", "gradient_accumulation_steps", "log_interval", "save_total_limit", "max_new_tokens",
+    )]  # fmt: skip
+    checks += [(getattr(args, n) >= 0, n, "0 or more") for n in (
+        "max_steps", "eval_interval", "save_interval", "early_stopping_patience", "max_eval_samples", "num_samples",
+    )]  # fmt: skip
+    checks += [(0 <= getattr(args, n) < math.inf, n, "0 or more, finite") for n in (
+        "weight_decay", "max_grad_norm", "min_lr", "temperature",
+    )]  # fmt: skip
+    checks += [(args.learning_rate is None or 0 < args.learning_rate < math.inf, "learning_rate", "above 0")]
+    checks += [(args.warmup_steps is None or args.warmup_steps >= 0, "warmup_steps", "0 or more")]
+    problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
+    if args.gradient_checkpointing and args.modification_type == "prefix" and args.prefix_type == "key_value":
+        problems.append("--gradient_checkpointing: drops the cache that carries a key_value prefix")
+    uses_only = args.eval_only or args.prompt
+    if not args.dataset_path and not args.demo and not (args.prompt and not args.eval_only):
+        if not (args.eval_only and args.eval_dataset_path):
+            problems.append("--dataset_path: needed" + (" to evaluate" if uses_only else " to train (or --demo)"))
+    if args.resume_from and args.overwrite_output_dir:
+        problems.append("--overwrite_output_dir: would remove the run that --resume_from continues")
+    return problems
+
+
+def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
+    """The rate of optimizer step `step`, counted from 1 to `total`.
+
+    Warm-up: peak x step / warmup_steps. Decay: from the peak, at the first step after it, to min_lr at the last.
+    """
+    peak, warmup = args.learning_rate, args.warmup_steps if args.scheduler in ("warmup_cosine", "linear") else 0
+    if step <= warmup:
+        return peak * step / warmup
+    if args.scheduler == "constant":
+        return peak
+    done = (step - warmup - 1) / max(1, total - warmup - 1)
+    share = 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return args.min_lr + (peak - args.min_lr) * share
+
+
+# ---- where it runs ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Runtime:
+    """The device, the arithmetic and this process's place among the others."""
+
+    device: torch.device
+    dtype: torch.dtype  # of matrix products and frozen weights; trainable weights stay fp32
+    rank: int = 0
+    world_size: int = 1
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def sum_over_ranks(self, *values: float) -> list[float]:
+        """Adds up each value over the processes; exact for counts."""
+        if self.world_size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+def bf16_in_hardware(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 would say yes, and crawl
+    abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def choose_runtime(args: argparse.Namespace) -> Runtime:
+    """Raises ValueError for a device or precision that is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(n for n in available if available[n]) if args.device == "auto" else args.device
+    if not available[name]:
+        raise ValueError(f"--device {name}: PyTorch finds none here; auto takes what there is")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    bf16 = bf16_in_hardware(device)
+    choice = args.precision
+    if choice == "auto":
+        choice = "bf16" if bf16 else "fp16" if name == "cuda" else "fp32"
+    if choice == "bf16" and not bf16:
+        raise ValueError(f"--precision bf16: this {name} has no bf16 of its own; auto takes what there is")
+    if choice == "fp16" and name != "cuda":
+        raise ValueError(f"--precision fp16: needs a CUDA GPU, this is {name}; auto takes what there is")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[choice]
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if name == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 where a product is still fp32
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return Runtime(device, dtype, int(os.environ.get("RANK", 0)), world_size)
+
+
+class LogHandler(logging.Handler):
+    """Lines on stdout that do not garble a progress bar on stderr, and survive a closed pipe."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
+            sys.stdout = open(os.devnull, "w")
+
+
+class LogFormat(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "" if record.name == progress.name else f"{record.levelname}:{record.name}:"
+        return prefix + record.getMessage()
+
+
+def set_up_logging(rank: int) -> None:
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+        old.close()
+    handler = LogHandler() if rank == 0 else logging.NullHandler()
+    handler.setFormatter(LogFormat())
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    disable_progress_bar()
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross entropy of `hidden @ weight.T` against `targets`, without ever holding all the logits.
+
+    A chunk of rows at a time: logits, fp32 log-sum-exp, and, while they are at hand, the gradient softmax - one-hot
+    multiplied on to `hidden` and `weight`. The loss is a sum, so the backward pass only scales what is ready.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_grad: bool) -> Tensor:
+        # hidden (rows, hidden size), weight (vocabulary, hidden size), targets (rows,)
+        weight = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_grad = torch.empty_like(hidden) if with_grad and ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad and ctx.needs_input_grad[1] else None
+        for start in range(0, len(hidden), LOSS_CHUNK):
+            rows = slice(start, start + LOSS_CHUNK)
+            target = targets[rows, None]
+            logits = (hidden[rows] @ weight.t()).float()  # (chunk, vocabulary)
+            log_sum = logits.logsumexp(1, keepdim=True)
+            loss += (log_sum - logits.gather(1, target)).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
+            gradient = logits.sub_(log_sum).exp_()  # the softmax, in place
+            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1))
+            gradient = gradient.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(gradient, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad += gradient.t() @ hidden[rows]
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden_grad, weight_grad = ctx.saved_tensors
+        hidden_grad = None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype)
+        return hidden_grad, None if weight_grad is None else weight_grad * scale, None, None
+
+
+class SummedLoss(nn.Module):
+    """The summed loss over a batch's labelled tokens. (A module, so that DistributedDataParallel can wrap it.)"""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+        # Right padding needs no attention mask: a real token never looks at the padding behind it.
+        hidden = self.model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1).index_select(0, positions)  # the head only where there is a label
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return ChunkedCrossEntropy.apply(hidden, self.model.lm_head.weight, targets, torch.is_grad_enabled())
+
+
+def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
+    """A batch of the data pipeline as SummedLoss takes it, on the device.
+
+    positions: where, in the flattened batch, the next token carries a label; targets: that token. Both are found on
+    the CPU, where the batch is, so that a GPU is never waited for.
+    """
+    labels = batch["labels"]
+    next_label = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1).flatten()
+    positions = (next_label != IGNORED).nonzero().squeeze(1)
+    inputs = {"input_ids": batch["input_ids"], "positions": positions, "targets": next_label[positions]}
+    if runtime.device.type == "cuda":
+        inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+    return {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def evaluate(summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime) -> tuple[float, int]:
+    """(mean loss over the labelled tokens of all held-out rows, their number), over all processes."""
+    training = summed_loss.training
+    summed_loss.eval()
+    loss, tokens = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
+    for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if runtime.rank == 0 else True):
+        inputs = loss_inputs(batch, runtime)
+        with runtime.autocast():
+            loss += summed_loss(**inputs)
+        tokens += len(inputs["targets"])
+    summed_loss.train(training)
+    total, count = runtime.sum_over_ranks(loss.item(), tokens)
+    return total / max(1, count), int(count)
+
+
+# ---- generation ------------------------------------------------------------------------------------------------------
+
+
+def prompt_text(text: str, text_format: str) -> str:
+    """What the model reads for a --prompt: the text in the run's own format.
+
+    For formats with several fields before the response, the text may be a JSON object of them.
+    """
+    if text_format == "output":
+        return text
+    fields = {"instruction": text, "input": ""}
+    if text.lstrip().startswith("{"):
+        try:
+            fields = {"input": ""} | {key: str(value) for key, value in json.loads(text).items()}
+        except (ValueError, AttributeError):
+            pass
+    names = data_pipeline.format_columns(text_format)
+    if text_format != "alpaca":
+        before = text_format.split("||")[0]
+        wanted = [name for name in names if "{" + name + "}" in before]
+        if fields.get("instruction") == text and len(wanted) == 1:
+            fields = {wanted[0]: text}
+        if missing := [name for name in wanted if name not in fields]:
+            raise ValueError(f"--prompt: the format reads {wanted}; give a JSON object, {missing[0]!r} is missing")
+    return split_text(text_format, dict.fromkeys(names, "") | fields)[0]
+
+
+@torch.no_grad()
+def generate_text(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], args: argparse.Namespace,
+    runtime: Runtime,
+) -> tuple[str, bool]:  # fmt: skip
+    """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
+    virtual = len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
+    room = model.config.n_positions - virtual - len(prompt_ids)
+    if room < 1:
+        raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
+    training = model.training
+    model.eval()
+    ids = torch.tensor([prompt_ids], device=runtime.device)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), runtime.autocast():
+        torch.manual_seed(args.seed)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), top_k=0, use_cache=True,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **sampling,
+        )[0, len(prompt_ids) :].tolist()  # fmt: skip
+    model.train(training)
+    stopped = tokenizer.eos_token_id in output
+    if stopped:
+        output = output[: output.index(tokenizer.eos_token_id)]
+    return tokenizer.decode(output), stopped
+
+
+def held_out_prompts(dataset: AlpacaDataset, number: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its first eight tokens."""
+    pairs = []
+    for row in range(min(number, len(dataset))):
+        ids = dataset[row]["input_ids"].tolist()
+        end = int(dataset.prompt_lengths[row]) or min(8, len(ids) - 1)
+        pairs.append((ids[:end], ids[end : None if dataset.truncated[row] else -1]))
+    return pairs
+
+
+def write_predictions(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, dataset: AlpacaDataset, args: argparse.Namespace,
+    runtime: Runtime, path: Path,
+) -> None:  # fmt: skip
+    """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few held-out prompts."""
+    pairs = held_out_prompts(dataset, args.num_samples)
+    if not pairs:
+        return
+    tuned = [generate_text(model, tokenizer, prompt, args, runtime) for prompt, _ in pairs]
+    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
+    base = modify_llm.load_base(chosen).to(runtime.device, runtime.dtype)
+    with open(path, "w", encoding="utf-8") as file:
+        for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
+            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
+            row |= {
+                "base": generate_text(base, tokenizer, prompt, args, runtime)[0],
+                "tuned": answer,
+                "stopped": stopped,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_hash(files: dict) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def write_directory(path: Path, scratch: Path, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a directory, and puts it in its place only when it is whole, with sha256 sums, and synced.
+
+    scratch: a directory on the same disk for what is not yet, or no longer, in its place.
+    """
+    new, old = scratch / f".new_{path.name}", scratch / f".old_{path.name}"
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        write(new)
+        files = {file.name: file_hash(file) for file in sorted(new.iterdir())}
+        modify_llm.write_json(new / "manifest.json", {"files": files, "manifest_sha256": manifest_hash(files)})
+        for item in [*new.iterdir(), new]:
+            sync(item)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def verify_directory(path: Path) -> None:
+    """Raises ValueError unless every file is there as its manifest says, and nothing else is named in it."""
+    manifest = modify_llm.read_json(path / "manifest.json")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("manifest_sha256") != manifest_hash(files):
+        raise ValueError(f"{path}: manifest.json is damaged")
+    for name, expected in files.items():
+        if Path(name).name != name or name in (".", "..") or "\\" in name or (path / name).is_symlink():
+            raise ValueError(f"{path}: manifest.json names {name!r}, which is no plain file of the checkpoint")
+        if not (path / name).is_file():
+            raise ValueError(f"{path}: {name} is missing")
+        if file_hash(path / name) != expected:
+            raise ValueError(f"{path}: {name} is damaged (its checksum differs)")
+
+
+def recover_and_clean(output_dir: Path) -> None:
+    """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
+    for old in output_dir.glob(".old_*"):
+        name = old.name.removeprefix(".old_")
+        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
+        if name in ("best", "final", "base") and not place.exists():
+            old.rename(place)
+    for stale in [*output_dir.glob(".new_*"), *output_dir.glob(".old_*")]:
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all of the training state that is not a tensor."""
+
+    step: int = 0
+    best_loss: float | None = None
+    best_step: int = 0
+    first_loss: float | None = None  # held out, before the first step
+    last_loss: float | None = None  # held out, at the latest evaluation
+    evaluations_without_gain: int = 0
+    evaluation_due: bool = True  # the first one precedes the first step
+    stopped_early: bool = False
+    loss_sum: float = 0.0  # since the last line of the log
+    target_count: int = 0
+    seconds: float = 0.0
+
+
+def random_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The state of every process's generators, gathered."""
+    own = {f"cpu.{runtime.rank}": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        own[f"cuda.{runtime.rank}"] = torch.cuda.get_rng_state(runtime.device)
+    if runtime.world_size == 1:
+        return own
+    gathered: list[dict] = [{}] * runtime.world_size
+    dist.all_gather_object(gathered, own)
+    return {name: state for states in gathered for name, state in states.items()}
+
+
+def restore_random_state(states: dict[str, Tensor], runtime: Runtime) -> None:
+    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
+    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
+
+
+def save_checkpoint(run: "Run") -> None:
+    """checkpoints/step_N: trainable weights, optimizer, random states, progress; what rotates out is removed."""
+    runtime, step = run.runtime, run.progress.step
+    states = random_states(runtime)
+    if runtime.rank != 0:
+        return
+    parameters = trainable_state(run.model)
+    moments = {
+        f"{name}.{key}": value
+        for name, parameter in run.model.named_parameters()
+        if parameter.requires_grad
+        for key, value in run.optimizer.state[parameter].items()
+    }
+
+    def write(directory: Path) -> None:
+        tensors = {"trainable": parameters, "optimizer": moments, "random": states}
+        for name, group in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, directory / f"{name}.safetensors")
+        state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
+        state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
+        state["grad_scaler"] = run.scaler.state_dict()
+        modify_llm.write_json(directory / "state.json", state)
+
+    write_directory(run.checkpoints / f"step_{step:08d}", run.output_dir, write)
+    run.protected.add(step)
+    keep = {step, run.progress.best_step} | ({run.resumed_from} if run.resumed_from is not None else set())
+    others = [path for path in checkpoint_directories(run.checkpoints) if checkpoint_step(path) != step]
+    for path in others[max(0, run.args.save_total_limit - 1) :]:
+        if checkpoint_step(path) not in keep:
+            try:
+                trash = run.output_dir / f".old_{path.name}"
+                path.rename(trash)
+                shutil.rmtree(trash)
+            except OSError as error:
+                logger.warning("%s: cannot be removed: %s", path, error)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoint_directories(checkpoints: Path) -> list[Path]:
+    """step_* directories, newest first."""
+    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Everything in a checkpoint, verified; nothing is unpickled. Raises ValueError."""
+    verify_directory(path)
+    state = modify_llm.read_json(path / "state.json")
+    for name in ("trainable", "optimizer", "random"):
+        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
+    try:
+        state["progress"] = Progress(**state["progress"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'state.json'}: {error}") from None
+    return state
+
+
+def find_checkpoint(resume_from: str, output_dir: Path) -> tuple[Path, dict] | None:
+    """The checkpoint to go on from: under auto the newest good one of output_dir, with a warning for each bad one.
+
+    Raises ValueError for one asked for by its path, or a run directory, that holds no good one.
+    """
+    if resume_from != "auto" and not Path(resume_from).is_dir():
+        raise ValueError(f"--resume_from {resume_from}: no such directory")
+    root = output_dir if resume_from == "auto" else Path(resume_from)
+    if re.fullmatch(r"step_\d+", root.name):
+        try:
+            return root, read_checkpoint(root)
+        except ValueError as error:
+            raise ValueError(f"--resume_from {resume_from}: {error}") from None
+    for path in checkpoint_directories(root / "checkpoints"):
+        try:
+            return path, read_checkpoint(path)
+        except ValueError as error:
+            logger.warning("Checkpoint skipped: %s", error)
+    if resume_from != "auto":
+        raise ValueError(f"--resume_from {resume_from}: holds no good checkpoint")
+    return None
+
+
+def check_same_run(state: dict, settings: dict, world_size: int, path: Path) -> None:
+    """A checkpoint continues only the run that wrote it."""
+    for name, now in settings.items():
+        before = state["settings"].get(name)
+        if name not in FREE_TO_CHANGE and before != now:
+            raise ValueError(f"--resume_from {path}: was trained with --{name} {before}, not {now}")
+    if state["world_size"] != world_size:
+        raise ValueError(f"--resume_from {path}: was trained by {state['world_size']} processes, not {world_size}")
+
+
+# ---- a run -----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The parts of one training run, for the functions below."""
+
+    def __init__(self, args: argparse.Namespace, runtime: Runtime) -> None:
+        self.args, self.runtime = args, runtime
+        self.output_dir = Path(args.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        self.settings = dict(vars(args))
+        self.progress = Progress()
+        self.resumed_from: int | None = None
+        self.protected: set[int] = set()
+        self.stop_signal: int | None = None
+        self.writer: Any = None
+
+    model: GPT2LMHeadModel
+    tokenizer: PreTrainedTokenizerBase
+    summed_loss: SummedLoss
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    train_rows: AlpacaDataset
+    eval_rows: AlpacaDataset
+    dataset_hash: str
+
+
+def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer that the flags name: by default the model's own, or GPT-2's where the model brings none."""
+    if args.tokenizer_name_or_path:
+        return load_tokenizer(args.tokenizer_name_or_path)
+    for directory in (args.adapter_path, args.model_name_or_path):
+        if directory and any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            return load_tokenizer(directory)
+    local = Path(args.model_name_or_path).exists() or args.from_scratch or args.adapter_path
+    return load_tokenizer("gpt2" if local else args.model_name_or_path)
+
+
+def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
+    """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
+    kinds = {"text_format": args.text_format, "max_length": args.max_length}
+
+    def labelled(path: str) -> AlpacaDataset:
+        dataset = load_dataset(path, tokenizer, **kinds)
+        keep = dataset.label_counts > 0
+        if not keep.all():
+            logger.info("%d rows without a label are left out of %s", (~keep).sum(), path)
+        if not keep.any():
+            raise ValueError(f"--dataset_path {path}: no row is left to learn from")
+        return dataset.select(keep)
+
+    none = np.zeros(0, dtype=bool)
+    if args.eval_dataset_path:
+        held_out = labelled(args.eval_dataset_path)
+        train = labelled(args.dataset_path) if args.dataset_path else held_out.select(np.zeros(len(held_out), bool))
+    else:
+        train, held_out = labelled(args.dataset_path).split(args.eval_fraction, args.seed)
+    del none
+    if args.max_samples:
+        train = train.select(np.arange(len(train)) < args.max_samples)
+    if args.max_eval_samples:
+        held_out = held_out.select(np.arange(len(held_out)) < args.max_eval_samples)
+    return train, held_out
+
+
+def build_model(args: argparse.Namespace, output_dir: Path, runtime: Runtime) -> GPT2LMHeadModel:
+    """The model to train: the base with the technique, or what --adapter_path holds.
+
+    A base made from scratch is first written to output_dir/base, so that the result can be loaded on it.
+    """
+    torch.manual_seed(args.seed)
+    if args.adapter_path:
+        given = args.model_name_or_path if args.model_name_or_path != "gpt2" else None
+        model = load_trained(args.adapter_path, given, dropout=args.dropout)
+    else:
+        if args.from_scratch:
+            if runtime.rank == 0 and not (output_dir / "base").exists():
+                base = modify_llm.load_base(args)
+                write_directory(output_dir / "base", output_dir, base.save_pretrained)
+            if runtime.world_size > 1:
+                dist.barrier()
+            torch.manual_seed(args.seed)
+        name = str(output_dir / "base") if args.from_scratch else args.model_name_or_path
+        model = final_modify(args, from_scratch=False, model_name_or_path=name)
+    model.modification |= {"text_format": args.text_format, "max_length": args.max_length}
+    return model
+
+
+def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
+    """To the device: frozen weights in the runtime's precision, trainable ones in fp32."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(runtime.dtype)
+    model.to(runtime.device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradients past a frozen input
+    model.train()
+
+
+def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; no decay on biases, LayerNorms and other 1-D ones."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused
+    )
+
+
+def restore(run: Run, state: dict, path: Path) -> None:
+    """Puts a checkpoint's tensors and progress into the run. Raises ValueError that names what does not fit."""
+    expected = trainable_state(run.model)
+    if state["trainable"].keys() != expected.keys():
+        name = min(state["trainable"].keys() ^ expected.keys())
+        raise ValueError(f"{path}: {name} is {'missing' if name in expected else 'not part of this run'}")
+    modify_llm.put_tensors(run.model, state["trainable"], path)
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            moments = {key: state["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            if any(m is None for m in moments.values()) and run.progress.step:
+                raise ValueError(f"{path}: the optimizer's state of {name} is incomplete")
+            if moments["step"] is not None:
+                if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
+                    raise ValueError(f"{path}: the optimizer's state of {name} has another shape")
+                device = parameter.device
+                run.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
+    run.scaler.load_state_dict(state["grad_scaler"])
+    run.progress, run.resumed_from = state["progress"], state["progress"].step
+    restore_random_state(state["random"], run.runtime)
+
+
+def write_metrics(run: Run, row: dict[str, Any]) -> None:
+    if run.runtime.rank != 0:
+        return
+    with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if run.writer:
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                run.writer.add_scalar(name, value, row["step"])
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Drops the rows after `step`, which a resumed run writes again."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    rows.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the half-written last line of a killed run
+    path.write_text("".join(rows), encoding="utf-8")
+
+
+def run_evaluation(run: Run, loader: DataLoader, epoch: int) -> None:
+    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
+    progress_, runtime = run.progress, run.runtime
+    loss, tokens = evaluate(run.summed_loss, loader, runtime)
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the held-out loss is {loss} at step {progress_.step}")
+    row = {"step": progress_.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    write_metrics(run, row | {"eval_tokens": tokens})
+    progress.info(
+        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
+        epoch, progress_.step, loss, perplexity(loss), f"{tokens:,}",
+    )  # fmt: skip
+    progress_.last_loss = loss
+    if progress_.step == 0:
+        progress_.first_loss = loss
+        return
+    if run.args.num_samples and runtime.rank == 0:
+        for prompt, _ in held_out_prompts(run.eval_rows, run.args.num_samples):
+            answer, _ = generate_text(run.model, run.tokenizer, prompt, run.args, runtime)
+            logger.info("Sample: %s -> %s", one_line(run.tokenizer.decode(prompt)[-60:]), one_line(answer))
+    if progress_.best_loss is None or loss < progress_.best_loss:
+        progress_.best_loss, progress_.best_step, progress_.evaluations_without_gain = loss, progress_.step, 0
+        if runtime.rank == 0:
+            write_directory(run.output_dir / "best", run.output_dir, lambda path: write_model(run, path))
+    else:
+        progress_.evaluations_without_gain += 1
+        patience = run.args.early_stopping_patience
+        progress_.stopped_early = bool(patience) and progress_.evaluations_without_gain >= patience
+
+
+def one_line(text: str) -> str:
+    return repr(text)[:160]
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def write_model(run: Run, directory: Path) -> None:
+    save_trained(run.model, directory)
+    run.tokenizer.save_pretrained(directory)
+
+
+def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]], total: int) -> tuple[float, float]:
+    """One optimizer step over the micro-batches of a window. Returns (summed loss, gradient norm).
+
+    Loss: the sum over the labelled tokens of the window, on all processes, over their number, whatever the cut.
+    """
+    args, runtime, progress_ = run.args, run.runtime, run.progress
+    inputs = [loss_inputs(batch, runtime) for batch in window]
+    own = sum(len(i["targets"]) for i in inputs)
+    targets, stop = runtime.sum_over_ranks(own, run.stop_signal or 0)
+    if stop and not run.stop_signal:
+        run.stop_signal = int(signal.SIGTERM)  # another process was told to stop: all stop at the same step
+    rate = learning_rate_at(progress_.step + 1, total, args)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    loss_sum = torch.zeros((), device=runtime.device)
+    for i, micro_batch in enumerate(inputs):
+        last = i == len(inputs) - 1
+        with nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
+            with runtime.autocast():
+                loss = wrapped(**micro_batch)
+            # DistributedDataParallel averages over the processes; the loss is their sum
+            run.scaler.scale(loss * (runtime.world_size / max(1, targets))).backward()
+        loss_sum += loss.detach()
+    run.scaler.unscale_(run.optimizer)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    if runtime.world_size > 1:
+        dist.all_reduce(loss_sum)
+    loss_value, norm_value = torch.stack([loss_sum, norm.float()]).tolist()  # the one wait for the device in a step
+    if not math.isfinite(loss_value):
+        raise RuntimeError(f"the loss is {loss_value} at step {progress_.step + 1}: try a lower --learning_rate")
+    if not math.isfinite(norm_value) and not run.scaler.is_enabled():
+        raise RuntimeError(
+            f"the gradient norm is {norm_value} at step {progress_.step + 1}: try a lower --learning_rate"
+        )
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1e-3:
+        raise RuntimeError("fp16 gradients overflow again and again: use --precision fp32 or bf16")
+    run.optimizer.zero_grad(set_to_none=True)
+    progress_.step += 1
+    progress_.loss_sum += loss_value
+    progress_.target_count += int(targets)
+    return rate, norm_value
+
+
+def train(run: Run) -> None:
+    """The loop: epochs of windows of micro-batches, an optimizer step each, with what is due at its end."""
+    args, runtime, state = run.args, run.runtime, run.progress
+    shared = {
+        "tokenizer": run.tokenizer, "padding": "longest", "group_by_length": True, "batch_size": args.batch_size,
+        "num_workers": args.num_workers, "rank": runtime.rank, "world_size": runtime.world_size, "seed": args.seed,
+    }  # fmt: skip
+    loader = final_dataset_loader(run.train_rows, accumulation_steps=args.gradient_accumulation_steps, **shared)
+    eval_loader = final_dataset_loader(run.eval_rows, shuffle=False, **shared) if len(run.eval_rows) else None
+    steps = loader.batch_sampler.steps
+    total = args.max_steps or args.epochs * steps
+    if args.warmup_steps is None:
+        args.warmup_steps = min(100, total // 10)
+    if args.warmup_steps >= total and args.scheduler in ("warmup_cosine", "linear"):
+        logger.warning("--warmup_steps %d: the run has %d steps, so it ends while warming up", args.warmup_steps, total)
+    logger.info("🔢 Training batches: %s", f"{steps:,}")
+    logger.info("Rows: %s to train on, %s held out", f"{len(run.train_rows):,}", f"{len(run.eval_rows):,}")
+
+    run.summed_loss = SummedLoss(run.model)
+    if args.compile:
+        run.model.transformer.forward = torch.compile(run.model.transformer.forward, dynamic=True)
+    wrapped: nn.Module = run.summed_loss
+    if runtime.world_size > 1:
+        wrapped = DistributedDataParallel(run.summed_loss, broadcast_buffers=False)
+    wrapped.train()
+    bar = tqdm(total=total, initial=state.step, desc="training", disable=None if runtime.rank == 0 else True)
+    width = max(4, len(str(steps)))
+    clock, tokens = time.perf_counter(), 0
+    windows: Iterator | None = None
+    while True:
+        epoch, step_of_epoch = divmod(state.step, steps)
+        if state.evaluation_due and not run.stop_signal:
+            if eval_loader:
+                shown_epoch = max(0, state.step - 1) // steps
+                run_evaluation(run, eval_loader, shown_epoch)
+            state.evaluation_due = False
+            if state.step and (not args.save_interval or state.step >= total or state.stopped_early):
+                save_checkpoint(run)
+            clock, tokens = time.perf_counter(), 0
+        if run.stop_signal:
+            if state.step != run.resumed_from or state.step == 0:
+                save_checkpoint(run)
+            raise Stopped
+        if state.step >= total or state.stopped_early:
+            break
+        if windows is None or step_of_epoch == 0:
+            loader.batch_sampler.set_epoch(epoch, step_of_epoch)
+            batches = iter(loader)
+            windows = iter(lambda: list(itertools.islice(batches, args.gradient_accumulation_steps)), [])  # noqa: B023
+        window = next(windows)
+        tokens += sum(int(batch["attention_mask"].sum()) for batch in window)
+        rate, norm = train_step(run, wrapped, window, total)
+        bar.update()
+        step, end_of_epoch = state.step, step_of_epoch + 1 == steps
+        if step % args.log_interval == 0 or step >= total:
+            all_tokens, _ = runtime.sum_over_ranks(tokens, 0)
+            loss, speed = state.loss_sum / max(1, state.target_count), all_tokens / (time.perf_counter() - clock)
+            row = {"step": step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss), "lr": rate}
+            write_metrics(run, row | {"grad_norm": norm, "tokens_per_second": speed})
+            progress.info(
+                "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
+                epoch, width, step_of_epoch + 1, steps, loss, perplexity(loss), rate, norm, f"{speed:,.0f}",
+            )  # fmt: skip
+            bar.set_postfix(loss=f"{loss:.3f}")
+            state.loss_sum, state.target_count, clock, tokens = 0.0, 0, time.perf_counter(), 0
+        interval_over = step % args.eval_interval == 0 if args.eval_interval else end_of_epoch
+        state.evaluation_due = interval_over or step >= total
+        if args.save_interval and step % args.save_interval == 0 and step < total:
+            save_checkpoint(run)
+    bar.close()
+    run.total_steps = total
+
+
+def finish(run: Run) -> None:
+    """final/, the curves, the predictions and the closing words."""
+    state, output_dir = run.progress, run.output_dir
+    if run.runtime.rank == 0:
+        write_directory(output_dir / "final", output_dir, lambda path: write_model(run, path))
+        plot_curves(output_dir)
+        write_predictions(
+            run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl"
+        )
+        if state.first_loss is not None and state.last_loss is not None:
+            before, after = perplexity(state.first_loss), perplexity(state.last_loss)
+            best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""
+            progress.info("Held-out perplexity: %.2f before, %.2f after %d steps, %s", before, after, state.step, best)
+        progress.info("Written to %s: best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl", output_dir)
+        best = output_dir / ("best" if state.best_loss is not None else "final")
+        progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', best)
+
+
+def plot_curves(output_dir: Path) -> None:
+    """training_curves.png: loss, perplexity, learning rate and gradient norm over the optimizer steps."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    training, held_out = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    for axes, key, title in zip(panels, ("loss", "perplexity", "lr", "grad_norm"),
+                                ("loss per token", "perplexity", "learning rate", "gradient norm"), strict=True):  # fmt: skip
+        axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
+        if held_out and f"eval_{key}" in held_out[0]:
+            axes.plot(
+                [r["step"] for r in held_out],
+                [r[f"eval_{key}"] for r in held_out],
+                "o-",
+                color="#c44e52",
+                label="held out",
+            )
+            axes.legend()
+        axes.set(xlabel="optimizer step", ylabel=title)
+        axes.grid(alpha=0.3)
+        if key == "perplexity":
+            axes.set_yscale("log")
+    figure.savefig(output_dir / "training_curves.png", dpi=110)
+
+
+@contextmanager
+def output_directory(run: Run) -> Iterator[None]:
+    """Takes the output directory: refuses one that holds a run, locks it, opens the log file; undone at the end."""
+    args, output_dir = run.args, run.output_dir
+    if run.runtime.rank != 0:
+        yield
+        return
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: is a file")
+    holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
+    if holds_run and not args.resume_from and not args.overwrite_output_dir:
+        raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=10)
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
+    try:
+        recover_and_clean(output_dir)
+        yield
+    finally:
+        for handler in logging.getLogger().handlers[1:]:
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+        lock.release()
+
+
+def clear_directory(output_dir: Path) -> None:
+    for pattern in OWN_FILES:
+        for file in output_dir.glob(pattern):
+            file.unlink()
+    for name in OWN_DIRECTORIES:
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+
+
+def start_records(run: Run) -> None:
+    """run.json and the log file."""
+    args = run.args
+    if run.runtime.rank != 0:
+        return
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(run.output_dir / "tensorboard", purge_step=run.progress.step + 1)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
+    total, trainable = modify_llm.parameter_counts(run.model)
+    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
+    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
+    modify_llm.write_json(run.output_dir / "run.json", record)
+
+
+def execute(args: argparse.Namespace, runtime: Runtime) -> int:
+    """One training run, from flags that are in range to final/. Returns the exit status."""
+    run = Run(args, runtime)
+    phase = 2  # bad input until the training starts
+    previous: dict[int, Any] = {}
+    try:
+        with output_directory(run):
+            found = find_checkpoint(args.resume_from, run.output_dir) if args.resume_from else None
+            if args.resume_from and not found:
+                logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
+            if found:
+                check_same_run(found[1], run.settings, runtime.world_size, found[0])
+            run.tokenizer = tokenizer_for(args)
+            run.train_rows, run.eval_rows = load_rows(args, run.tokenizer)
+            if not len(run.train_rows):
+                raise ValueError(f"--dataset_path {args.dataset_path}: no row is left to train on")
+            run.dataset_hash = hashlib.sha256(
+                (run.train_rows.content_hash() + run.eval_rows.content_hash()).encode()
+            ).hexdigest()
+            if found and found[1]["dataset_sha256"] != run.dataset_hash:
+                raise ValueError(f"--resume_from {found[0]}: the dataset has changed since (its content hash differs)")
+            if runtime.rank == 0 and args.overwrite_output_dir:
+                clear_directory(run.output_dir)
+            logger.info("🔧 Using device: %s", runtime.device)
+            run.model = build_model(args, run.output_dir, runtime)
+            check_fits(run)
+            total, trainable = modify_llm.parameter_counts(run.model)
+            logger.info(
+                "📊 Model Parameters:\n   Total: %s\n   Trainable: %s (%.2f%%)",
+                f"{total:,}",
+                f"{trainable:,}",
+                100 * trainable / total,
+            )
+            torch.manual_seed(args.seed + runtime.rank)
+            prepare_model(run.model, args, runtime)
+            run.optimizer = make_optimizer(run.model, args)
+            run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+            if found:
+                restore(run, found[1], found[0])
+                if found[1]["base_fingerprint"] != run.model.base_fingerprint:
+                    raise ValueError(f"--resume_from {found[0]}: was trained on another base model")
+                if finished(run):
+                    logger.info("The run in %s is finished; nothing to do", run.output_dir)
+                    return 0
+                logger.info("Resumed from %s at step %d", found[0], run.progress.step)
+            if runtime.rank == 0:
+                add_log_file(run.output_dir)
+                cut_metrics(run.output_dir / "metrics.jsonl", run.progress.step if found else -1)
+            start_records(run)
+
+            def stop(number: int, _frame: object) -> None:
+                if run.stop_signal and number == signal.SIGINT:
+                    os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
+                run.stop_signal = number
+
+            previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+            phase = 1
+            train(run)
+            finish(run)
+            return 0
+    except Stopped:
+        number = run.stop_signal or signal.SIGTERM
+        logger.info(
+            "Stopped by %s at step %d; continue with --resume_from auto", signal.Signals(number).name, run.progress.step
+        )
+        return 128 + number
+    except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        return fail(error, phase)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def finished(run: Run) -> bool:
+    """Its newest good checkpoint is at the last step, and final/ verifies."""
+    state, args = run.progress, run.args
+    rows = args.batch_size * args.gradient_accumulation_steps * run.runtime.world_size
+    total = args.max_steps or args.epochs * math.ceil(len(run.train_rows) / rows)
+    if state.step < total and not state.stopped_early:
+        return False
+    try:
+        verify_directory(run.output_dir / "final")
+    except ValueError:
+        return False
+    return True
+
+
+def check_fits(run: Run) -> None:
+    """Text, prefix and vocabulary must fit the model."""
+    config, args = run.model.config, run.args
+    virtual = len(run.model.transformer.prefix.embedding) if hasattr(run.model.transformer, "prefix") else 0
+    if args.max_length + virtual > config.n_positions:
+        prefix = f" with a prefix of {virtual}" if virtual else ""
+        raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
+    if len(run.tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer_name_or_path: {len(run.tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
+        )
+
+
+def add_log_file(output_dir: Path) -> None:
+    handler = logging.FileHandler(
+        output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log", encoding="utf-8", errors="replace"
+    )
+    handler.setFormatter(LogFormat())
+    logging.getLogger().addHandler(handler)
+
+
+def fail(error: BaseException, status: int) -> int:
+    """One line on stderr. status: 2 for bad input, 1 for a failure at run time."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
+        reason, status = f"out of memory: lower --batch_size (and raise --gradient_accumulation_steps): {reason}", 1
+    print(f"train_llm.py: error: {reason}", file=sys.stderr)
+    return status
+
+
+def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
+    """--eval_only and --prompt without training: what --adapter_path holds, or the untouched base."""
+    try:
+        tokenizer = tokenizer_for(args)
+        given = args.model_name_or_path if args.model_name_or_path != "gpt2" else None
+        if args.adapter_path:
+            model = load_trained(args.adapter_path, given)
+        else:
+            model = modify_llm.load_base(args)
+            model.modification = {}
+        if args.text_format is None:
+            args.text_format = model.modification.get("text_format", "alpaca")
+        model.to(runtime.device, runtime.dtype).eval()
+        if args.eval_only:
+            _, held_out = load_rows(args, tokenizer)
+            if not len(held_out):
+                raise ValueError("--eval_only: no held-out rows; give --eval_fraction or --eval_dataset_path")
+            loader = final_dataset_loader(
+                held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False,
+                batch_size=args.batch_size, rank=runtime.rank, world_size=runtime.world_size,
+            )  # fmt: skip
+            loss, tokens = evaluate(SummedLoss(model), loader, runtime)
+            line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
+            progress.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
+        answer_prompts(model, tokenizer, args, runtime)
+        return 0
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+    except (RuntimeError, MemoryError) as error:
+        return fail(error, 1)
+
+
+def answer_prompts(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime
+) -> None:
+    for text in args.prompt if runtime.rank == 0 else []:
+        ids = tokenizer(prompt_text(text, args.text_format), add_special_tokens=False)["input_ids"]
+        answer, stopped = generate_text(model, tokenizer, ids or [tokenizer.eos_token_id], args, runtime)
+        progress.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
+
+
+def demo(args: argparse.Namespace, runtime: Runtime) -> int:
+    """A tiny GPT-2 from scratch on one half of the bundled sample, then LoRA on it with the other half."""
+    if args.output_dir == "./outputs":
+        args.output_dir = "./outputs/demo"
+    output_dir = Path(args.output_dir)
+    rows = json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir) as scratch:
+        halves = [Path(scratch) / "pretraining.json", Path(scratch) / "tuning.json"]
+        for half, part in zip(halves, (rows[::2], rows[1::2]), strict=True):
+            half.write_text(json.dumps(part), encoding="utf-8")
+        common = ["--eval_fraction", "0.1", "--max_length", "192", "--seed", str(args.seed), "--device", args.device]
+        common += ["--precision", args.precision, "--num_samples", "1", "--max_new_tokens", "48"]
+        progress.info("Demo, part 1 of 2: a tiny GPT-2 from random weights, in full")
+        base = ["--modification_type", "full", "--from_scratch", "--hidden_size", "128", "--num_hidden_layers", "3"]
+        base += ["--num_attention_heads", "4", "--max_position_embeddings", "256", "--learning_rate", "2e-3"]
+        base += ["--epochs", "12", "--dataset_path", str(halves[0]), "--output_dir", f"{scratch}/base"]
+        status = execute(parse([*base, *common]), runtime)
+        if status:
+            return status
+        clear_directory(output_dir)
+        shutil.move(f"{scratch}/base/final", output_dir / "base")
+        progress.info("\nDemo, part 2 of 2: LoRA on that base")
+        tuned = ["--modification_type", "lora", "--model_name_or_path", str(output_dir / "base"), "--epochs", "6"]
+        tuned += ["--dataset_path", str(halves[1]), "--output_dir", str(output_dir), "--learning_rate", "5e-3"]
+        status = execute(parse([*tuned, *common]), runtime)
+    if status == 0:
+        prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", "What is the capital of France?"]
+        return use_model(
+            parse([*prompt, "--device", args.device, "--precision", args.precision], default_format=False), runtime
+        )
+    return status
+
+
+def parse(argv: list[str] | None, default_format: bool = True) -> argparse.Namespace:
+    """The checked flags; leaves with status 2, all problems on one line, if any is out of range."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.text_format is None and default_format and not (args.adapter_path and not args.dataset_path):
+        args.text_format = "alpaca"
+    checked = argparse.Namespace(**{**vars(args), "text_format": args.text_format or "alpaca"})
+    problems = data_pipeline.data_problems(checked) + modify_llm.model_problems(args) + train_problems(args)
+    if problems:
+        parser.error("; ".join(problems))
+    if args.learning_rate is None:
+        kind = args.prefix_type if args.modification_type == "prefix" else args.modification_type
+        args.learning_rate = LEARNING_RATES[kind]
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    set_up_logging(int(os.environ.get("RANK", 0)))
+    try:
+        runtime = choose_runtime(args)
+    except ValueError as error:
+        return fail(error, 2)
+    try:
+        if args.demo:
+            return demo(args, runtime)
+        if args.eval_only or (args.prompt and not args.dataset_path):
+            return use_model(args, runtime)
+        return execute(args, runtime)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
