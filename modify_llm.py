@@ -580,10 +580,9 @@ class PrefixedGPT2(GPT2Model):
             attention_mask = torch.cat([attention_mask.new_ones(batch_size, prefix_length), attention_mask], dim=1)
         if position_ids is not None:
             position_ids = position_ids + prefix_length
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         if seen:
-            return super().forward(
-                input_ids, past_key_values, attention_mask, None, position_ids, inputs_embeds, **kwargs
-            )
+            return super().forward(input_ids, past_key_values, inputs_embeds=inputs_embeds, **kwargs)
         if isinstance(self.prefix, KeyValuePrefix):
             if self.training and self.gradient_checkpointing:
                 raise ValueError("gradient checkpointing drops the cache that carries a key_value prefix")
@@ -591,15 +590,15 @@ class PrefixedGPT2(GPT2Model):
             dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.wte.weight.dtype
             cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
             cache = self.prefix.fill(cache, batch_size, self.config, dtype)
-            return super().forward(input_ids, cache, attention_mask, None, position_ids, inputs_embeds, **kwargs)
+            return super().forward(input_ids, cache, inputs_embeds=inputs_embeds, **kwargs)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         virtual = self.prefix.embedding.to(inputs_embeds.dtype).expand(batch_size, -1, -1)
         inputs_embeds = torch.cat([virtual, inputs_embeds], dim=1)  # (batch, prefix length + length, hidden)
         if position_ids is not None:
-            first = torch.arange(prefix_length, device=position_ids.device).expand(position_ids.shape[0], -1)
-            position_ids = torch.cat([first, position_ids], dim=1)
-        output = super().forward(None, past_key_values, attention_mask, None, position_ids, inputs_embeds, **kwargs)
+            first = torch.arange(prefix_length, device=position_ids.device).expand(len(position_ids), -1)
+            kwargs["position_ids"] = torch.cat([first, position_ids], dim=1)
+        output = super().forward(None, past_key_values, inputs_embeds=inputs_embeds, **kwargs)
         output.last_hidden_state = output.last_hidden_state[:, prefix_length:]
         return output
 

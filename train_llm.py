@@ -381,12 +381,12 @@ def generate_text(
     training = model.training
     model.eval()
     ids = torch.tensor([prompt_ids], device=runtime.device)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     with torch.random.fork_rng(devices), runtime.autocast():
         torch.manual_seed(args.seed)
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), top_k=0, use_cache=True,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **sampling,
         )[0, len(prompt_ids) :].tolist()  # fmt: skip
     model.train(training)
@@ -416,7 +416,8 @@ def write_predictions(
         return
     tuned = [generate_text(model, tokenizer, prompt, args, runtime) for prompt, _ in pairs]
     chosen = argparse.Namespace(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
-    base = modify_llm.load_base(chosen).to(runtime.device, runtime.dtype)
+    base = modify_llm.load_base(chosen).requires_grad_(False)
+    prepare_model(base, args, runtime)
     with open(path, "w", encoding="utf-8") as file:
         for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
             row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
@@ -719,9 +720,9 @@ def build_model(args: argparse.Namespace, output_dir: Path, runtime: Runtime) ->
 
 
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
-    """To the device: frozen weights in the runtime's precision, trainable ones in fp32."""
+    """To the device: frozen matrices in the runtime's precision, all that trains and all that is 1-D in fp32."""
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter.ndim > 1:
             parameter.data = parameter.data.to(runtime.dtype)
     model.to(runtime.device)
     if args.gradient_checkpointing:
@@ -1177,7 +1178,7 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
             model.modification = {}
         if args.text_format is None:
             args.text_format = model.modification.get("text_format", "alpaca")
-        model.to(runtime.device, runtime.dtype).eval()
+        prepare_model(model.requires_grad_(False), args, runtime)
         if args.eval_only:
             _, held_out = load_rows(args, tokenizer)
             if not len(held_out):
