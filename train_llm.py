@@ -22,10 +22,11 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AttentionInterface, AttentionMaskInterface, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils.logging import disable_progress_bar
 
 import data_pipeline
@@ -53,6 +57,7 @@ progress = logging.getLogger("progress")  # lines without a prefix
 
 # Measured on held-out Alpaca rows by tests/sweep_learning_rates.py; prefixes need the largest steps by far.
 LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
+SHORT_ROW = 384  # tokens
 LOSS_CHUNK = 128  # rows of logits at a time: small enough to stay in cache
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
@@ -66,6 +71,10 @@ OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
 
 class Stopped(Exception):
     """A signal asked for the end; a checkpoint is written."""
+
+
+class Damaged(Exception):
+    """A checkpoint that is not whole."""
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -139,10 +148,10 @@ def train_problems(args: argparse.Namespace) -> list[str]:
     problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
     if args.gradient_checkpointing and args.modification_type == "prefix" and args.prefix_type == "key_value":
         problems.append("--gradient_checkpointing: drops the cache that carries a key_value prefix")
-    uses_only = args.eval_only or args.prompt
-    if not args.dataset_path and not args.demo and not (args.prompt and not args.eval_only):
-        if not (args.eval_only and args.eval_dataset_path):
-            problems.append("--dataset_path: needed" + (" to evaluate" if uses_only else " to train (or --demo)"))
+    if args.eval_only and not (args.dataset_path or args.eval_dataset_path):
+        problems.append("--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of")
+    elif not (args.dataset_path or args.demo or args.eval_only or args.prompt):
+        problems.append("--dataset_path: needed to train (or --demo)")
     if args.resume_from and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: would remove the run that --resume_from continues")
     return problems
@@ -227,7 +236,7 @@ class LogHandler(logging.Handler):
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 class LogFormat(logging.Formatter):
@@ -237,18 +246,29 @@ class LogFormat(logging.Formatter):
 
 
 def set_up_logging(rank: int) -> None:
+    """Process 0 alone speaks; what it says before the log file is open is kept for it."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
-    root = logging.getLogger()
-    for old in root.handlers[:]:
-        root.removeHandler(old)
-        old.close()
-    handler = LogHandler() if rank == 0 else logging.NullHandler()
-    handler.setFormatter(LogFormat())
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
+    handlers = [LogHandler(), MemoryHandler(10_000, flushLevel=100)] if rank == 0 else [logging.NullHandler()]
+    for handler in handlers:
+        handler.setFormatter(LogFormat())
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()
+
+
+def open_log_file(output_dir: Path) -> logging.Handler:
+    """Directs all that was and will be logged to a file too."""
+    path = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
+    file = logging.FileHandler(path, encoding="utf-8", errors="replace")
+    file.setFormatter(LogFormat())
+    root = logging.getLogger()
+    for kept in [handler for handler in root.handlers if isinstance(handler, MemoryHandler)]:
+        kept.setTarget(file)
+        kept.close()
+        root.removeHandler(kept)
+    root.addHandler(file)
+    return file
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -310,6 +330,22 @@ class SummedLoss(nn.Module):
             return ChunkedCrossEntropy.apply(hidden, self.model.lm_head.weight, targets, torch.is_grad_enabled())
 
 
+def short_row_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of (batch, heads, length, head size) for CPUs: up to 384 tokens, three plain steps are two to five times
+    as fast as PyTorch's fused kernel there, which longer rows take. attention_mask: None (causal) or bool, True: seen."""
+    length = query.shape[2]
+    if not 1 < length <= SHORT_ROW:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    scores = (query * kwargs["scaling"]) @ key.transpose(2, 3)  # (batch, heads, length, seen length)
+    if attention_mask is None:
+        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(-1), kwargs.get("dropout", 0.0))
+    return (weights @ value).transpose(1, 2), None
+
+
 def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
     """A batch of the data pipeline as SummedLoss takes it, on the device.
 
@@ -330,14 +366,14 @@ def evaluate(summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime) -> t
     """(mean loss over the labelled tokens of all held-out rows, their number), over all processes."""
     training = summed_loss.training
     summed_loss.eval()
-    loss, tokens = torch.zeros((), dtype=torch.float64, device=runtime.device), 0
+    losses, tokens = [], 0
     for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if runtime.rank == 0 else True):
         inputs = loss_inputs(batch, runtime)
         with runtime.autocast():
-            loss += summed_loss(**inputs)
+            losses.append(summed_loss(**inputs))
         tokens += len(inputs["targets"])
     summed_loss.train(training)
-    total, count = runtime.sum_over_ranks(loss.item(), tokens)
+    total, count = runtime.sum_over_ranks(torch.stack(losses).cpu().double().sum().item(), tokens)
     return total / max(1, count), int(count)
 
 
@@ -351,21 +387,17 @@ def prompt_text(text: str, text_format: str) -> str:
     """
     if text_format == "output":
         return text
-    fields = {"instruction": text, "input": ""}
+    columns = data_pipeline.format_columns(text_format)
+    read = (
+        ["instruction"] if text_format == "alpaca" else [n for n in columns if f"{{{n}}}" in text_format.split("||")[0]]
+    )
+    fields = {read[0]: text} if len(read) == 1 else {}
     if text.lstrip().startswith("{"):
-        try:
-            fields = {"input": ""} | {key: str(value) for key, value in json.loads(text).items()}
-        except (ValueError, AttributeError):
-            pass
-    names = data_pipeline.format_columns(text_format)
-    if text_format != "alpaca":
-        before = text_format.split("||")[0]
-        wanted = [name for name in names if "{" + name + "}" in before]
-        if fields.get("instruction") == text and len(wanted) == 1:
-            fields = {wanted[0]: text}
-        if missing := [name for name in wanted if name not in fields]:
-            raise ValueError(f"--prompt: the format reads {wanted}; give a JSON object, {missing[0]!r} is missing")
-    return split_text(text_format, dict.fromkeys(names, "") | fields)[0]
+        with suppress(ValueError, AttributeError):
+            fields = {name: str(value) for name, value in json.loads(text).items()}
+    if missing := [name for name in read if name not in fields]:
+        raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
+    return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
 
 
 @torch.no_grad()
@@ -381,7 +413,9 @@ def generate_text(
     training = model.training
     model.eval()
     ids = torch.tensor([prompt_ids], device=runtime.device)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
+    )
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     with torch.random.fork_rng(devices), runtime.autocast():
         torch.manual_seed(args.seed)
@@ -496,8 +530,8 @@ def recover_and_clean(output_dir: Path) -> None:
     """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
     for old in output_dir.glob(".old_*"):
         name = old.name.removeprefix(".old_")
-        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
-        if name in ("best", "final", "base") and not place.exists():
+        place = output_dir / name
+        if not place.exists() and not name.startswith("step_"):
             old.rename(place)
     for stale in [*output_dir.glob(".new_*"), *output_dir.glob(".old_*")]:
         shutil.rmtree(stale, ignore_errors=True)
@@ -517,7 +551,6 @@ class Progress:
     stopped_early: bool = False
     loss_sum: float = 0.0  # since the last line of the log
     target_count: int = 0
-    seconds: float = 0.0
 
 
 def random_states(runtime: Runtime) -> dict[str, Tensor]:
@@ -530,12 +563,6 @@ def random_states(runtime: Runtime) -> dict[str, Tensor]:
     gathered: list[dict] = [{}] * runtime.world_size
     dist.all_gather_object(gathered, own)
     return {name: state for states in gathered for name, state in states.items()}
-
-
-def restore_random_state(states: dict[str, Tensor], runtime: Runtime) -> None:
-    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
-    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
 
 
 def save_checkpoint(run: "Run") -> None:
@@ -562,8 +589,7 @@ def save_checkpoint(run: "Run") -> None:
         modify_llm.write_json(directory / "state.json", state)
 
     write_directory(run.checkpoints / f"step_{step:08d}", run.output_dir, write)
-    run.protected.add(step)
-    keep = {step, run.progress.best_step} | ({run.resumed_from} if run.resumed_from is not None else set())
+    keep = {step, run.progress.best_step, run.resumed_from}
     others = [path for path in checkpoint_directories(run.checkpoints) if checkpoint_step(path) != step]
     for path in others[max(0, run.args.save_total_limit - 1) :]:
         if checkpoint_step(path) not in keep:
@@ -586,76 +612,123 @@ def checkpoint_directories(checkpoints: Path) -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint, verified; nothing is unpickled. Raises ValueError."""
-    verify_directory(path)
-    state = modify_llm.read_json(path / "state.json")
-    for name in ("trainable", "optimizer", "random"):
-        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
+    """Everything in a checkpoint, verified; nothing is unpickled. Raises Damaged."""
     try:
+        verify_directory(path)
+        state = modify_llm.read_json(path / "state.json")
+        for name in ("trainable", "optimizer", "random"):
+            state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
         state["progress"] = Progress(**state["progress"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'state.json'}: {error}") from None
+        if missing := {"settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"} - state.keys():
+            raise ValueError(f"state.json lacks {min(missing)}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(str(error).removeprefix(f"{path}: ")) from None
     return state
 
 
-def find_checkpoint(resume_from: str, output_dir: Path) -> tuple[Path, dict] | None:
-    """The checkpoint to go on from: under auto the newest good one of output_dir, with a warning for each bad one.
+def resume(run: "Run") -> None:
+    """Goes on from --resume_from: under auto from the newest good checkpoint, with a warning for each bad one.
 
-    Raises ValueError for one asked for by its path, or a run directory, that holds no good one.
+    Raises ValueError for a checkpoint of another run, or one asked for by its path that is not good.
     """
-    if resume_from != "auto" and not Path(resume_from).is_dir():
-        raise ValueError(f"--resume_from {resume_from}: no such directory")
-    root = output_dir if resume_from == "auto" else Path(resume_from)
-    if re.fullmatch(r"step_\d+", root.name):
+    wanted = run.args.resume_from
+    root = run.output_dir if wanted == "auto" else Path(wanted)
+    if wanted != "auto" and not root.is_dir():
+        raise ValueError(f"--resume_from {wanted}: no such directory")
+    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
+    for path in [root] if by_path else checkpoint_directories(root / "checkpoints"):
         try:
-            return root, read_checkpoint(root)
-        except ValueError as error:
-            raise ValueError(f"--resume_from {resume_from}: {error}") from None
-    for path in checkpoint_directories(root / "checkpoints"):
-        try:
-            return path, read_checkpoint(path)
-        except ValueError as error:
-            logger.warning("Checkpoint skipped: %s", error)
-    if resume_from != "auto":
-        raise ValueError(f"--resume_from {resume_from}: holds no good checkpoint")
-    return None
+            state = read_checkpoint(path)
+            check_same_run(run, state, path)
+            check_tensors(run, state)
+        except Damaged as error:
+            if by_path:
+                raise ValueError(f"--resume_from {path}: {error}") from None
+            logger.warning("Checkpoint skipped: %s: %s", path, error)
+            continue
+        restore(run, state)
+        logger.info("Resumed from %s at step %d", path, run.progress.step)
+        return
+    if wanted != "auto":
+        raise ValueError(f"--resume_from {wanted}: holds no good checkpoint")
+    logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
 
 
-def check_same_run(state: dict, settings: dict, world_size: int, path: Path) -> None:
-    """A checkpoint continues only the run that wrote it."""
-    for name, now in settings.items():
+def check_same_run(run: "Run", state: dict, path: Path) -> None:
+    """A checkpoint continues only the run that wrote it; raises ValueError that names the difference."""
+    where = f"--resume_from {path}"
+    for name, now in run.settings.items():
         before = state["settings"].get(name)
         if name not in FREE_TO_CHANGE and before != now:
-            raise ValueError(f"--resume_from {path}: was trained with --{name} {before}, not {now}")
-    if state["world_size"] != world_size:
-        raise ValueError(f"--resume_from {path}: was trained by {state['world_size']} processes, not {world_size}")
+            raise ValueError(f"{where}: was trained with --{name} {before}, not {now}")
+    if state["world_size"] != run.runtime.world_size:
+        raise ValueError(f"{where}: was trained by {state['world_size']} processes, not {run.runtime.world_size}")
+    if state["dataset_sha256"] != run.dataset_hash:
+        raise ValueError(f"{where}: the dataset has changed since (its content hash differs)")
+    if state["base_fingerprint"] != run.model.base_fingerprint:
+        raise ValueError(f"{where}: was trained on another base model")
+
+
+def check_tensors(run: "Run", state: dict) -> None:
+    """Raises Damaged, naming the tensor, unless the checkpoint holds just what this run trains, in the same shapes."""
+    parameters = trainable_state(run.model)
+    expected = {"trainable": {name: p.shape for name, p in parameters.items()}, "optimizer": {}}
+    if state["progress"].step:
+        for name, p in parameters.items():
+            expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
+    for kind, shapes in expected.items():
+        if names := state[kind].keys() ^ shapes.keys():
+            raise Damaged(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
+        for name, shape in shapes.items():
+            if state[kind][name].shape != torch.Size(shape):
+                raise Damaged(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
+
+
+def restore(run: "Run", state: dict) -> None:
+    """Puts a checkpoint's tensors, progress and random state into the run."""
+    modify_llm.put_tensors(run.model, state["trainable"], run.checkpoints)
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad and state["progress"].step:
+            moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    run.scaler.load_state_dict(state["grad_scaler"])
+    run.progress, run.resumed_from = state["progress"], state["progress"].step
+    runtime, states = run.runtime, state["random"]
+    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
+    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------
 
 
 class Run:
-    """The parts of one training run, for the functions below."""
-
-    def __init__(self, args: argparse.Namespace, runtime: Runtime) -> None:
-        self.args, self.runtime = args, runtime
-        self.output_dir = Path(args.output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
-        self.settings = dict(vars(args))
-        self.progress = Progress()
-        self.resumed_from: int | None = None
-        self.protected: set[int] = set()
-        self.stop_signal: int | None = None
-        self.writer: Any = None
+    """The parts of one training run, for the functions below; `prepare` makes what is only declared here."""
 
     model: GPT2LMHeadModel
     tokenizer: PreTrainedTokenizerBase
-    summed_loss: SummedLoss
-    optimizer: torch.optim.AdamW
-    scaler: torch.amp.GradScaler
     train_rows: AlpacaDataset
     eval_rows: AlpacaDataset
     dataset_hash: str
+    loader: DataLoader
+    eval_loader: DataLoader | None
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    steps_per_epoch: int
+    total_steps: int
+
+    def __init__(self, args: argparse.Namespace, runtime: Runtime) -> None:
+        self.args, self.runtime = args, runtime
+        self.settings = dict(vars(args))
+        self.output_dir = Path(args.output_dir)
+        self.checkpoints = self.output_dir / "checkpoints"
+        self.progress = Progress()
+        self.resumed_from: int | None = None
+        self.signal: int | None = None  # what this process was told
+        self.stopping = False  # what all processes agreed on
+        self.lock: filelock.FileLock | None = None
+        self.log_file: logging.Handler | None = None
+        self.writer: Any = None
 
 
 def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -671,24 +744,21 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 
 def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
-    kinds = {"text_format": args.text_format, "max_length": args.max_length}
 
     def labelled(path: str) -> AlpacaDataset:
-        dataset = load_dataset(path, tokenizer, **kinds)
+        dataset = load_dataset(path, tokenizer, text_format=args.text_format, max_length=args.max_length)
         keep = dataset.label_counts > 0
-        if not keep.all():
-            logger.info("%d rows without a label are left out of %s", (~keep).sum(), path)
         if not keep.any():
             raise ValueError(f"--dataset_path {path}: no row is left to learn from")
+        if not keep.all():
+            logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
         return dataset.select(keep)
 
-    none = np.zeros(0, dtype=bool)
     if args.eval_dataset_path:
         held_out = labelled(args.eval_dataset_path)
-        train = labelled(args.dataset_path) if args.dataset_path else held_out.select(np.zeros(len(held_out), bool))
+        train = held_out.select(np.zeros(len(held_out), dtype=bool)) if args.eval_only else labelled(args.dataset_path)
     else:
         train, held_out = labelled(args.dataset_path).split(args.eval_fraction, args.seed)
-    del none
     if args.max_samples:
         train = train.select(np.arange(len(train)) < args.max_samples)
     if args.max_eval_samples:
@@ -696,27 +766,33 @@ def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
     return train, held_out
 
 
-def build_model(args: argparse.Namespace, output_dir: Path, runtime: Runtime) -> GPT2LMHeadModel:
-    """The model to train: the base with the technique, or what --adapter_path holds.
+def given_model(args: argparse.Namespace) -> str | None:
+    """--model_name_or_path, where it says more than its default."""
+    return args.model_name_or_path if args.model_name_or_path != "gpt2" else None
 
-    A base made from scratch is first written to output_dir/base, so that the result can be loaded on it.
-    """
+
+def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
+    """The model to train: the base with the technique, or what --adapter_path holds."""
     torch.manual_seed(args.seed)
     if args.adapter_path:
-        given = args.model_name_or_path if args.model_name_or_path != "gpt2" else None
-        model = load_trained(args.adapter_path, given, dropout=args.dropout)
+        model = load_trained(args.adapter_path, given_model(args), dropout=args.dropout)
+    elif args.from_scratch and args.resume_from and (output_dir / "base").is_dir():
+        model = final_modify(args, from_scratch=False, model_name_or_path=str(output_dir / "base"))
     else:
-        if args.from_scratch:
-            if runtime.rank == 0 and not (output_dir / "base").exists():
-                base = modify_llm.load_base(args)
-                write_directory(output_dir / "base", output_dir, base.save_pretrained)
-            if runtime.world_size > 1:
-                dist.barrier()
-            torch.manual_seed(args.seed)
-        name = str(output_dir / "base") if args.from_scratch else args.model_name_or_path
-        model = final_modify(args, from_scratch=False, model_name_or_path=name)
+        model = final_modify(args)
     model.modification |= {"text_format": args.text_format, "max_length": args.max_length}
     return model
+
+
+def save_scratch_base(run: "Run") -> None:
+    """Writes the random base that the run starts from (the seed makes it again) to base/, to load the result on."""
+    base_dir, args = run.output_dir / "base", run.args
+    if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            base = modify_llm.load_base(args)
+        write_directory(base_dir, run.output_dir, base.save_pretrained)
+    run.model.base_path = run.model.base_name = str(base_dir)
 
 
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
@@ -725,6 +801,13 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
         if not parameter.requires_grad and parameter.ndim > 1:
             parameter.data = parameter.data.to(runtime.dtype)
     model.to(runtime.device)
+    for block in model.transformer.h:
+        if model.config.activation_function == "gelu_new":  # the same function, fused
+            block.mlp.act = nn.GELU(approximate="tanh")
+    if runtime.device.type == "cpu":
+        AttentionInterface.register("short_rows", short_row_attention)
+        AttentionMaskInterface.register("short_rows", sdpa_mask)
+        model.set_attn_implementation("short_rows")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradients past a frozen input
     model.train()
@@ -741,28 +824,6 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=args.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=fused
     )
-
-
-def restore(run: Run, state: dict, path: Path) -> None:
-    """Puts a checkpoint's tensors and progress into the run. Raises ValueError that names what does not fit."""
-    expected = trainable_state(run.model)
-    if state["trainable"].keys() != expected.keys():
-        name = min(state["trainable"].keys() ^ expected.keys())
-        raise ValueError(f"{path}: {name} is {'missing' if name in expected else 'not part of this run'}")
-    modify_llm.put_tensors(run.model, state["trainable"], path)
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad:
-            moments = {key: state["optimizer"].get(f"{name}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            if any(m is None for m in moments.values()) and run.progress.step:
-                raise ValueError(f"{path}: the optimizer's state of {name} is incomplete")
-            if moments["step"] is not None:
-                if moments["exp_avg"].shape != parameter.shape or moments["exp_avg_sq"].shape != parameter.shape:
-                    raise ValueError(f"{path}: the optimizer's state of {name} has another shape")
-                device = parameter.device
-                run.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
-    run.scaler.load_state_dict(state["grad_scaler"])
-    run.progress, run.resumed_from = state["progress"], state["progress"].step
-    restore_random_state(state["random"], run.runtime)
 
 
 def write_metrics(run: Run, row: dict[str, Any]) -> None:
@@ -789,10 +850,10 @@ def cut_metrics(path: Path, step: int) -> None:
     path.write_text("".join(rows), encoding="utf-8")
 
 
-def run_evaluation(run: Run, loader: DataLoader, epoch: int) -> None:
+def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
     """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
     progress_, runtime = run.progress, run.runtime
-    loss, tokens = evaluate(run.summed_loss, loader, runtime)
+    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
     if not math.isfinite(loss):
         raise RuntimeError(f"the held-out loss is {loss} at step {progress_.step}")
     row = {"step": progress_.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
@@ -832,18 +893,17 @@ def write_model(run: Run, directory: Path) -> None:
     run.tokenizer.save_pretrained(directory)
 
 
-def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]], total: int) -> tuple[float, float]:
-    """One optimizer step over the micro-batches of a window. Returns (summed loss, gradient norm).
+def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) -> tuple[float, float]:
+    """One optimizer step over the micro-batches of a window. Returns (learning rate, gradient norm).
 
     Loss: the sum over the labelled tokens of the window, on all processes, over their number, whatever the cut.
     """
     args, runtime, progress_ = run.args, run.runtime, run.progress
     inputs = [loss_inputs(batch, runtime) for batch in window]
     own = sum(len(i["targets"]) for i in inputs)
-    targets, stop = runtime.sum_over_ranks(own, run.stop_signal or 0)
-    if stop and not run.stop_signal:
-        run.stop_signal = int(signal.SIGTERM)  # another process was told to stop: all stop at the same step
-    rate = learning_rate_at(progress_.step + 1, total, args)
+    targets, told_to_stop = runtime.sum_over_ranks(own, run.signal is not None)
+    run.stopping = told_to_stop > 0  # one process was told: all stop at the same step
+    rate = learning_rate_at(progress_.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     loss_sum = torch.zeros((), device=runtime.device)
@@ -879,61 +939,40 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]], to
 
 
 def train(run: Run) -> None:
-    """The loop: epochs of windows of micro-batches, an optimizer step each, with what is due at its end."""
-    args, runtime, state = run.args, run.runtime, run.progress
-    shared = {
-        "tokenizer": run.tokenizer, "padding": "longest", "group_by_length": True, "batch_size": args.batch_size,
-        "num_workers": args.num_workers, "rank": runtime.rank, "world_size": runtime.world_size, "seed": args.seed,
-    }  # fmt: skip
-    loader = final_dataset_loader(run.train_rows, accumulation_steps=args.gradient_accumulation_steps, **shared)
-    eval_loader = final_dataset_loader(run.eval_rows, shuffle=False, **shared) if len(run.eval_rows) else None
-    steps = loader.batch_sampler.steps
-    total = args.max_steps or args.epochs * steps
-    if args.warmup_steps is None:
-        args.warmup_steps = min(100, total // 10)
-    if args.warmup_steps >= total and args.scheduler in ("warmup_cosine", "linear"):
-        logger.warning("--warmup_steps %d: the run has %d steps, so it ends while warming up", args.warmup_steps, total)
-    logger.info("🔢 Training batches: %s", f"{steps:,}")
-    logger.info("Rows: %s to train on, %s held out", f"{len(run.train_rows):,}", f"{len(run.eval_rows):,}")
-
-    run.summed_loss = SummedLoss(run.model)
+    """The loop: epochs of windows of micro-batches, an optimizer step each, then whatever is due."""
+    args, runtime, state, total, steps = run.args, run.runtime, run.progress, run.total_steps, run.steps_per_epoch
     if args.compile:
         run.model.transformer.forward = torch.compile(run.model.transformer.forward, dynamic=True)
-    wrapped: nn.Module = run.summed_loss
+    summed_loss = wrapped = SummedLoss(run.model).train()
     if runtime.world_size > 1:
-        wrapped = DistributedDataParallel(run.summed_loss, broadcast_buffers=False)
-    wrapped.train()
+        wrapped = DistributedDataParallel(summed_loss, broadcast_buffers=False)
     bar = tqdm(total=total, initial=state.step, desc="training", disable=None if runtime.rank == 0 else True)
-    width = max(4, len(str(steps)))
-    clock, tokens = time.perf_counter(), 0
-    windows: Iterator | None = None
+    width, batches, clock, tokens = max(4, len(str(steps))), None, time.perf_counter(), 0
     while True:
         epoch, step_of_epoch = divmod(state.step, steps)
-        if state.evaluation_due and not run.stop_signal:
-            if eval_loader:
-                shown_epoch = max(0, state.step - 1) // steps
-                run_evaluation(run, eval_loader, shown_epoch)
+        stopping = run.stopping or (runtime.world_size == 1 and run.signal is not None)
+        if state.evaluation_due and not stopping:
+            if run.eval_loader:
+                run_evaluation(run, summed_loss, max(0, state.step - 1) // steps)
             state.evaluation_due = False
             if state.step and (not args.save_interval or state.step >= total or state.stopped_early):
                 save_checkpoint(run)
             clock, tokens = time.perf_counter(), 0
-        if run.stop_signal:
-            if state.step != run.resumed_from or state.step == 0:
-                save_checkpoint(run)
+        if stopping:
+            save_checkpoint(run)
             raise Stopped
         if state.step >= total or state.stopped_early:
             break
-        if windows is None or step_of_epoch == 0:
-            loader.batch_sampler.set_epoch(epoch, step_of_epoch)
-            batches = iter(loader)
-            windows = iter(lambda: list(itertools.islice(batches, args.gradient_accumulation_steps)), [])  # noqa: B023
-        window = next(windows)
+        if batches is None or step_of_epoch == 0:
+            run.loader.batch_sampler.set_epoch(epoch, step_of_epoch)
+            batches = iter(run.loader)
+        window = list(itertools.islice(batches, args.gradient_accumulation_steps))
         tokens += sum(int(batch["attention_mask"].sum()) for batch in window)
-        rate, norm = train_step(run, wrapped, window, total)
+        rate, norm = train_step(run, wrapped, window)
         bar.update()
         step, end_of_epoch = state.step, step_of_epoch + 1 == steps
         if step % args.log_interval == 0 or step >= total:
-            all_tokens, _ = runtime.sum_over_ranks(tokens, 0)
+            (all_tokens,) = runtime.sum_over_ranks(tokens)
             loss, speed = state.loss_sum / max(1, state.target_count), all_tokens / (time.perf_counter() - clock)
             row = {"step": step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss), "lr": rate}
             write_metrics(run, row | {"grad_norm": norm, "tokens_per_second": speed})
@@ -943,12 +982,10 @@ def train(run: Run) -> None:
             )  # fmt: skip
             bar.set_postfix(loss=f"{loss:.3f}")
             state.loss_sum, state.target_count, clock, tokens = 0.0, 0, time.perf_counter(), 0
-        interval_over = step % args.eval_interval == 0 if args.eval_interval else end_of_epoch
-        state.evaluation_due = interval_over or step >= total
+        state.evaluation_due = step >= total or (step % args.eval_interval == 0 if args.eval_interval else end_of_epoch)
         if args.save_interval and step % args.save_interval == 0 and step < total:
             save_checkpoint(run)
     bar.close()
-    run.total_steps = total
 
 
 def finish(run: Run) -> None:
@@ -996,144 +1033,140 @@ def plot_curves(output_dir: Path) -> None:
     figure.savefig(output_dir / "training_curves.png", dpi=110)
 
 
-@contextmanager
-def output_directory(run: Run) -> Iterator[None]:
-    """Takes the output directory: refuses one that holds a run, locks it, opens the log file; undone at the end."""
-    args, output_dir = run.args, run.output_dir
-    if run.runtime.rank != 0:
-        yield
-        return
+def refuse_used_directory(args: argparse.Namespace) -> None:
+    output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
     holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
     if holds_run and not args.resume_from and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
+
+
+def take_output_directory(run: Run) -> None:
+    """Makes and locks the output directory, clears away what a crash or --overwrite_output_dir leaves to clear, and
+    starts the run's records: run.json, metrics.jsonl, the log file."""
+    args, output_dir = run.args, run.output_dir
+    if run.runtime.rank != 0:
+        return
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output_dir / ".lock")
     try:
-        lock.acquire(timeout=10)
+        lock.acquire(timeout=10)  # the DataLoader workers of a killed run hold it for some seconds more
     except filelock.Timeout:
         raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
-    try:
-        recover_and_clean(output_dir)
-        yield
-    finally:
-        for handler in logging.getLogger().handlers[1:]:
-            logging.getLogger().removeHandler(handler)
-            handler.close()
-        lock.release()
+    run.lock = lock
+    recover_and_clean(output_dir)
+    if args.overwrite_output_dir:
+        clear_directory(output_dir)
+    cut_metrics(output_dir / "metrics.jsonl", run.progress.step if run.resumed_from is not None else -1)
+    run.log_file = open_log_file(output_dir)
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+    total, trainable = modify_llm.parameter_counts(run.model)
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
+    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
+    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
+    modify_llm.write_json(output_dir / "run.json", record)
 
 
 def clear_directory(output_dir: Path) -> None:
-    for pattern in OWN_FILES:
-        for file in output_dir.glob(pattern):
-            file.unlink()
+    """Removes what a run wrote, and nothing else."""
+    for file in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN_FILES):
+        file.unlink()
     for name in OWN_DIRECTORIES:
         shutil.rmtree(output_dir / name, ignore_errors=True)
 
 
-def start_records(run: Run) -> None:
-    """run.json and the log file."""
-    args = run.args
-    if run.runtime.rank != 0:
-        return
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        run.writer = SummaryWriter(run.output_dir / "tensorboard", purge_step=run.progress.step + 1)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
+def prepare(run: Run) -> None:
+    """Everything that can be found wrong before the first step, in memory: nothing is written yet."""
+    args, runtime = run.args, run.runtime
+    run.tokenizer = tokenizer_for(args)
+    run.train_rows, run.eval_rows = load_rows(args, run.tokenizer)
+    if not len(run.train_rows):
+        raise ValueError(f"--dataset_path {args.dataset_path}: no row is left to train on")
+    hashes = run.train_rows.content_hash() + run.eval_rows.content_hash()
+    run.dataset_hash = hashlib.sha256(hashes.encode()).hexdigest()
+    logger.info("🔧 Using device: %s", runtime.device)
+    run.model = build_model(args, run.output_dir)
+    check_fits(run)
     total, trainable = modify_llm.parameter_counts(run.model)
-    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
-    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
-    modify_llm.write_json(run.output_dir / "run.json", record)
+    counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
+    logger.info("📊 Model Parameters:\n%s", counts)
+    prepare_model(run.model, args, runtime)
+    run.optimizer = make_optimizer(run.model, args)
+    run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    shared = {
+        "tokenizer": run.tokenizer, "padding": "longest", "group_by_length": True, "batch_size": args.batch_size,
+        "num_workers": args.num_workers, "rank": runtime.rank, "world_size": runtime.world_size, "seed": args.seed,
+    }  # fmt: skip
+    run.loader = final_dataset_loader(run.train_rows, accumulation_steps=args.gradient_accumulation_steps, **shared)
+    run.eval_loader = final_dataset_loader(run.eval_rows, shuffle=False, **shared) if len(run.eval_rows) else None
+    run.steps_per_epoch = run.loader.batch_sampler.steps
+    run.total_steps = args.max_steps or args.epochs * run.steps_per_epoch
+    if args.warmup_steps is None:
+        args.warmup_steps = min(100, run.total_steps // 10)
+    elif args.warmup_steps >= run.total_steps and args.scheduler in ("warmup_cosine", "linear"):
+        logger.warning(
+            "--warmup_steps %d: the run ends at step %d, still warming up", args.warmup_steps, run.total_steps
+        )
+    logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
+    logger.info("Rows: %s to train on, %s held out", f"{len(run.train_rows):,}", f"{len(run.eval_rows):,}")
+    torch.manual_seed(args.seed + runtime.rank)
+    if args.resume_from:
+        resume(run)
 
 
 def execute(args: argparse.Namespace, runtime: Runtime) -> int:
     """One training run, from flags that are in range to final/. Returns the exit status."""
-    run = Run(args, runtime)
-    phase = 2  # bad input until the training starts
-    previous: dict[int, Any] = {}
+    run, status, previous = Run(args, runtime), 2, {}
+
+    def stop(number: int, _frame: object) -> None:
+        if run.signal and number == signal.SIGINT:
+            os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
+        run.signal = number
+
     try:
-        with output_directory(run):
-            found = find_checkpoint(args.resume_from, run.output_dir) if args.resume_from else None
-            if args.resume_from and not found:
-                logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
-            if found:
-                check_same_run(found[1], run.settings, runtime.world_size, found[0])
-            run.tokenizer = tokenizer_for(args)
-            run.train_rows, run.eval_rows = load_rows(args, run.tokenizer)
-            if not len(run.train_rows):
-                raise ValueError(f"--dataset_path {args.dataset_path}: no row is left to train on")
-            run.dataset_hash = hashlib.sha256(
-                (run.train_rows.content_hash() + run.eval_rows.content_hash()).encode()
-            ).hexdigest()
-            if found and found[1]["dataset_sha256"] != run.dataset_hash:
-                raise ValueError(f"--resume_from {found[0]}: the dataset has changed since (its content hash differs)")
-            if runtime.rank == 0 and args.overwrite_output_dir:
-                clear_directory(run.output_dir)
-            logger.info("🔧 Using device: %s", runtime.device)
-            run.model = build_model(args, run.output_dir, runtime)
-            check_fits(run)
-            total, trainable = modify_llm.parameter_counts(run.model)
-            logger.info(
-                "📊 Model Parameters:\n   Total: %s\n   Trainable: %s (%.2f%%)",
-                f"{total:,}",
-                f"{trainable:,}",
-                100 * trainable / total,
-            )
-            torch.manual_seed(args.seed + runtime.rank)
-            prepare_model(run.model, args, runtime)
-            run.optimizer = make_optimizer(run.model, args)
-            run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-            if found:
-                restore(run, found[1], found[0])
-                if found[1]["base_fingerprint"] != run.model.base_fingerprint:
-                    raise ValueError(f"--resume_from {found[0]}: was trained on another base model")
-                if finished(run):
-                    logger.info("The run in %s is finished; nothing to do", run.output_dir)
-                    return 0
-                logger.info("Resumed from %s at step %d", found[0], run.progress.step)
-            if runtime.rank == 0:
-                add_log_file(run.output_dir)
-                cut_metrics(run.output_dir / "metrics.jsonl", run.progress.step if found else -1)
-            start_records(run)
-
-            def stop(number: int, _frame: object) -> None:
-                if run.stop_signal and number == signal.SIGINT:
-                    os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
-                run.stop_signal = number
-
-            previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-            phase = 1
-            train(run)
-            finish(run)
+        refuse_used_directory(args)
+        prepare(run)
+        if finished(run):
+            logger.info("The run in %s is finished; nothing to do", run.output_dir)
             return 0
+        take_output_directory(run)
+        status = 1  # from here on a failure is the run's
+        if args.from_scratch:
+            save_scratch_base(run)
+        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        train(run)
+        finish(run)
+        return 0
     except Stopped:
-        number = run.stop_signal or signal.SIGTERM
-        logger.info(
-            "Stopped by %s at step %d; continue with --resume_from auto", signal.Signals(number).name, run.progress.step
-        )
+        number = signal.Signals(run.signal or signal.SIGTERM)
+        logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, run.progress.step)
         return 128 + number
     except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        return fail(error, phase)
+        return fail(error, status)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if run.log_file:
+            logging.getLogger().removeHandler(run.log_file)
+            run.log_file.close()
+        if run.lock:
+            run.lock.release()
 
 
 def finished(run: Run) -> bool:
     """Its newest good checkpoint is at the last step, and final/ verifies."""
-    state, args = run.progress, run.args
-    rows = args.batch_size * args.gradient_accumulation_steps * run.runtime.world_size
-    total = args.max_steps or args.epochs * math.ceil(len(run.train_rows) / rows)
-    if state.step < total and not state.stopped_early:
+    if run.resumed_from is None or (run.progress.step < run.total_steps and not run.progress.stopped_early):
         return False
     try:
         verify_directory(run.output_dir / "final")
     except ValueError:
         return False
-    return True
+    return not run.progress.evaluation_due
 
 
 def check_fits(run: Run) -> None:
@@ -1149,14 +1182,6 @@ def check_fits(run: Run) -> None:
         )
 
 
-def add_log_file(output_dir: Path) -> None:
-    handler = logging.FileHandler(
-        output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log", encoding="utf-8", errors="replace"
-    )
-    handler.setFormatter(LogFormat())
-    logging.getLogger().addHandler(handler)
-
-
 def fail(error: BaseException, status: int) -> int:
     """One line on stderr. status: 2 for bad input, 1 for a failure at run time."""
     reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -1170,14 +1195,8 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
     """--eval_only and --prompt without training: what --adapter_path holds, or the untouched base."""
     try:
         tokenizer = tokenizer_for(args)
-        given = args.model_name_or_path if args.model_name_or_path != "gpt2" else None
-        if args.adapter_path:
-            model = load_trained(args.adapter_path, given)
-        else:
-            model = modify_llm.load_base(args)
-            model.modification = {}
-        if args.text_format is None:
-            args.text_format = model.modification.get("text_format", "alpaca")
+        torch.manual_seed(args.seed)
+        model = load_trained(args.adapter_path, given_model(args)) if args.adapter_path else modify_llm.load_base(args)
         prepare_model(model.requires_grad_(False), args, runtime)
         if args.eval_only:
             _, held_out = load_rows(args, tokenizer)
@@ -1241,20 +1260,27 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
     return status
 
 
-def parse(argv: list[str] | None, default_format: bool = True) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """The checked flags; leaves with status 2, all problems on one line, if any is out of range."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.text_format is None and default_format and not (args.adapter_path and not args.dataset_path):
-        args.text_format = "alpaca"
-    checked = argparse.Namespace(**{**vars(args), "text_format": args.text_format or "alpaca"})
-    problems = data_pipeline.data_problems(checked) + modify_llm.model_problems(args) + train_problems(args)
+    if args.text_format is None:
+        args.text_format = saved_text_format(args.adapter_path) or "alpaca"
+    problems = data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
     if problems:
         parser.error("; ".join(problems))
     if args.learning_rate is None:
-        kind = args.prefix_type if args.modification_type == "prefix" else args.modification_type
-        args.learning_rate = LEARNING_RATES[kind]
+        technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
+        args.learning_rate = LEARNING_RATES[technique]
     return args
+
+
+def saved_text_format(adapter_path: str | None) -> str | None:
+    """The format that --adapter_path was trained with."""
+    try:
+        return modify_llm.read_json(Path(adapter_path or "") / modify_llm.METADATA).get("text_format")
+    except ValueError:
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:

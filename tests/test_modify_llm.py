@@ -1,0 +1,1340 @@
+"""Claim: each technique of modify_llm.py computes what its paper writes and trains what the published tables count,
+and what it saves is what PEFT and transformers themselves load, with equal logits.
+
+    python -m pytest tests/test_modify_llm.py -q
+
+Needs peft, accelerate and matplotlib, which the technique's own code never imports.
+"""
+
+import argparse
+import ast
+import copy
+import dataclasses
+import io
+import json
+import logging
+import math
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import peft
+import pytest
+import torch
+from conftest import tiny_gpt2
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, pipeline
+
+import modify_llm
+from modify_llm import (
+    BottleneckAdapter,
+    LoRALayer,
+    apply_adapters,
+    apply_full_finetuning,
+    apply_lora,
+    apply_prefix,
+    apply_selective_freezing,
+    final_modify,
+    load_trained,
+    main,
+    merge_lora,
+    parameter_counts,
+    save_trained,
+    statistics,
+    trainable_state,
+)
+
+HIDDEN, LAYERS, VOCAB, POSITIONS, LENGTH = 32, 3, 300, 64, 6
+CONV1D = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+
+
+def small(**overrides):
+    """A GPT-2 small enough for dozens of tests, with weights large enough for clearly different logits."""
+    sizes = {"vocab_size": VOCAB, "n_layer": LAYERS, "n_positions": POSITIONS, "initializer_range": 0.2}
+    special = {"bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1}
+    return tiny_gpt2(**{**sizes, **special, **overrides})
+
+
+def perturb(model, scale=0.05, seed=1):
+    """Moves every trainable parameter off its start, as training would, so that no update is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) * scale
+    return model.eval()
+
+
+def token_ids(rows=2, length=9, seed=2, vocab=VOCAB):
+    return torch.randint(vocab - 1, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, ids=None, **inputs):
+    return model.eval()(input_ids=token_ids() if ids is None else ids, **inputs).logits
+
+
+def close(a, b, relative=1e-5):
+    """Equal up to rounding, as the norm of the difference: fp32 sums in another order differ in the last bits."""
+    return a.shape == b.shape and bool(torch.linalg.norm(a - b) <= relative * torch.linalg.norm(b))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The small model as a local directory."""
+    directory = tmp_path_factory.mktemp("small_base")
+    small().save_pretrained(directory)
+    return str(directory)
+
+
+def plain(directory):
+    return GPT2LMHeadModel.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def modified(base, **settings):
+    return final_modify(model_name_or_path=base, **{"prefix_length": LENGTH, "adapter_size": 8, **settings})
+
+
+def refused(capsys, argv):
+    """The message of a refusal, which is exit status 2 and a single line on stderr."""
+    with pytest.raises(SystemExit) as exit_status:
+        main(argv)
+    captured = capsys.readouterr()
+    assert exit_status.value.code == 2
+    lines = captured.err.strip().split("\n")
+    assert len(lines) == 1 and lines[0].startswith("modify_llm.py: error: "), captured.err
+    return lines[0].removeprefix("modify_llm.py: error: ")
+
+
+TECHNIQUES = {
+    "lora": {"modification_type": "lora"},
+    "lora on thirds": {"lora_target_modules": ["c_attn.q", "c_attn.v"]},
+    "pfeiffer": {"modification_type": "adapter"},
+    "houlsby": {"modification_type": "adapter", "adapter_placement": "houlsby"},
+    "embedding prefix": {"modification_type": "prefix"},
+    "key_value prefix": {"modification_type": "prefix", "prefix_type": "key_value"},
+    "reparametrised prefix": {
+        "modification_type": "prefix",
+        "prefix_type": "key_value",
+        "prefix_projection_size": 24,
+    },
+    "selective": {"modification_type": "selective", "freeze_layers": [0]},
+    "selective, head frozen": {"modification_type": "selective", "freeze_layers": [0, 1], "freeze_head": True},
+    "full": {"modification_type": "full"},
+}
+every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=TECHNIQUES.keys())
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "trainable", "total", "ratio"),
+    [
+        ("--modification_type full", 124_439_808, 124_439_808, "1.0000 (100.00%)"),
+        ("", 589_824, 125_029_632, "0.0047 (0.47%)"),
+        ("--trainable_modules wte,wpe,ln_1,ln_2,ln_f", 40_012_032, 125_029_632, "0.3200 (32.00%)"),
+        ("--lora_target_modules c_attn.q,c_attn.v", 147_456, 124_587_264, "0.0012 (0.12%)"),
+        ("--lora_rank 8 --lora_target_modules c_attn", 294_912, 124_734_720, "0.0024 (0.24%)"),
+        ("--modification_type adapter", 1_189_632, 125_629_440, "0.0095 (0.95%)"),
+        ("--modification_type adapter --adapter_placement houlsby", 2_379_264, 126_819_072, "0.0188 (1.88%)"),
+        (
+            "--modification_type adapter --adapter_placement houlsby --adapter_size 128",
+            4_740_096,
+            129_179_904,
+            "0.0367 (3.67%)",
+        ),
+        ("--modification_type prefix", 38_400, 124_478_208, "0.0003 (0.03%)"),
+        ("--modification_type prefix --prefix_type key_value", 921_600, 125_361_408, "0.0074 (0.74%)"),
+        ("--modification_type selective --freeze_layers 0-5", 81_126_144, 124_439_808, "0.6519 (65.19%)"),
+        ("--modification_type selective", 95_301_888, 124_439_808, "0.7658 (76.58%)"),
+    ],
+)
+def test_flags_reproduce_the_published_counts(capsys, flags, trainable, total, ratio):
+    assert main(flags.split()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("📊 Final Parameter Statistics:")
+    assert [line.strip() for line in lines[start + 1 : start + 4]] == [
+        f"Total parameters: {total:,}",
+        f"Trainable parameters: {trainable:,}",
+        f"Trainable ratio: {ratio}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "hidden", "published"),
+    [
+        ("distilgpt2", 6, 768, 81_912_576),
+        ("gpt2", 12, 768, 124_439_808),
+        ("openai-community/gpt2", 12, 768, 124_439_808),
+        ("gpt2-medium", 24, 1024, 354_823_168),
+        ("gpt2-large", 36, 1280, 774_030_080),
+        ("gpt2-xl", 48, 1600, 1_557_611_200),
+    ],
+)
+def test_the_published_sizes_are_counted_without_their_weights(capsys, name, layers, hidden, published):
+    block = 12 * hidden**2 + 13 * hidden  # four projections with biases, two LayerNorms
+    assert published == (50257 + 1024) * hidden + layers * block + 2 * hidden
+    main(["--modification_type", "full", "--model_name_or_path", name])
+    assert f"Total parameters: {published:,}\n" in capsys.readouterr().out
+
+
+def test_every_parameter_has_its_line_and_the_lines_add_up(capsys):
+    main([])
+    out = capsys.readouterr().out
+    assert "🔍 Parameter Trainability Status:\n" in out
+    assert "✅ transformer.h.0.attn.c_attn.lora_A: Trainable (3,072 params)\n" in out
+    assert "❄️  transformer.h.0.attn.c_attn.original_layer.weight: Frozen (1,769,472 params)\n" in out
+    counted = {"✅": 0, "❄️": 0}
+    for line in out.splitlines():
+        if line.endswith(" params)"):
+            counted[line.split()[0]] += int(line.rpartition("(")[2].split()[0].replace(",", ""))
+    assert counted == {"✅": 589_824, "❄️": 124_439_808}
+
+
+@every_technique
+def test_the_script_counts_what_the_built_model_holds(capsys, base, settings):
+    flags = [f"--{key}={','.join(map(str, v)) if isinstance(v, list) else v}" for key, v in settings.items()]
+    flags += ["--model_name_or_path", base, "--prefix_length", str(LENGTH), "--adapter_size", "8"]
+    main(flags)
+    assert capsys.readouterr().out.strip() == statistics(modified(base, **settings)).strip()
+
+
+def test_a_model_from_scratch_takes_its_sizes_from_the_flags(capsys):
+    flags = "--from_scratch --vocab_size 100 --hidden_size 24 --num_attention_heads 3 --num_hidden_layers 5"
+    main([*flags.split(), "--max_position_embeddings", "40", "--modification_type", "full"])
+    total = (100 + 40) * 24 + 5 * (12 * 24**2 + 13 * 24) + 2 * 24
+    assert f"Total parameters: {total:,}\n" in capsys.readouterr().out
+
+
+def test_compare_shows_every_technique_and_plot_writes_a_picture(capsys, tmp_path):
+    picture = tmp_path / "compared.png"
+    assert main(["--compare", "--plot", str(picture)]) == 0
+    out = capsys.readouterr().out
+    for counted in (124_439_808, 81_126_144, 589_824, 147_456, 2_379_264, 1_189_632, 921_600, 38_400):
+        assert f" {counted:,} " in out
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_compare_counts_the_model_that_the_flags_name(capsys):
+    main(["--compare", "--model_name_or_path", "gpt2-medium"])
+    assert f" {12 * 7_087_872 * 0 + 354_823_168:,} " in capsys.readouterr().out
+
+
+def test_a_terminal_without_emoji_gets_the_lines_all_the_same(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    main([])
+    sys.stdout.flush()
+    text = written.getvalue().decode("cp1252")
+    assert "Final Parameter Statistics:" in text and "transformer.h.0.attn.c_attn.lora_A: Trainable" in text
+
+
+def test_no_peft_at_run_time():
+    tree = ast.parse(Path(modify_llm.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
+    assert packages <= {"torch", "transformers", "safetensors", "huggingface_hub", "matplotlib"}
+
+
+# ---- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def peft_twin(model, ours, **config):
+    """PEFT's LoRA on a copy of the base, with the same A and B."""
+    settings = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **config}
+    twin = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+    state = {n: p for n, p in ours.named_parameters() if ".lora_" in n}
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if ".lora_" in name:
+                own_name = name.removeprefix("base_model.model.").replace(".default.weight", "")
+                parameter.copy_(state.pop(own_name))
+    assert not state
+    return twin
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "alpha", "untied"),
+    [
+        (["c_attn", "c_proj", "c_fc"], 4, 8.0, False),
+        (["attn.c_proj"], 1, 3.0, False),
+        (["c_fc", "lm_head"], 6, 6.0, True),
+    ],
+)
+def test_lora_trains_as_peft_does(targets, rank, alpha, untied):
+    model = small(tie_word_embeddings=not untied)
+    ours = perturb(apply_lora(copy.deepcopy(model), rank, alpha, target_modules=targets), 0.02).train()
+    theirs = peft_twin(model, ours, r=rank, lora_alpha=alpha, target_modules=targets).train()
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3) for m in (ours, theirs)]
+    for step in range(20):
+        ids = token_ids(4, 12, seed=step)
+        outputs = [m(input_ids=ids, labels=ids) for m in (ours, theirs)]
+        for output in outputs:
+            output.loss.backward()
+        assert close(outputs[0].logits, outputs[1].logits)
+        assert outputs[0].loss.item() == pytest.approx(outputs[1].loss.item(), rel=1e-5)
+        gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        own = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+        assert len(own) == len(gradients)
+        for name, gradient in own.items():
+            assert close(gradient, gradients[f"base_model.model.{name}.default.weight"]), (step, name)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not close(outputs[0].logits, model(input_ids=ids).logits, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("target", "layers"),
+    [
+        ("c_proj", ["attn.c_proj", "mlp.c_proj"]),
+        ("attn.c_proj", ["attn.c_proj"]),
+        ("mlp.c_proj", ["mlp.c_proj"]),
+        ("c_fc", ["mlp.c_fc"]),
+        ("c_attn.k", ["attn.c_attn"]),
+    ],
+)
+def test_a_target_matches_by_suffix_and_its_number_of_layers_is_logged(caplog, target, layers):
+    with caplog.at_level(logging.INFO, logger="modify_llm"):
+        model = apply_lora(small(), target_modules=[target])
+    wrapped = {name for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    assert wrapped == {f"transformer.h.{i}.{name}" for i in range(LAYERS) for name in layers}
+    assert f"{target}: {len(wrapped)} layers" in caplog.text
+
+
+def test_a_full_name_matches_one_layer():
+    model = apply_lora(small(n_layer=12), target_modules=["h.1.mlp.c_fc"])
+    assert set(trainable_state(model)) == {f"transformer.h.1.mlp.c_fc.lora_{part}" for part in "AB"}
+
+
+def test_lora_trains_a_and_b_alone_and_names_them_so():
+    model = apply_lora(small(), 4)
+    expected = {f"transformer.h.{i}.{n}.lora_{part}" for i in range(LAYERS) for n in CONV1D for part in "AB"}
+    state = trainable_state(model)
+    assert set(state) == expected
+    assert state["transformer.h.0.mlp.c_proj.lora_A"].shape == (4, 4 * HIDDEN)
+    assert state["transformer.h.0.mlp.c_proj.lora_B"].shape == (HIDDEN, 4)
+    assert "transformer.h.0.mlp.c_proj.original_layer.weight" in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj", "c_fc"], ["c_attn.q", "c_attn.v"]])
+def test_a_starts_uniform_within_its_fan_in_and_b_at_zero(targets):
+    base = small(n_embd=64)
+    model = apply_lora(copy.deepcopy(base), 16, target_modules=targets)
+    for layer in (module for module in model.modules() if isinstance(module, LoRALayer)):
+        bound = 1 / math.sqrt(layer.original_layer.weight.shape[0])  # Conv1D: (in_features, out_features)
+        assert 0.95 * bound < layer.lora_A.abs().max() <= bound
+        assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert not layer.lora_B.any()
+    assert torch.equal(logits(model), logits(base))
+
+
+@pytest.mark.parametrize("thirds", ["q", "k", "v", "vq", "qkv"])
+def test_a_third_changes_its_own_columns_alone(thirds):
+    model = perturb(apply_lora(small(), 3, 6.0, target_modules=[f"c_attn.{third}" for third in thirds]))
+    layer, x = model.transformer.h[1].attn.c_attn, torch.randn(2, 5, HIDDEN)
+    expected = torch.zeros(2, 5, 3 * HIDDEN)
+    for i, third in enumerate(sorted(thirds, key="qkv".index)):
+        A, B = layer.lora_A[3 * i : 3 * i + 3], layer.lora_B[HIDDEN * i : HIDDEN * (i + 1)]
+        column = HIDDEN * "qkv".index(third)
+        expected[..., column : column + HIDDEN] = 6.0 / 3 * (x @ A.T @ B.T)
+    update = layer(x) - layer.original_layer(x)
+    assert close(update, expected, 1e-5)
+    untouched = expected == 0
+    assert untouched.any() == (len(thirds) < 3) and not update[untouched].any()
+    assert close(x @ layer.get_delta_weight(), expected, 1e-5)
+
+
+def test_dropout_acts_on_the_input_of_a_and_only_while_training():
+    model = perturb(apply_lora(small(), 4, 8.0, dropout=0.5))
+    layer, x = model.transformer.h[0].mlp.c_fc, torch.randn(2, 5, HIDDEN)
+    A, B = layer.lora_A, layer.lora_B
+    assert close(layer(x), layer.original_layer(x) + 2 * x @ A.T @ B.T)
+    layer.train()
+    torch.manual_seed(3)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(3)
+    assert close(layer(x), layer.original_layer(x) + 2 * dropped @ A.T @ B.T)
+
+
+def test_the_tied_head_is_no_target():
+    with pytest.raises(ValueError, match="lm_head.*shares its weight"):
+        apply_lora(small(), target_modules=["lm_head"])
+
+
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj", "c_fc"], ["c_attn.q", "c_attn.v"], ["c_fc", "lm_head"]])
+def test_a_merged_model_is_a_plain_one_with_equal_logits(targets):
+    base = small(tie_word_embeddings="lm_head" not in targets)
+    model = perturb(apply_lora(copy.deepcopy(base), 4, 8.0, target_modules=targets))
+    expected = logits(model)
+    merged = merge_lora(model)
+    assert type(merged) is GPT2LMHeadModel and merged.state_dict().keys() == base.state_dict().keys()
+    assert {type(m) for m in merged.modules()} == {type(m) for m in base.modules()}
+    assert close(logits(merged), expected, 1e-4) and not close(expected, logits(base), 1e-2)
+
+
+@pytest.mark.parametrize("target", ["c_attn", "c_attn.v", "lm_head"])
+def test_merging_is_explicit_goes_back_and_is_refused_twice(target):
+    model = small(tie_word_embeddings=target != "lm_head")
+    model = perturb(apply_lora(model, target_modules=[target]))
+    layer = model.lm_head if target == "lm_head" else model.transformer.h[0].attn.c_attn
+    original, expected = layer.original_layer.weight.clone(), logits(model)
+    assert torch.equal(layer.original_layer.weight, original), "eval() alone merged"
+    with pytest.raises(RuntimeError, match="not merged"):
+        layer.unmerge()
+    layer.merge()
+    assert not close(layer.original_layer.weight, original, 1e-3) and close(logits(model), expected, 1e-4)
+    with pytest.raises(RuntimeError, match="merged already"):
+        layer.merge()
+    layer.unmerge()
+    assert close(layer.original_layer.weight, original, 1e-6) and close(logits(model), expected, 1e-4)
+
+
+def test_merging_a_model_whose_layers_are_partly_merged_adds_each_update_once():
+    model = perturb(apply_lora(small()))
+    expected = logits(model)
+    model.transformer.h[1].mlp.c_fc.merge()
+    assert close(logits(merge_lora(model)), expected, 1e-4)
+    with pytest.raises(ValueError, match="no LoRA"):
+        merge_lora(small())
+
+
+# ---- bottleneck adapters ---------------------------------------------------------------------------------------------
+
+
+def gelu(x):
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def adapted(adapter, h):
+    """Houlsby et al., 2019, section 2.1: a bottleneck with a skip connection."""
+    if adapter is None:
+        return h
+    down, up = adapter.down_proj, adapter.up_proj
+    return h + gelu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
+
+
+def forward_by_hand(model, ids, dropout):
+    """GPT-2's logits written out, with an adapter between each sub-layer's dropout and its residual addition."""
+    body, (rows, length) = model.transformer, ids.shape
+
+    def normed(norm, h):
+        return F.layer_norm(h, (HIDDEN,), norm.weight, norm.bias)
+
+    def dense(layer, h):
+        return h @ layer.weight + layer.bias
+
+    h = body.wte.weight[ids] + body.wpe.weight[:length]
+    for block in body.h:
+        adapters = [module for module in block.modules() if isinstance(module, BottleneckAdapter)]
+        after_attention, after_mlp = [None, *adapters][-2:]
+        x = dense(block.attn.c_attn, normed(block.ln_1, h))
+        q, k, v = (part.view(rows, length, 4, -1).transpose(1, 2) for part in x.chunk(3, dim=-1))
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        x = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+        x = dense(block.attn.c_proj, x.transpose(1, 2).reshape(rows, length, HIDDEN))
+        h = h + adapted(after_attention, F.dropout(x, dropout))
+        x = dense(block.mlp.c_proj, gelu(dense(block.mlp.c_fc, normed(block.ln_2, h))))
+        h = h + adapted(after_mlp, F.dropout(x, dropout))
+    return normed(body.ln_f, h) @ body.wte.weight.T
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("placement", "per_block"), [("pfeiffer", 1), ("houlsby", 2)])
+def test_adapters_stand_between_dropout_and_residual_as_in_the_papers(placement, per_block, dropout):
+    model = perturb(apply_adapters(small(resid_pdrop=dropout), 8, placement=placement), 0.2).train()
+    assert sum(isinstance(module, BottleneckAdapter) for module in model.modules()) == per_block * LAYERS
+    torch.manual_seed(4)
+    expected = forward_by_hand(model, token_ids(), dropout)
+    torch.manual_seed(4)
+    assert close(model(input_ids=token_ids()).logits, expected)
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby"])
+def test_adapters_start_as_the_exact_identity_and_are_all_that_trains(placement):
+    base = small()
+    model = apply_adapters(copy.deepcopy(base), 8, placement=placement)
+    assert torch.equal(logits(model), logits(base))
+    one = 8 * HIDDEN + 8 + HIDDEN * 8 + HIDDEN
+    adapters = LAYERS * (2 if placement == "houlsby" else 1)
+    assert parameter_counts(model) == (base.num_parameters() + adapters * one, adapters * one)
+    assert set(base.state_dict()) <= set(model.state_dict())
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "up_proj.weight" in n)
+
+
+# ---- prefixes --------------------------------------------------------------------------------------------------------
+
+PREFIXES = {name: settings for name, settings in TECHNIQUES.items() if "prefix" in name}
+every_prefix = pytest.mark.parametrize("settings", PREFIXES.values(), ids=PREFIXES.keys())
+both_prefixes = pytest.mark.parametrize("prefix_type", ["embedding", "key_value"])
+START = [7, 250, 31, 31, 112, 5]  # real tokens to start a prefix from
+
+
+def prefixed(prefix_type, model=None, noise=0.5, **settings):
+    settings = {"init_ids": START, "prefix_length": LENGTH, **settings}
+    return perturb(apply_prefix(small() if model is None else model, prefix_type=prefix_type, **settings), noise)
+
+
+def after_start(model, ids):
+    """The base's logits on the text, with the real tokens of START put before it."""
+    start = torch.tensor(START).expand(len(ids), -1)
+    return logits(model, torch.cat([start, ids], 1))[:, LENGTH:]
+
+
+@pytest.mark.parametrize(
+    ("prefix_type", "projection_size", "relative"),
+    [("embedding", 0, 1e-5), ("key_value", 0, 1e-5), ("key_value", 40, 1e-3)],
+)
+def test_a_prefix_starts_as_the_real_tokens_it_is_made_of(prefix_type, projection_size, relative):
+    base = small()
+    model = prefixed(prefix_type, copy.deepcopy(base), noise=0, projection_size=projection_size)
+    assert close(logits(model), after_start(base, token_ids()), relative)
+    assert not close(logits(model), logits(base), 0.1)
+
+
+def test_a_prefix_starts_from_real_tokens_by_default():
+    base = small()
+    model = apply_prefix(copy.deepcopy(base), 4)
+    rows = model.transformer.prefix.prompt_embeddings()[:, None] == base.transformer.wte.weight
+    assert rows.all(-1).any(-1).all() and len(set(rows.all(-1).nonzero()[:, 1].tolist())) == 4
+
+
+STRIDES = 8
+
+
+def counting_rows(generator, rows, stride=None):
+    """Rows that count modulo 32 in steps of a stride; a row of a random stride says so in its first token."""
+    strides = torch.randint(1, STRIDES + 1, (rows, 1), generator=generator) if stride is None else stride
+    counted = (torch.randint(32, (rows, 1), generator=generator) + strides * torch.arange(12)) % 32
+    return counted if stride is not None else torch.cat([32 + strides, counted], 1)
+
+
+@pytest.fixture(scope="module")
+def counting_base():
+    """A model that has learnt what each of the tokens 33 to 40 asks it to do."""
+    model = tiny_gpt2(vocab_size=48, n_positions=32, bos_token_id=0, eos_token_id=0).train()
+    generator, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW(model.parameters(), 5e-3)
+    for _ in range(200):
+        ids = counting_rows(generator, 32)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefix_type": "key_value"}, {"prefix_type": "key_value", "projection_size": 32}])
+def test_a_real_start_trains_faster_than_a_random_one(counting_base, settings):
+    def mean_loss(random_std=None):
+        model = apply_prefix(copy.deepcopy(counting_base), 4, init_ids=[33, 35, 39, 34], **settings)
+        torch.manual_seed(0)
+        if random_std:
+            for parameter in trainable_state(model).values():
+                nn.init.normal_(parameter, std=random_std)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+        generator, losses = torch.Generator().manual_seed(1), []
+        for _ in range(20):
+            ids = counting_rows(generator, 16, stride=5)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return sum(losses) / len(losses)
+
+    real = mean_loss()
+    assert real < 0.7 * mean_loss(random_std=0.02) and real < 0.7 * mean_loss(random_std=1.0)
+
+
+@both_prefixes
+def test_a_missing_attention_mask_means_that_all_tokens_count(prefix_type):
+    model = prefixed(prefix_type)
+    assert close(logits(model), logits(model, attention_mask=torch.ones_like(token_ids())), 1e-6)
+
+
+@both_prefixes
+def test_right_padding_leaves_each_row_as_it_is_alone(prefix_type):
+    model, ids = prefixed(prefix_type), token_ids(3, 9)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((9, 5, 2)):
+        mask[row, length:] = 0
+    padded = logits(model, ids, attention_mask=mask)
+    labels = ids.masked_fill(mask == 0, -100)
+    loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    losses = []
+    for row, length in enumerate((9, 5, 2)):
+        alone = logits(model, ids[row : row + 1, :length])
+        assert close(padded[row, :length], alone[0], 1e-5)
+        losses += F.cross_entropy(alone[0, :-1], ids[row, 1:length], reduction="none").tolist()
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def generated(model, ids, **settings):
+    torch.manual_seed(5)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
+    return model.generate(ids, **{"attention_mask": torch.ones_like(ids), **settings})
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(
+    "decoding",
+    [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["greedy", "sampling", "beams", "several samples"],
+)
+@both_prefixes
+def test_generation_sees_the_prefix_as_it_would_the_tokens_it_is_made_of(prefix_type, decoding, use_cache):
+    base, ids = small(), token_ids(2, 5)
+    model = prefixed(prefix_type, copy.deepcopy(base), noise=0)
+    start = torch.tensor(START).expand(2, -1)
+    expected = generated(base, torch.cat([start, ids], 1), **decoding)[:, LENGTH:]
+    assert torch.equal(generated(model, ids, use_cache=use_cache, **decoding), expected)
+    assert not torch.equal(generated(base, ids, **decoding), expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@both_prefixes
+def test_rows_padded_on_the_left_generate_as_they_do_alone(prefix_type, use_cache):
+    model, ids = prefixed(prefix_type), token_ids(3, 7)
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 3, 5)):
+        mask[row, :pads] = 0
+    together = generated(model, ids * mask, attention_mask=mask, use_cache=use_cache)
+    for row, pads in enumerate((0, 3, 5)):
+        assert torch.equal(together[row, 7:], generated(model, ids[row : row + 1, pads:])[0, 7 - pads :])
+
+
+@both_prefixes
+def test_text_and_prefix_fill_the_positions_and_no_more(prefix_type):
+    model, room = prefixed(prefix_type), POSITIONS - LENGTH
+    assert logits(model, token_ids(1, room)).isfinite().all()
+    with pytest.raises(ValueError, match=f"{POSITIONS + 1} tokens.* {POSITIONS} positions"):
+        logits(model, token_ids(1, room + 1))
+    with pytest.raises(ValueError, match=f"{POSITIONS} positions"):
+        generated(model, token_ids(1, room - 3), max_new_tokens=8)
+    with pytest.raises(ValueError, match=f"prefix_length {POSITIONS}"):
+        apply_prefix(small(), POSITIONS)
+
+
+@every_prefix
+def test_the_loss_of_a_prefixed_model_is_over_the_text_alone(settings, base):
+    model = perturb(modified(base, **settings))
+    ids = token_ids()
+    expected = F.cross_entropy(logits(model)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@every_prefix
+def test_every_virtual_token_gets_a_gradient(settings, base):
+    model = modified(base, **settings)
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad.flatten(1).any(1).all() for n, p in model.named_parameters() if n.endswith("embedding"))
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
+
+
+def test_the_reparametrisation_is_computed_out_when_saved(base, tmp_path):
+    model = perturb(modified(base, **TECHNIQUES["reparametrised prefix"]))
+    save_trained(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in saved.items()} == {
+        "prompt_embeddings": (LENGTH, LAYERS * 2 * HIDDEN)
+    }
+    loaded = load_trained(tmp_path)
+    assert parameter_counts(loaded)[1] == LENGTH * LAYERS * 2 * HIDDEN
+    assert close(logits(loaded), logits(model))
+
+
+def test_prefix_bounds_are_checked():
+    for wrong in ({"prefix_length": 0}, {"prefix_type": "other"}, {"projection_size": 8}):
+        with pytest.raises(ValueError, match=next(iter(wrong)).removeprefix("prefix_")):
+            apply_prefix(small(), **wrong)
+
+
+# ---- selective and full ----------------------------------------------------------------------------------------------
+
+
+def trained_modules(model):
+    """Which blocks and which modules outside them hold trainable parameters."""
+    names = {name.removeprefix("transformer.") for name in trainable_state(model)}
+    return {".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"freeze_layers": "0-1"}, {"h.2", "wte", "ln_f"}),
+        ({"freeze_layers": [0, 2]}, {"h.1", "wte", "ln_f"}),
+        ({"freeze_layers": [], "freeze_head": True}, {"h.0", "h.1", "h.2"}),
+        ({"freeze_layers": [1], "freeze_head": True, "trainable_modules": ["wpe"]}, {"h.0", "h.2", "wpe"}),
+        ({"freeze_layers": "0-2", "freeze_head": True, "trainable_modules": "ln_f"}, {"ln_f"}),
+    ],
+)
+def test_selective_freezing_trains_the_other_blocks_and_the_head(base, settings, expected):
+    model = modified(base, modification_type="selective", **settings)
+    assert trained_modules(model) == expected
+    blocks = [set(trainable_state(block)) for block in model.transformer.h]
+    assert all(not names or len(names) == 12 for names in blocks)
+
+
+def test_full_finetuning_trains_everything(base):
+    model = modified(base, modification_type="full")
+    assert set(trainable_state(model)) == set(dict(model.named_parameters()))
+
+
+def test_the_optimizer_holds_no_state_for_frozen_weights(base):
+    model = modified(base, modification_type="selective", freeze_layers=[0, 1])
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    optimizer.step()
+    held = {name for name, parameter in model.named_parameters() if parameter in optimizer.state}
+    assert held == set(trainable_state(model)) and len(held) == 12 + 3
+
+
+@pytest.mark.parametrize(("freeze_head", "reached"), [(True, [False, False, True]), (False, [True, True, True])])
+def test_backward_stops_below_the_lowest_layer_that_trains(base, freeze_head, reached):
+    model = modified(base, modification_type="selective", freeze_layers=[0, 1], freeze_head=freeze_head)
+    fired = {}
+
+    def watch(i):
+        def hook(module, inputs, output):
+            fired[i] = False
+            if output.requires_grad:
+                output.register_hook(lambda _: fired.__setitem__(i, True))
+
+        return hook
+
+    for i, block in enumerate(model.transformer.h):
+        block.register_forward_hook(watch(i))
+    model.transformer.wte.register_forward_hook(watch("wte"))
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert [fired[i] for i in range(LAYERS)] == reached and fired["wte"] is not freeze_head
+
+
+# ---- all techniques --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["ln_f"], {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
+        (["h.1.ln_2"], {"transformer.h.1.ln_2.weight", "transformer.h.1.ln_2.bias"}),
+        (["ln_1"], {f"transformer.h.{i}.ln_1.{kind}" for i in range(LAYERS) for kind in ("weight", "bias")}),
+        (["wte", "wpe"], {"transformer.wte.weight", "transformer.wpe.weight"}),
+        (["lm_head"], {"transformer.wte.weight"}),
+        (["mlp.c_proj"], {f"transformer.h.{i}.mlp.c_proj.{kind}" for i in range(LAYERS) for kind in ("weight", "bias")}),
+    ],
+)
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda model, **extra: apply_lora(model, target_modules=["c_attn"], **extra),
+        apply_adapters,
+        lambda model, **extra: apply_prefix(model, LENGTH, **extra),
+        lambda model, **extra: apply_prefix(model, LENGTH, prefix_type="key_value", **extra),
+    ],
+    ids=["lora", "adapter", "embedding prefix", "key_value prefix"],
+)
+def test_trainable_modules_train_besides_the_technique_s_own(apply, names, expected):
+    own = set(trainable_state(apply(small())))
+    assert set(trainable_state(apply(small(), trainable_modules=names))) == own | expected
+
+
+@pytest.mark.parametrize("suffix", ["c_attn", "attn", "h", "h.2.attn.c_attn"])
+def test_a_module_is_wrapped_by_lora_or_trained_in_full_not_both(suffix):
+    with pytest.raises(ValueError, match=rf"--trainable_modules {suffix}: .*wrapped by LoRA"):
+        apply_lora(small(), target_modules=["c_attn"], trainable_modules=[suffix])
+
+
+def test_a_trainable_module_that_matches_nothing_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match=r"--trainable_modules ln_3: matches nothing.*ln_1.*ln_f.*wte"):
+        apply_adapters(small(), trainable_modules=["ln_3"])
+
+
+@every_technique
+def test_a_second_technique_on_the_same_model_is_refused(base, settings):
+    with pytest.raises(ValueError, match=f"carries {settings.get('modification_type', 'lora')} already"):
+        apply_adapters(modified(base, **settings))
+
+
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False}], ids=["default", "not reentrant"])
+@every_technique
+def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(base, settings, options):
+    models = [perturb(modified(base, **settings)).train() for _ in range(2)]
+    models[1].gradient_checkpointing_enable(options)
+    if settings.get("prefix_type") == "key_value":
+        with pytest.raises(ValueError, match="gradient checkpointing.*key_value"):
+            models[1](input_ids=token_ids(), labels=token_ids())
+        assert close(logits(models[1]), logits(models[0]))
+        return
+    for model in models:
+        model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters()):
+        if a.requires_grad:
+            assert b.grad is not None and close(b.grad, a.grad), name
+
+
+@every_technique
+def test_bf16_autocast_stays_near_fp32(base, settings):
+    model, ids = perturb(modified(base, **settings), 0.02), token_ids()
+    exact = model(input_ids=ids, labels=ids).loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(exact, rel=0.03)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@every_technique
+def test_hugging_face_s_trainer_trains_what_is_trainable_and_nothing_else(base, settings, tmp_path):
+    model = modified(base, **settings)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    rows = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in token_ids(6, 8)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+    after = dict(model.named_parameters())
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == set(trainable_state(model))
+    ids = token_ids(6, 8)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
+
+
+# ---- final_modify ----------------------------------------------------------------------------------------------------
+
+
+def test_a_namespace_may_hold_some_of_the_flags_only(base):
+    args = argparse.Namespace(model_name_or_path=base, lora_rank=2, learning_rate=1e-3, lora_target_modules="c_fc")
+    model = final_modify(args)
+    assert parameter_counts(model)[1] == LAYERS * 2 * (HIDDEN + 4 * HIDDEN)
+    assert vars(args).keys() == {"model_name_or_path", "lora_rank", "learning_rate", "lora_target_modules"}
+
+
+def test_a_dataclass_will_do_and_keywords_stand_above_it(base):
+    @dataclasses.dataclass
+    class Config:
+        model_name_or_path: str
+        modification_type: str = "prefix"
+        prefix_length: int = 7
+
+    assert parameter_counts(final_modify(Config(base)))[1] == 7 * HIDDEN
+    assert parameter_counts(final_modify(Config(base), prefix_length=5))[1] == 5 * HIDDEN
+
+
+def test_the_model_comes_in_fp32_and_called_like_any_gpt2(base):
+    model = final_modify(model_name_or_path=base)
+    assert isinstance(model, GPT2LMHeadModel) and {p.dtype for p in model.parameters()} == {torch.float32}
+    output = model(input_ids=token_ids(), attention_mask=torch.ones_like(token_ids()), labels=token_ids())
+    assert output.loss.ndim == 0 and output.logits.shape == (2, 9, VOCAB)
+    assert torch.equal(output.logits, logits(plain(base)))
+
+
+def test_an_unknown_keyword_is_a_type_error(base):
+    with pytest.raises(TypeError, match="lora_rnak"):
+        final_modify(model_name_or_path=base, lora_rnak=3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"lora_rank": 0}, {"dropout": 1.0}, {"freeze_layers": "3-1"}, {"modification_type": "qlora"}]
+)
+def test_a_wrong_value_is_a_value_error_that_names_it(base, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises((ValueError, argparse.ArgumentTypeError), match=str(value)):
+        final_modify(model_name_or_path=base, **wrong)
+
+
+def test_dropout_is_off_unless_asked_for(tmp_path):
+    small(attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1).save_pretrained(tmp_path)
+    still = final_modify(model_name_or_path=str(tmp_path)).train()
+    assert torch.equal(still(input_ids=token_ids()).logits, still(input_ids=token_ids()).logits)
+    dropping = final_modify(model_name_or_path=str(tmp_path), dropout=0.5).train()
+    assert not close(dropping(input_ids=token_ids()).logits, logits(still), 0.1)
+    assert torch.equal(logits(dropping), logits(still))
+
+
+def test_random_weights_are_said_loudly(caplog):
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = final_modify(from_scratch=True, max_position_embeddings=32, **sizes)
+    assert model.config.n_layer == 2 and model.transformer.wpe.weight.shape == (32, 16)
+    assert any("random" in record.message.lower() and record.levelname == "WARNING" for record in caplog.records)
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+LN = ["ln_1", "ln_2", "ln_f"]
+SAVED = {
+    **TECHNIQUES,
+    "lora on one third": {"lora_target_modules": ["c_attn.k"], "lora_rank": 3, "lora_alpha": 5},
+    "lora on all thirds": {"lora_target_modules": ["c_attn.v", "c_attn.q", "c_attn.k"]},
+    "lora on a third and a layer": {"lora_target_modules": ["c_attn.v", "mlp.c_fc"], "lora_rank": 3},
+    "lora on one layer": {"lora_target_modules": ["h.1.mlp.c_proj"], "lora_rank": 1},
+    "lora and embeddings": {"trainable_modules": ["wte"]},
+    "lora and head": {"trainable_modules": ["lm_head"]},
+    "lora and all that is not wrapped": {"trainable_modules": ["wte", "wpe", *LN]},
+    "lora and a whole layer": {"lora_target_modules": ["c_attn"], "trainable_modules": ["mlp.c_proj"]},
+    "thirds, embeddings and norms": {"lora_target_modules": ["c_attn.q"], "trainable_modules": ["wte", *LN]},
+    "houlsby and norms": {**TECHNIQUES["houlsby"], "trainable_modules": LN},
+    "adapter and embeddings": {**TECHNIQUES["pfeiffer"], "trainable_modules": ["wte"]},
+    "embedding prefix and norms": {**TECHNIQUES["embedding prefix"], "trainable_modules": LN},
+    "key_value prefix and embeddings": {**TECHNIQUES["key_value prefix"], "trainable_modules": ["wte", "ln_f"]},
+    "selective and positions": {**TECHNIQUES["selective"], "trainable_modules": ["wpe"]},
+}
+every_saved = pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED.keys())
+
+
+@every_saved
+def test_what_was_saved_loads_with_equal_logits_and_trains_on(base, settings, tmp_path):
+    model = perturb(modified(base, **settings))
+    save_trained(model, tmp_path / "first")
+    loaded = load_trained(tmp_path / "first")
+    assert close(logits(loaded), logits(model), 1e-6) and not close(logits(loaded), logits(plain(base)), 1e-2)
+    if "prefix_projection_size" not in settings:
+        assert set(trainable_state(loaded)) == set(trainable_state(model))
+        assert parameter_counts(loaded) == parameter_counts(model)
+    perturb(loaded, 0.03)
+    save_trained(loaded, tmp_path / "second")
+    assert close(logits(load_trained(tmp_path / "second")), logits(loaded), 1e-6)
+
+
+def peft_knows(settings):
+    technique = settings.get("modification_type", "lora")
+    return technique == "lora" or (technique == "prefix" and "trainable_modules" not in settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [v for v in SAVED.values() if peft_knows(v)], ids=[k for k, v in SAVED.items() if peft_knows(v)]
+)
+def test_peft_loads_what_was_saved_with_equal_logits(base, settings, tmp_path):
+    model = perturb(modified(base, **settings))
+    save_trained(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(plain(base), tmp_path)
+    inputs = {"attention_mask": torch.ones_like(token_ids())}
+    assert close(logits(theirs, **inputs)[:, -9:], logits(model), 1e-5)
+
+
+def test_peft_loads_lora_on_conv1d_and_linear_layers_together(tmp_path):
+    base = small(tie_word_embeddings=False)
+    model = perturb(apply_lora(copy.deepcopy(base), target_modules=["c_fc", "lm_head"]))
+    save_trained(model, tmp_path)
+    assert close(logits(peft.PeftModel.from_pretrained(base, tmp_path)), logits(model), 1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [v for v in SAVED.values() if v.get("modification_type") in ("selective", "full")],
+    ids=[k for k, v in SAVED.items() if v.get("modification_type") in ("selective", "full")],
+)
+def test_selective_and_full_are_saved_as_plain_models(base, settings, tmp_path):
+    model = perturb(modified(base, **settings))
+    save_trained(model, tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is GPT2LMHeadModel and loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert close(logits(loaded), logits(model), 1e-6)
+
+
+@every_technique
+def test_a_model_of_one_s_own_is_saved_and_loaded_on_the_base_that_is_named(base, settings, tmp_path):
+    model = perturb(modify_llm.modify(plain(base), modify_llm.with_defaults(**{"prefix_length": LENGTH, **settings})))
+    save_trained(model, tmp_path)
+    assert close(logits(load_trained(tmp_path, base)), logits(model), 1e-6)
+    if settings.get("modification_type") not in ("selective", "full"):
+        with pytest.raises(ValueError, match="base model; give --model_name_or_path"):
+            load_trained(tmp_path)
+
+
+PEFT_MADE = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "r": 9},
+    "biases of all layers": {"bias": "all"},
+    "biases of the wrapped layers": {"bias": "lora_only"},
+    "final norm": {"modules_to_save": ["ln_f"]},
+    "embeddings": {"modules_to_save": ["wte"]},
+    "head": {"modules_to_save": ["lm_head"]},
+    "embeddings and head": {"modules_to_save": ["wte", "lm_head"]},
+    "patterns": {
+        "target_modules": ["c_attn", "c_proj", "c_fc"],
+        "rank_pattern": {"attn.c_proj": 2, r"h\.1\.mlp\.c_fc": 5},
+        "alpha_pattern": {"mlp.c_proj": 40, r"h\.[02]\.attn\.c_attn": 3},
+    },
+    "patterns under rslora": {"use_rslora": True, "rank_pattern": {"c_attn": 2}, "alpha_pattern": {"c_attn": 3}},
+    "regular expression": {"target_modules": r".*\.h\.[02]\.(attn|mlp)\.c_(attn|fc)"},
+    "some layers": {"layers_to_transform": [1], "layers_pattern": "h"},
+    "all linear layers": {"target_modules": "all-linear"},
+    "alpha not given": {"lora_alpha": None},
+}
+
+
+def peft_made(base, directory, **config):
+    """A LoRA directory that PEFT itself trained (here: perturbed) and wrote."""
+    config = {"r": 4, "lora_alpha": 16, "target_modules": ["c_attn", "mlp.c_proj"], **config}
+    config = {name: value for name, value in config.items() if value is not None}
+    model = peft.get_peft_model(plain(base), peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **config))
+    perturb(model).save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize("config", PEFT_MADE.values(), ids=PEFT_MADE.keys())
+def test_a_lora_that_peft_made_loads_with_equal_logits_and_trains_on(base, config, tmp_path):
+    theirs = peft_made(base, tmp_path / "peft", **config)
+    ours = load_trained(tmp_path / "peft")  # PEFT wrote down the base's directory
+    assert close(logits(ours), logits(theirs), 1e-5) and not close(logits(ours), logits(plain(base)), 1e-2)
+    perturb(ours, 0.03)
+    save_trained(ours, tmp_path / "again")
+    expected = logits(ours)
+    assert close(logits(load_trained(tmp_path / "again")), expected, 1e-6)
+    assert close(logits(peft.PeftModel.from_pretrained(plain(base), tmp_path / "again")), expected, 1e-5)
+    assert close(logits(merge_lora(ours)), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, fan_in_fan_out=True), "use_dora"),
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
+        (peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True), "IA3"),
+        (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["wte"]), "wte"),
+    ],
+    ids=["dora", "prompt tuning", "ia3", "lora on an embedding"],
+)
+def test_what_peft_made_and_we_do_not_support_is_refused_by_name(base, config, reason, tmp_path):
+    peft.get_peft_model(plain(base), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        load_trained(tmp_path, base)
+
+
+# the file that holds a technique's tensors, and those that it must hold, all of them
+DAMAGED = {
+    "lora": ("lora", "adapter_model.safetensors"),
+    "lora and norms": ("lora and all that is not wrapped", "adapter_model.safetensors"),
+    "thirds": ("lora on thirds", "adapter_model.safetensors"),
+    "adapter": ("houlsby and norms", "adapter.safetensors"),
+    "embedding prefix": ("embedding prefix", "adapter_model.safetensors"),
+    "key_value prefix": ("key_value prefix", "adapter_model.safetensors"),
+    "modules beside a prefix": ("embedding prefix and norms", "trainable_modules.safetensors"),
+    "selective": ("selective", "model.safetensors"),
+}
+
+
+@pytest.fixture(params=DAMAGED.values(), ids=DAMAGED.keys())
+def saved(request, base, tmp_path):
+    """(directory, tensor file) of a good save, to be damaged."""
+    name, file = request.param
+    save_trained(perturb(modified(base, **SAVED[name])), tmp_path)
+    load_trained(tmp_path)
+    return tmp_path, tmp_path / file
+
+
+def test_each_missing_tensor_is_noticed_and_named(saved):
+    directory, file = saved
+    tensors = load_file(file)
+    for name in list(tensors)[::3] if len(tensors) > 12 else tensors:
+        save_file({n: t for n, t in tensors.items() if n != name}, file, metadata={"format": "pt"})
+        own_name = name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")
+        with pytest.raises(ValueError, match=own_name.replace(".", r"\.")):
+            load_trained(directory)
+
+
+@pytest.mark.parametrize("what", ["NaN", "infinite", "another shape", "transposed", "an extra tensor"])
+def test_a_wrong_tensor_is_named(saved, what):
+    directory, file = saved
+    tensors = load_file(file)
+    name = next((n for n in tensors if tensors[n].ndim == 2 and tensors[n].shape[0] != tensors[n].shape[1]), None)
+    name = name or next(iter(tensors))
+    match what:
+        case "NaN":
+            tensors[name].view(-1)[-1] = math.nan
+        case "infinite":
+            tensors[name].view(-1)[0] = -math.inf
+        case "another shape":
+            tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+        case "transposed":
+            tensors[name] = (tensors[name].T if tensors[name].ndim == 2 else tensors[name][None]).contiguous()
+        case _:
+            name = "base_model.model.transformer.h.0.mlp.c_surplus.weight"
+            tensors[name] = torch.ones(3)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=name.removeprefix("base_model.model.").replace(".", r"\.")):
+        load_trained(directory)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "empty", "garbage", "gone"])
+def test_a_damaged_file_is_named(saved, damage):
+    directory, file = saved
+    content = file.read_bytes()
+    damaged = {"cut short": content[: len(content) // 2], "empty": b"", "garbage": b"\xff" * 200}
+    file.unlink()
+    if damage in damaged:
+        file.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"\S") as error:
+        load_trained(directory)
+    assert str(directory) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["modification.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"modification_type": "other"}', "[" * 100_000])
+def test_damaged_settings_are_named(base, tmp_path, file, content):
+    save_trained(perturb(modified(base)), tmp_path)
+    (tmp_path / file).write_text(content)
+    if file == "adapter_config.json" and content.startswith('{"'):
+        pytest.skip("valid settings for PEFT's file")
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")):
+        load_trained(tmp_path)
+
+
+def test_a_directory_without_anything_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing that was trained"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [TECHNIQUES[n] for n in ("lora", "houlsby", "embedding prefix", "key_value prefix")])
+@pytest.mark.parametrize(("key", "value"), [("n_layer", 2), ("n_embd", 64), ("vocab_size", 310), ("n_head", 8)])
+def test_a_base_of_another_size_is_refused_by_what_differs(base, tmp_path, settings, key, value):
+    save_trained(perturb(modified(base, **settings)), tmp_path / "trained")
+    small(**{key: value}).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"{key} is {value}"):
+        load_trained(tmp_path / "trained", str(tmp_path / "other"))
+
+
+def test_a_base_that_is_gone_is_named(tmp_path):
+    small().save_pretrained(tmp_path / "base")
+    save_trained(perturb(modified(str(tmp_path / "base"))), tmp_path / "runs" / "final")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ValueError, match=str(tmp_path / "base")):
+        load_trained(tmp_path / "runs" / "final")
+
+
+def test_a_base_that_lies_beside_the_result_moves_with_it(tmp_path):
+    small().save_pretrained(tmp_path / "run" / "base")
+    model = perturb(modified(str(tmp_path / "run" / "base")))
+    save_trained(model, tmp_path / "run" / "final")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert close(logits(load_trained(tmp_path / "moved" / "final")), logits(model), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["selective", "selective, head frozen", "full"])
+def test_a_plain_model_is_saved_at_its_base_s_precision_with_frozen_weights_bit_for_bit(tmp_path, name, dtype):
+    small().to(dtype).save_pretrained(tmp_path / "base")
+    model = perturb(modified(str(tmp_path / "base"), **TECHNIQUES[name]))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    save_trained(model, tmp_path / "final")
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    assert before.keys() == after.keys() and "lm_head.weight" not in after
+    trained = trainable_state(model)
+    for key, tensor in after.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, trained[key].to(dtype) if key in trained else before[key]), key
+    assert GPT2Config.from_pretrained(tmp_path / "final").dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["selective", "full"])
+def test_a_plain_model_keeps_its_base_s_dropouts(tmp_path, name):
+    small(attn_pdrop=0.1, resid_pdrop=0.2, embd_pdrop=0.3).save_pretrained(tmp_path / "base")
+    save_trained(modified(str(tmp_path / "base"), **TECHNIQUES[name]), tmp_path / "final")
+    config = GPT2Config.from_pretrained(tmp_path / "final")
+    assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.1, 0.2, 0.3)
+
+
+# ---- merging from the command line -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, SAVED["lora on thirds"], SAVED["lora and all that is not wrapped"]],
+    ids=["all layers", "thirds", "with embeddings and norms"],
+)
+def test_a_merged_directory_is_a_plain_gpt2_for_auto_classes_and_pipelines(base_dir, tokenizer, tmp_path, settings):
+    model = perturb(modified(str(base_dir), **settings))
+    save_trained(model, tmp_path / "final")
+    tokenizer.save_pretrained(tmp_path / "final")
+    assert main(["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert type(merged) is GPT2LMHeadModel and merged.lm_head.weight is merged.transformer.wte.weight
+    assert close(logits(merged), logits(model), 1e-4) and not close(logits(merged), logits(plain(base_dir)), 1e-2)
+    generate = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")
+    text = generate("Hello there", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    ids = tokenizer("Hello there", return_tensors="pt").input_ids
+    assert text == tokenizer.decode(generated(model, ids, max_new_tokens=5)[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["wte"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_lora_that_peft_made_merges_on_the_base_that_is_named(base, tmp_path, config):
+    theirs = peft_made(base, tmp_path / "peft", **config)
+    flags = ["--adapter_path", str(tmp_path / "peft"), "--merge_to", str(tmp_path / "merged")]
+    assert main([*flags, "--model_name_or_path", base]) == 0
+    assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), logits(theirs), 1e-4)
+
+
+def test_a_merged_directory_keeps_its_base_s_precision_and_dropouts(tmp_path):
+    small(attn_pdrop=0.1, resid_pdrop=0.2).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = perturb(modified(str(tmp_path / "base")))
+    save_trained(model, tmp_path / "final")
+    main(["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert merged.dtype == torch.bfloat16 and (merged.config.attn_pdrop, merged.config.resid_pdrop) == (0.1, 0.2)
+    assert close(logits(merged.float()), logits(model), 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("houlsby", "adapter cannot be folded"),
+        ("embedding prefix", "prefix cannot be folded"),
+        ("key_value prefix", "prefix cannot be folded"),
+        ("selective", "plain model already"),
+        ("full", "plain model already"),
+    ],
+)
+def test_what_cannot_be_folded_is_refused_with_the_reason(capsys, base, tmp_path, name, reason):
+    save_trained(modified(base, **TECHNIQUES[name]), tmp_path / "final")
+    message = refused(capsys, ["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")])
+    assert reason in message and str(tmp_path / "final") in message
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merging_never_writes_over_anything(capsys, base, tmp_path):
+    save_trained(modified(base), tmp_path / "final")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "final").iterdir()}
+    flags = ["--adapter_path", str(tmp_path / "final"), "--merge_to"]
+    assert "not an empty directory" in refused(capsys, [*flags, str(tmp_path / "final")])
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "not an empty directory" in refused(capsys, [*flags, str(file)])
+    assert {file.name: file.read_bytes() for file in (tmp_path / "final").iterdir()} == before
+    assert file.read_text() == "mine"
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--lora_target_modules q_proj", ["--lora_target_modules q_proj", "c_attn", "c_fc", "c_proj"]),
+        ("--lora_target_modules c_fc,attn.c_fc", ["attn.c_fc", "matches nothing"]),
+        ("--lora_target_modules c_fc,mlp.c_fc", ["mlp.c_fc", "another target"]),
+        ("--lora_target_modules c_attn.q,c_attn", ["c_attn", "another target"]),
+        ("--lora_target_modules c_attn,c_attn.v", ["c_attn.v", "another target"]),
+        ("--lora_target_modules c_proj.q", ["c_proj.q", "matches nothing"]),
+        ("--lora_target_modules wte", ["wte", "Embedding"]),
+        ("--lora_target_modules ln_1", ["ln_1", "LayerNorm"]),
+        ("--lora_target_modules attn", ["attn", "GPT2Attention"]),
+        ("--lora_target_modules lm_head", ["lm_head", "shares its weight"]),
+        ("--lora_target_modules ,", ["--lora_target_modules"]),
+        ("--trainable_modules ln_9", ["--trainable_modules ln_9", "ln_1", "wte"]),
+        ("--trainable_modules c_attn", ["--trainable_modules c_attn", "wrapped by LoRA"]),
+        ("--modification_type selective --freeze_layers 12", ["--freeze_layers 12", "0 to 11"]),
+        ("--modification_type selective --freeze_layers 3-40", ["--freeze_layers 12", "0 to 11"]),
+        ("--modification_type selective --freeze_layers=-1", ["--freeze_layers", "'-1'"]),
+        ("--modification_type selective --freeze_layers two", ["--freeze_layers", "'two'"]),
+        ("--modification_type selective --freeze_layers 5-2", ["--freeze_layers", "'5-2'"]),
+        ("--modification_type selective --freeze_layers 0-999999999", ["--freeze_layers", "999999999"]),
+        ("--modification_type selective --freeze_layers 0-11 --freeze_head", ["--freeze_layers", "--freeze_head"]),
+        (
+            "--lora_rank 0 --adapter_size -1 --prefix_length 0 --dropout 1.5 --lora_dropout=-0.1 --lora_alpha nan",
+            [
+                "--lora_rank 0",
+                "--adapter_size -1",
+                "--prefix_length 0",
+                "--dropout 1.5",
+                "--lora_dropout -0.1",
+                "--lora_alpha nan",
+            ],
+        ),
+        ("--lora_alpha inf --dropout nan", ["--lora_alpha inf", "--dropout nan"]),
+        ("--lora_rank four", ["--lora_rank", "'four'"]),
+        ("--from_scratch --hidden_size 100 --num_attention_heads 3", ["--hidden_size 100", "3 heads"]),
+        ("--from_scratch --num_attention_heads 0 --vocab_size -5", ["--num_attention_heads 0", "--vocab_size -5"]),
+        ("--from_scratch maybe", ["--from_scratch", "'maybe'"]),
+        ("--modification_type prefix --prefix_length 1024", ["--prefix_length 1024", "1024 positions"]),
+        ("--modification_type prefix --prefix_projection_size 8", ["--prefix_projection_size", "key_value"]),
+        ("--modification_type prefix --prefix_projection_size=-8", ["--prefix_projection_size -8"]),
+        ("--modification_type qlora", ["--modification_type", "'qlora'", "lora", "adapter", "selective"]),
+        ("--adapter_placement both", ["--adapter_placement", "'both'", "pfeiffer", "houlsby"]),
+        ("--lora_r 4", ["--lora_r"]),
+        ("--plot compared.png", ["--plot", "--compare"]),
+        ("--merge_to merged", ["--adapter_path", "--merge_to"]),
+        ("--adapter_path final", ["--adapter_path", "--merge_to"]),
+        ("--adapter_path no/such/run --merge_to no/such/merged", ["no/such/run"]),
+        ("--model_name_or_path no/such/directory/here", ["--model_name_or_path no/such/directory/here"]),
+    ],
+)
+def test_a_bad_flag_is_refused_in_one_line_that_names_it(capsys, tmp_path, monkeypatch, flags, said):
+    monkeypatch.chdir(tmp_path)
+    message = refused(capsys, flags.split())
+    assert [part for part in said if part not in message] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({}, "config.json"),
+        ({"config.json": "{"}, "config.json"),
+        ({"config.json": "[]"}, "config.json"),
+        ({"config.json": '{"model_type": "llama"}'}, "llama"),
+    ],
+    ids=["empty", "cut short", "a list", "another architecture"],
+)
+def test_a_directory_that_holds_no_gpt2_is_refused(capsys, tmp_path, files, said):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    message = refused(capsys, ["--model_name_or_path", str(tmp_path)])
+    assert said in message and str(tmp_path) in message
+    with pytest.raises(ValueError, match=said):
+        final_modify(model_name_or_path=str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "a tensor missing", "a tensor of another shape", "NaN"])
+def test_weights_are_never_filled_in_quietly(base, tmp_path, damage):
+    shutil.copytree(base, tmp_path / "base")
+    file, name = tmp_path / "base" / "model.safetensors", "transformer.h.1.ln_2.weight"
+    tensors, content = load_file(file), file.read_bytes()
+    match damage:
+        case "gone":
+            file.unlink()
+        case "cut short":
+            file.write_bytes(content[: len(content) // 2])
+        case "a tensor missing":
+            del tensors[name]
+        case "a tensor of another shape":
+            tensors[name] = tensors[name][1:].clone()
+        case _:
+            tensors[name][3] = math.nan
+    if damage not in ("gone", "cut short"):
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"--model_name_or_path {tmp_path / 'base'}") as error:
+        final_modify(model_name_or_path=str(tmp_path / "base"))
+    assert "\n" not in str(error.value)
+    assert damage in ("gone", "cut short") or name in str(error.value)
+
+
+def test_a_hub_that_never_answers_is_given_up_within_seconds(capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        start = time.monotonic()
+        message = refused(capsys, ["--model_name_or_path", "nobody/no-such-gpt2"])
+    assert time.monotonic() - start < 15
+    assert "nobody/no-such-gpt2" in message and "local directory" in message
