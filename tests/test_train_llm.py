@@ -1,0 +1,1636 @@
+"""Claim: one training loop serves every technique, its loss is exact however a step is cut, a run that was stopped,
+killed or damaged goes on as if nothing had been, and whatever is wrong ends in one line and the right exit status.
+
+    python -m pytest tests/test_train_llm.py            # about three minutes on one core; the demo takes the most
+    python -m pytest tests/test_train_llm.py -k "not demo and not torchrun"
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from contextlib import contextmanager
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+from conftest import tiny_gpt2
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformers import GPT2LMHeadModel, GPT2Tokenizer
+
+import data_pipeline
+import modify_llm
+import train_llm
+from train_llm import ChunkedCrossEntropy, Runtime, SummedLoss, evaluate, learning_rate_at, loss_inputs
+
+ROOT = Path(train_llm.__file__).parent
+EOS = 256  # of the byte tokenizer: 256 bytes and the end of text
+FORMAT = "{q}||{a}"
+CPU = Runtime(torch.device("cpu"), torch.float32)
+TECHNIQUES = {
+    "lora": {},
+    "thirds": {"lora_target_modules": "c_attn.q,c_attn.v", "trainable_modules": "ln_f"},
+    "adapter": {"modification_type": "adapter", "adapter_size": 8, "adapter_placement": "houlsby"},
+    "prefix": {"modification_type": "prefix", "prefix_length": 5},
+    "key_value": {
+        "modification_type": "prefix", "prefix_type": "key_value", "prefix_length": 5, "prefix_projection_size": 16
+    },
+    "selective": {"modification_type": "selective", "freeze_layers": "0"},
+    "full": {"modification_type": "full"},
+}  # fmt: skip
+
+
+# ---- small data, small models, short runs ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bytes_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = GPT2Tokenizer(vocab={c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, merges=[])
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    return tokenizer
+
+
+def small_gpt2(seed=0, **overrides):
+    settings = {"vocab_size": 257, "eos_token_id": EOS, "bos_token_id": EOS} | overrides
+    with torch.no_grad():
+        return tiny_gpt2(seed, **settings)
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory, bytes_tokenizer):
+    """Two layers, hidden size 32, and a token a byte, as a local directory."""
+    directory = tmp_path_factory.mktemp("small_base")
+    small_gpt2().save_pretrained(directory)
+    bytes_tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """26 rows; 5 are held out and 21 are left, so that the last step of each epoch has a single row."""
+    draw = random.Random(0)
+    text = [{"q": "Q" * draw.randint(1, 20), "a": "".join(draw.choices("abc de", k=k * 2 + 1))} for k in range(26)]
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text(json.dumps(text))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_figures():
+    """Drawing would take longer than training; one run, through the script itself, draws its curves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def flags(small_base, rows):
+    """Builds the command line of a short run: 6 optimizer steps of 2 x 2 rows unless told otherwise; None drops a flag."""
+
+    def build(output_dir, **changes):
+        settings = {
+            "dataset_path": rows, "text_format": FORMAT, "max_length": 96, "eval_fraction": 0.2, "batch_size": 2,
+            "gradient_accumulation_steps": 2, "model_name_or_path": small_base, "output_dir": output_dir,
+            "max_steps": 6, "learning_rate": 0.01, "log_interval": 1, "num_samples": 0, "precision": "fp32",
+            "device": "cpu",
+        } | changes  # fmt: skip
+        pairs = [(k, v) for k, vs in settings.items() for v in (vs if isinstance(vs, list) else [vs]) if v is not None]
+        return [f"--{key}={value}" for key, value in pairs]
+
+    return build
+
+
+def run(argv):
+    """The exit status of `train_llm.py argv`, in this process."""
+    try:
+        return train_llm.main(argv)
+    except SystemExit as leaving:
+        return leaving.code
+
+
+def refused(argv, capsys, status=2):
+    """The one line on stderr of a run that must end with this status."""
+    capsys.readouterr()
+    code = run(argv)
+    error = capsys.readouterr().err
+    assert code == status, error
+    assert re.fullmatch(r"train_llm\.py: error: \S.*\n", error), error
+    return error
+
+
+def script(argv, **environment):
+    """`python train_llm.py argv` as a user starts it."""
+    command = [sys.executable, str(ROOT / "train_llm.py"), *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+
+
+def metrics(output_dir):
+    """The rows of metrics.jsonl, without the one value that depends on the clock."""
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def training_losses(output_dir):
+    return [row["loss"] for row in metrics(output_dir) if "loss" in row]
+
+
+def held_out_losses(output_dir):
+    return {row["step"]: row["eval_loss"] for row in metrics(output_dir) if "eval_loss" in row}
+
+
+def checkpoints(output_dir):
+    return sorted((output_dir / "checkpoints").iterdir())
+
+
+def saved(directory, suffix=".safetensors"):
+    """{file and tensor: bytes} of all tensors that lie in a directory."""
+    return {
+        f"{file.name}: {name}": tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        for file in sorted(directory.glob("*" + suffix))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def outcome(output_dir):
+    """All that a run leaves behind that must not depend on how often it was stopped."""
+    last = checkpoints(output_dir)[-1]
+    places = {"final": output_dir / "final", "best": output_dir / "best", "last checkpoint": last}
+    return {"step": last.name, "metrics": metrics(output_dir)} | {name: saved(path) for name, path in places.items()}
+
+
+def snapshot(directory):
+    """{file: (time of its last change, sha256)} of everything below a directory but the lock."""
+    return {
+        str(file.relative_to(directory)): (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).hexdigest())
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+def hidden_leftovers(output_dir):
+    return {path.name for path in output_dir.iterdir() if path.name.startswith(".")} - {".lock"}
+
+
+@contextmanager
+def in_micro_step(number, act, training=True):
+    """Calls `act` in the forward pass of the number-th micro-batch (from 1) of training, or else of evaluation."""
+    counter, forward = itertools.count(1), SummedLoss.forward
+
+    def counted(self, *args, **kwargs):
+        loss = forward(self, *args, **kwargs)
+        if self.training == training and next(counter) == number:
+            changed = act(loss)
+            return loss if changed is None else changed
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SummedLoss, "forward", counted)
+        yield
+
+
+@contextmanager
+def stopped_in(number, by=signal.SIGTERM, training=True):
+    """Sends this process a signal in the middle of a micro-batch; one that nobody handles fails the test."""
+    previous = signal.signal(by, lambda *_: pytest.fail("the run had no handler for the signal"))
+    try:
+        with in_micro_step(number, lambda _: os.kill(os.getpid(), by), training):
+            yield
+    finally:
+        signal.signal(by, previous)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def batch(rows, bytes_tokenizer):
+    """Eight rows of 2 to 70 tokens."""
+    kinds = {"text_format": FORMAT, "max_length": 96, "num_workers": 0, "tokenizer": bytes_tokenizer}
+    return next(iter(data_pipeline.final_dataset_loader(rows, padding="longest", **kinds)))
+
+
+def technique_model(technique, base=None):
+    """A small model under the technique, with noise on what trains, so that no gradient is trivially zero."""
+    settings = modify_llm.with_defaults(None, **TECHNIQUES[technique])
+    model = modify_llm.modify(base or small_gpt2(), settings)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch):
+    model = technique_model(technique)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    inputs = loss_inputs(batch, CPU)
+    tokens = int((batch["labels"][:, 1:] != -100).sum())
+    assert len(inputs["targets"]) == tokens
+    ours = SummedLoss(model)(**inputs) / tokens
+    ours_grad = torch.autograd.grad(ours, list(trained.values()))
+    theirs = model(**batch).loss
+    theirs_grad = torch.autograd.grad(theirs, list(trained.values()))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for name, mine, reference in zip(trained, ours_grad, theirs_grad, strict=True):
+        assert reference.abs().max() > 0, name
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * float(reference.abs().max()) + 1e-8)
+
+
+def test_loss_is_the_hand_computed_sum_over_labelled_tokens():
+    model = tiny_gpt2(vocab_size=13, n_embd=8, n_head=2, n_positions=8)
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 12]])
+    labels = torch.tensor([[-100, -100, 3, 4], [-100, 6, 7, -100]])
+    with torch.no_grad():
+        logits = model(ids).logits.double().tolist()
+    expected = 0.0
+    for row, position, token in ((0, 1, 3), (0, 2, 4), (1, 0, 6), (1, 1, 7)):
+        scores = logits[row][position]
+        expected += math.log(sum(math.exp(score) for score in scores)) - scores[token]
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "labels": labels}
+    assert SummedLoss(model)(**loss_inputs(batch, CPU)).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)], ids=("hidden", "weight", "both"))
+@pytest.mark.parametrize("rows_", [1, train_llm.LOSS_CHUNK, 2 * train_llm.LOSS_CHUNK + 5])
+def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradient(rows_, trained):
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(rows_, 16), torch.randn(50, 16), torch.randint(50, (rows_,))
+    hidden.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
+    wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
+    ours = ChunkedCrossEntropy.apply(hidden, weight, targets, True)
+    theirs = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    for mine, reference in zip(
+        torch.autograd.grad(0.37 * ours, wanted), torch.autograd.grad(0.37 * theirs, wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_entropy_of_bf16_states_is_summed_in_fp32():
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(500, 16).bfloat16(), torch.randn(50, 16).bfloat16(), torch.arange(500) % 50
+    loss = ChunkedCrossEntropy.apply(hidden, weight, targets, False)
+    reference = F.cross_entropy(hidden.float() @ weight.float().t(), targets, reduction="sum")
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-3)  # bf16 alone would be off by up to 4e-3
+
+
+@pytest.mark.parametrize("technique", ["lora", "full"])
+def test_a_batch_without_labels_adds_zero_to_loss_and_gradients(technique, batch):
+    model = technique_model(technique)
+    blank = batch | {"labels": torch.full_like(batch["labels"], -100)}
+    loss = SummedLoss(model)(**loss_inputs(blank, CPU))
+    loss.backward()
+    assert loss.item() == 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+
+
+# ---- a step is the same however it is cut ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cut_three_ways(tmp_path_factory, base_dir):
+    """The same 8 rows a step as 8 x 1, 2 x 4 and 1 x 8; the last step of each epoch has 5 rows."""
+    directory, draw = tmp_path_factory.mktemp("cuts"), random.Random(1)
+    lengths = [1, 60, 2, 45, 3, 30, 1, 55, 5, 20] * 3
+    text = [
+        {
+            "instruction": f"Say {i}.",
+            "input": "x " * (i % 3),
+            "output": " ".join(draw.choices(["red", "blue", "I"], k=n)),
+        }
+        for i, n in enumerate(lengths[:26])
+    ]
+    (directory / "rows.json").write_text(json.dumps(text))
+    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        argv = ["--dataset_path", directory / "rows.json", "--model_name_or_path", base_dir, "--text_format", "alpaca"]
+        argv += ["--output_dir", directory / f"{batch_size}x{accumulation}", "--max_length", 128, "--epochs", 2]
+        argv += ["--batch_size", batch_size, "--gradient_accumulation_steps", accumulation, "--eval_fraction", 0.2]
+        argv += ["--precision", "fp32", "--log_interval", 1, "--num_samples", 0, "--learning_rate", "3e-3"]
+        assert run([str(word) for word in argv]) == 0
+    return directory
+
+
+@pytest.mark.parametrize("cut", ["2x4", "1x8"])
+def test_accumulated_micro_batches_equal_the_large_batch(cut_three_ways, cut):
+    whole, parts = cut_three_ways / "8x1", cut_three_ways / cut
+    assert len(training_losses(whole)) == 2 * 3
+    assert training_losses(parts) == pytest.approx(training_losses(whole), rel=1e-6)
+    assert list(held_out_losses(parts).values()) == pytest.approx(list(held_out_losses(whole).values()), rel=1e-6)
+    norms = [[row["grad_norm"] for row in metrics(run_) if "grad_norm" in row] for run_ in (whole, parts)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    expected = load_file(whole / "final" / "adapter_model.safetensors")
+    for name, tensor in load_file(parts / "final" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: n + text)
+
+
+def first_gradients(output_dir):
+    """The gradients of a run of a single step, as AdamW saw them: its first moment is a tenth of them."""
+    tensors = load_file(checkpoints(output_dir)[-1] / "optimizer.safetensors")
+    return {k.removesuffix(".exp_avg"): 10 * v for k, v in tensors.items() if k.endswith(".exp_avg")}
+
+
+def total_norm(tensors):
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
+
+
+def test_a_step_follows_the_mean_loss_over_the_tokens_of_the_whole_window(flags, tmp_path, rows, bytes_tokenizer):
+    one_step = {"max_steps": 1, "max_grad_norm": 0, "max_samples": 8, "modification_type": "full"}
+    assert run(flags(tmp_path, **one_step, gradient_accumulation_steps=4)) == 0
+    dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
+    train_rows = dataset.split(0.2, 42)[0]
+    model, tokens = small_gpt2(), 0
+    for i in range(8):
+        row = {name: tensor[None] for name, tensor in train_rows[i].items()}
+        count = int((row["labels"] != -100).sum())
+        (model(**row).loss * count).backward()
+        tokens += count
+    reference = {name: parameter.grad / tokens for name, parameter in model.named_parameters()}
+    ours = first_gradients(tmp_path)
+    assert ours.keys() == reference.keys()
+    for name, gradient in reference.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-6)
+    assert metrics(tmp_path)[1]["grad_norm"] == pytest.approx(total_norm(reference), rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [0.05, 1000.0])
+def test_gradients_are_clipped_once_a_step_by_their_norm_over_all_parameters(flags, tmp_path, limit):
+    assert run(flags(tmp_path, max_steps=1, max_grad_norm=limit, gradient_accumulation_steps=4)) == 0
+    norm = metrics(tmp_path)[1]["grad_norm"]
+    assert 0.05 < norm < 1000
+    assert total_norm(first_gradients(tmp_path)) == pytest.approx(min(limit, norm), rel=1e-4)
+
+
+def test_weight_decay_spares_parameters_with_one_dimension(flags, tmp_path):
+    """AdamW decays the weight itself by learning rate x decay, besides the same step."""
+    for decay in (0.0, 0.5):
+        argv = flags(tmp_path / str(decay), max_steps=1, weight_decay=decay, modification_type="full")
+        assert run([*argv, "--scheduler=constant"]) == 0
+    start = dict(small_gpt2().named_parameters())
+    plain, decayed = (load_file(tmp_path / d / "final" / "model.safetensors") for d in ("0.0", "0.5"))
+    assert plain.keys() == decayed.keys()
+    for name, tensor in plain.items():
+        share = 0.01 * 0.5 if tensor.ndim > 1 else 0.0
+        torch.testing.assert_close(decayed[name], tensor - share * start[name], rtol=0, atol=2e-8 if share else 0)
+
+
+def test_gradient_checkpointing_trains_a_frozen_base_to_the_same_weights(flags, tmp_path):
+    assert run(flags(tmp_path / "without")) == 0
+    assert run(flags(tmp_path / "with", gradient_checkpointing="true")) == 0
+    assert training_losses(tmp_path / "with") == pytest.approx(training_losses(tmp_path / "without"), rel=1e-6)
+
+
+def test_logging_evaluating_sampling_and_workers_never_change_the_weights(flags, tmp_path):
+    dropouts = {"dropout": 0.1, "lora_dropout": 0.1, "num_samples": 0, "gradient_accumulation_steps": 1}
+    assert run(flags(tmp_path / "quiet", **dropouts, log_interval=100, eval_interval=100)) == 0
+    busy = {"num_samples": 2, "temperature": 0.9, "max_new_tokens": 4, "eval_interval": 2, "save_interval": 1}
+    assert run(flags(tmp_path / "busy", **(dropouts | busy), num_workers=1)) == 0
+    assert saved(tmp_path / "busy" / "final") == saved(tmp_path / "quiet" / "final")
+
+
+@pytest.mark.skipif(not train_llm.bf16_in_hardware(torch.device("cpu")), reason="no bf16 in this processor")
+def test_bf16_follows_fp32(flags, tmp_path):
+    for precision in ("fp32", "bf16"):
+        assert run(flags(tmp_path / precision, precision=precision, modification_type="full")) == 0
+    assert training_losses(tmp_path / "bf16") == pytest.approx(training_losses(tmp_path / "fp32"), abs=0.05)
+    weights = load_file(checkpoints(tmp_path / "bf16")[-1] / "trainable.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+# ---- schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "warmup", "min_lr", "total", "expected"),
+    [
+        ("warmup_cosine", 4, 0.0, 14, {1: 0.25, 2: 0.5, 4: 1.0, 5: 1.0, 8: 0.75, 11: 0.25, 14: 0.0}),
+        ("warmup_cosine", 4, 0.2, 14, {1: 0.25, 4: 1.0, 5: 1.0, 8: 0.8, 11: 0.4, 14: 0.2}),
+        ("linear", 4, 0.0, 14, {1: 0.25, 4: 1.0, 5: 1.0, 8: 2 / 3, 11: 1 / 3, 14: 0.0}),
+        ("linear", 0, 0.5, 11, {1: 1.0, 6: 0.75, 11: 0.5}),
+        ("cosine", 4, 0.0, 13, {1: 1.0, 7: 0.5, 13: 0.0}),
+        ("constant", 4, 0.1, 13, {1: 1.0, 7: 1.0, 13: 1.0}),
+        ("warmup_cosine", 10, 0.0, 5, {1: 0.1, 5: 0.5}),
+        ("warmup_cosine", 1, 0.0, 2, {1: 1.0, 2: 1.0}),
+    ],
+)
+def test_the_learning_rate_at_points_computed_by_hand(scheduler, warmup, min_lr, total, expected):
+    args = Namespace(scheduler=scheduler, learning_rate=3.0, warmup_steps=warmup, min_lr=3 * min_lr)
+    rates = {step: learning_rate_at(step, total, args) for step in expected}
+    assert rates == pytest.approx({step: 3 * share for step, share in expected.items()}, abs=1e-12)
+
+
+def logged_rates(output_dir):
+    return [row["lr"] for row in metrics(output_dir) if "lr" in row]
+
+
+def test_the_logged_rate_is_the_schedules_counted_in_optimizer_steps(flags, tmp_path):
+    assert run(flags(tmp_path, scheduler="linear", warmup_steps=2, learning_rate=0.04)) == 0
+    assert logged_rates(tmp_path) == pytest.approx([0.02, 0.04, 0.04, 0.08 / 3, 0.04 / 3, 0.0], abs=1e-12)
+
+
+def test_the_logged_rate_is_the_one_that_moves_the_weights(flags, tmp_path):
+    """AdamW's first step moves a weight by the rate itself, whatever the size of its gradient."""
+    argv = flags(tmp_path, max_steps=1, warmup_steps=4, learning_rate=0.04, weight_decay=0, log_interval=1)
+    assert run(argv) == 0
+    assert logged_rates(tmp_path) == [0.01]
+    tensors = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    moved = torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_B" in name]).abs()
+    assert moved.median().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_warm_up_that_was_not_asked_for_is_a_tenth_of_the_run(flags, tmp_path):
+    assert run(flags(tmp_path, max_steps=20, eval_fraction=0, learning_rate=1.0)) == 0
+    assert logged_rates(tmp_path)[:3] == [0.5, 1.0, 1.0]
+
+
+def test_a_warm_up_longer_than_the_run_is_allowed_with_a_warning(flags, tmp_path, capsys):
+    assert run(flags(tmp_path, max_steps=2, warmup_steps=8, learning_rate=0.8)) == 0
+    assert logged_rates(tmp_path) == pytest.approx([0.1, 0.2])
+    assert re.search(r"^WARNING:.*--warmup_steps 8", capsys.readouterr().out, re.M)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_plain_loss_row_by_row_whatever_the_batch_size_and_padding(rows, bytes_tokenizer):
+    model = technique_model("lora")
+    dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for i in range(len(dataset)):
+            row = {name: tensor[None] for name, tensor in dataset[i].items()}
+            count = int((row["labels"] != -100).sum())
+            total, tokens = total + model(**row).loss.item() * count, tokens + count
+    for batch_size, padding, grouped in ((1, "longest", False), (7, "longest", True), (26, "max_length", False)):
+        loader = data_pipeline.final_dataset_loader(
+            dataset, tokenizer=bytes_tokenizer, batch_size=batch_size, padding=padding, group_by_length=grouped,
+            max_length=96, num_workers=0, shuffle=False,
+        )  # fmt: skip
+        loss, count = evaluate(SummedLoss(model), loader, CPU)
+        assert count == tokens
+        assert loss == pytest.approx(total / tokens, abs=1e-5)
+
+
+def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(rows, bytes_tokenizer):
+    model = small_gpt2(resid_pdrop=0.5)
+    kinds = {"text_format": FORMAT, "max_length": 96, "num_workers": 0, "tokenizer": bytes_tokenizer}
+    loader = data_pipeline.final_dataset_loader(rows, shuffle=False, **kinds)
+    loss = SummedLoss(model).train()
+    values = {evaluate(loss, loader, CPU) for _ in range(2)}
+    assert len(values) == 1
+    assert loss.training and model.training
+
+
+@pytest.fixture(scope="module")
+def technique_runs(flags, tmp_path_factory):
+    """Every technique, trained for 4 steps with dropout."""
+    directory = tmp_path_factory.mktemp("techniques")
+    for name, settings in TECHNIQUES.items():
+        settings = {"lora_dropout": 0.1, "dropout": 0.1, "max_steps": 4, "eval_interval": 2} | settings
+        assert run(flags(directory / name, **settings)) == 0
+    return directory
+
+
+def printed_loss(capsys):
+    return re.findall(r"^Held-out loss: (\d+\.\d{4}) \| Held-out PPL: [\d.]+ \|", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_best_evaluates_alone_to_the_best_loss_of_its_run(technique_runs, flags, tmp_path, capsys, technique):
+    best = min(loss for step, loss in held_out_losses(technique_runs / technique).items() if step)
+    argv = flags(tmp_path / "unused", adapter_path=technique_runs / technique / "best", model_name_or_path=None)
+    assert run([*argv, "--eval_only"]) == 0
+    assert printed_loss(capsys) == [f"{best:.4f}"]
+    assert not (tmp_path / "unused").exists()
+
+
+def test_without_an_adapter_the_untouched_base_is_evaluated(technique_runs, flags, tmp_path, capsys):
+    assert run([*flags(tmp_path / "unused"), "--eval_only"]) == 0
+    assert printed_loss(capsys) == [f"{held_out_losses(technique_runs / 'lora')[0]:.4f}"]
+
+
+def test_rows_beyond_the_models_positions_are_refused_in_evaluation_too(technique_runs, flags, tmp_path, capsys):
+    (tmp_path / "long.json").write_text(json.dumps([{"q": "Q", "a": "a" * 300}] * 2))
+    argv = flags(tmp_path / "out", adapter_path=technique_runs / "lora" / "best", dataset_path=None, max_length=None)
+    argv += ["--eval_dataset_path", str(tmp_path / "long.json"), "--eval_only"]
+    assert "--max_length" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("technique", ["lora", "key_value", "full"])
+def test_adapter_path_goes_on_from_what_an_earlier_run_saved(technique_runs, flags, tmp_path, technique):
+    source = technique_runs / technique
+    before = snapshot(source)
+    argv = flags(tmp_path, adapter_path=source / "best", model_name_or_path=None, max_steps=2)
+    assert run(argv) == 0
+    best = min(loss for step, loss in held_out_losses(source).items() if step)
+    after = held_out_losses(tmp_path)
+    assert after[0] == pytest.approx(best, rel=1e-6)
+    assert after[2] != pytest.approx(best, rel=1e-6)
+    steps = load_file(checkpoints(tmp_path)[-1] / "optimizer.safetensors")
+    assert {float(tensor) for name, tensor in steps.items() if name.endswith(".step")} == {2.0}
+    assert snapshot(source) == before
+
+
+def test_an_adapters_own_technique_decides_the_learning_rate(technique_runs, flags, tmp_path):
+    argv = flags(tmp_path, adapter_path=technique_runs / "prefix" / "best", learning_rate=None, max_steps=1)
+    assert run([*argv, "--scheduler=constant"]) == 0
+    assert logged_rates(tmp_path) == [train_llm.LEARNING_RATES["embedding"]]
+
+
+# ---- what a run writes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(flags, tmp_path_factory):
+    """(output directory, stdout, stderr) of a run of two epochs through the script, on a terminal without emoji."""
+    directory = tmp_path_factory.mktemp("finished") / "out"
+    argv = flags(directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
+    process = script(argv, PYTHONIOENCODING="cp1252")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err.decode()
+    return directory, out.decode("cp1252"), err.decode()
+
+
+def test_a_run_leaves_exactly_these_files(finished):
+    directory = finished[0]
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    logs = {name for name in names if re.fullmatch(r"training_\d{8}_\d{6}\.log", name)}
+    assert len(logs) == 1
+    assert names - logs == {
+        "run.json", "metrics.jsonl", "training_curves.png", "predictions.jsonl", "checkpoints", "best", "final"
+    }  # fmt: skip
+    assert not hidden_leftovers(directory)
+    assert [path.name for path in checkpoints(directory)] == ["step_00000006", "step_00000012"]
+    for place in ("best", "final"):
+        held = {path.name for path in (directory / place).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "modification.json", "tokenizer.json"} <= held
+    assert (directory / "training_curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_checkpoints_hold_trained_tensors_and_json_alone(finished):
+    for directory in checkpoints(finished[0]):
+        assert {file.suffix for file in directory.iterdir()} == {".safetensors", ".json"}
+        names = load_file(directory / "trainable.safetensors")
+        assert len(names) == 2 * 8 and all(".lora_" in name for name in names)
+
+
+def test_a_lora_checkpoint_of_gpt2_small_stays_below_ten_megabytes(finished):
+    """12 bytes a trained parameter (the weight and AdamW's two moments, fp32), and some hundreds a tensor."""
+    directory = checkpoints(finished[0])[-1]
+    tensors = load_file(directory / "trainable.safetensors")
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    rest = size - 12 * sum(tensor.numel() for tensor in tensors.values())
+    assert 0 < rest < 20_000 + 1000 * len(tensors)
+    small = 12 * (4 * 768 + 2304 * 4 + 4 * 768 + 768 * 4 + 4 * 768 + 3072 * 4 + 4 * 3072 + 768 * 4)
+    assert small == 589_824
+    assert 12 * small + 20_000 + 1000 * 12 * 8 < 10e6
+
+
+def test_metrics_rows_have_these_keys_and_perplexity_is_exp_of_loss(finished):
+    lines = (finished[0] / "metrics.jsonl").read_text().splitlines()
+    rows_ = [json.loads(line) for line in lines]
+    training, held_out = [r for r in rows_ if "loss" in r], [r for r in rows_ if "loss" not in r]
+    assert [row["step"] for row in training] == [2, 4, 6, 8, 10, 12]
+    assert [row["epoch"] for row in training] == [0, 0, 0, 1, 1, 1]
+    assert [(row["step"], row["epoch"]) for row in held_out] == [(0, 0), (6, 0), (12, 1)]
+    for row in training:
+        assert list(row) == ["step", "epoch", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second"]
+        assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
+        assert row["grad_norm"] > 0 and row["tokens_per_second"] > 0
+    for row in held_out:
+        assert list(row) == ["step", "epoch", "eval_loss", "eval_perplexity", "eval_tokens"]
+        assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
+
+
+def test_a_training_row_is_the_token_weighted_mean_since_the_row_before(flags, tmp_path, rows, bytes_tokenizer):
+    """With a rate too small to move a weight, an epoch's rows average to the base's own loss over the training rows."""
+    argv = flags(tmp_path, max_steps=None, epochs=1, learning_rate=1e-30, log_interval=100, scheduler="constant")
+    assert run(argv) == 0
+    dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
+    loader = data_pipeline.final_dataset_loader(dataset.split(0.2, 42)[0], tokenizer=bytes_tokenizer, num_workers=0)
+    expected, _ = evaluate(SummedLoss(small_gpt2()), loader, CPU)
+    assert training_losses(tmp_path) == [pytest.approx(expected, rel=1e-6)]
+
+
+def test_run_json_records_every_setting_and_the_dataset(finished):
+    record = json.loads((finished[0] / "run.json").read_text())
+    assert record["settings"].keys() == vars(train_llm.build_parser().parse_args([])).keys()
+    assert record["settings"]["learning_rate"] == 0.01
+    assert {"python", "torch", "transformers"} <= record["versions"].keys()
+    assert re.fullmatch(r"[0-9a-f]{64}", record["dataset_sha256"])
+
+
+LOG_LINES = (
+    r"INFO:__main__: *Using device: cpu",
+    r"INFO:__main__: *Model Parameters:",
+    r"   Total: [\d,]+",
+    r"   Trainable: 4,096 \(9\.78%\)",
+    r"INFO:__main__: *Training batches: 6",
+    r"Epoch 0 \| Step    2/6 \| Loss: \d+\.\d{4} \| PPL: \d+\.\d\d \| LR: \d\.\d\de[+-]\d\d \| Grad: \d+\.\d{3} \| [\d,]+ tok/s",
+    r"Epoch 1 \| Step    6/6 \| Loss: .*",
+)
+
+
+@pytest.mark.parametrize("line", LOG_LINES)
+def test_stdout_has_the_line_and_a_cp1252_terminal_gets_it_without_emoji(finished, line):
+    assert re.search(rf"^{line}\r?$", finished[1], re.M)
+
+
+@pytest.mark.parametrize("line", LOG_LINES)
+def test_the_log_file_has_the_line_with_its_emoji(finished, line):
+    log = next(finished[0].glob("training_*.log")).read_text(encoding="utf-8")
+    decorated = line.replace("__main__: *", "__main__:[🔧📊🔢] ")
+    assert re.search(rf"^{decorated}$", log, re.M)
+
+
+def test_nothing_but_errors_and_progress_goes_to_stderr(finished):
+    assert not re.search(r"Traceback|Error|Warning", finished[2])
+
+
+def test_predictions_hold_reference_base_and_tuned_answers(finished, small_base, rows, bytes_tokenizer):
+    lines = (finished[0] / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    texts = {row["q"]: row["a"] for row in json.loads(rows.read_text())}
+    base = GPT2LMHeadModel.from_pretrained(small_base)
+    assert len(predictions) == 2
+    for row in predictions:
+        assert list(row) == ["prompt", "reference", "base", "tuned", "stopped"]
+        assert row["reference"] in (texts[row["prompt"]], *[r for q, r in texts.items() if q == row["prompt"]]) or any(
+            r["q"] == row["prompt"] and r["a"] == row["reference"] for r in json.loads(rows.read_text())
+        )
+        ids = torch.tensor([bytes_tokenizer(row["prompt"])["input_ids"]])
+        answer = base.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=EOS
+        )[0, ids.shape[1] :]
+        assert row["base"] == bytes_tokenizer.decode([token for token in answer.tolist() if token != EOS])
+        assert isinstance(row["stopped"], bool)
+
+
+def test_tensorboard_gets_the_numbers_of_metrics_jsonl(flags, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(flags(tmp_path, max_steps=2, report_to="tensorboard")) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(training_losses(tmp_path), rel=1e-6)
+    assert {event.step: event.value for event in events.Scalars("eval_loss")} == pytest.approx(
+        held_out_losses(tmp_path)
+    )
+
+
+def test_report_to_tensorboard_without_the_package_is_refused(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert "tensorboard" in refused(flags(tmp_path / "out", report_to="tensorboard"), capsys)
+
+
+# ---- checkpoints: rotation, early stopping ---------------------------------------------------------------------------
+
+# A rate that ruins the model from the second step on: the first evaluation stays the best.
+RUINOUS = {"learning_rate": 0.9, "scheduler": "constant", "eval_interval": 1, "max_grad_norm": 0}
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_rotation_keeps_the_newest_and_the_best(flags, tmp_path, limit):
+    assert run(flags(tmp_path, **RUINOUS, save_total_limit=limit)) == 0
+    losses = {step: loss for step, loss in held_out_losses(tmp_path).items() if step}
+    best = min(losses, key=losses.get)
+    assert best <= 6 - limit
+    kept = sorted({best, *range(7 - limit, 7)})
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step_{step:08d}" for step in kept]
+
+
+def test_without_an_intervening_best_only_the_newest_checkpoints_stay(flags, tmp_path):
+    assert run(flags(tmp_path, save_interval=1, save_total_limit=2, eval_interval=6)) == 0
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
+
+
+def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(flags, tmp_path, capsys):
+    argv = flags(tmp_path, **RUINOUS, max_steps=40, early_stopping_patience=3)
+    assert run(argv) == 0
+    losses = {step: loss for step, loss in held_out_losses(tmp_path).items() if step}
+    best = min(losses, key=losses.get)
+    assert max(losses) == best + 3 < 40
+    before = snapshot(tmp_path)
+    assert run([*argv, "--resume_from", "auto"]) == 0
+    assert snapshot(tmp_path) == before
+
+
+# ---- stopped and resumed ---------------------------------------------------------------------------------------------
+
+# 10 optimizer steps over nearly two epochs of 6, 19 micro-batches (the 11th is alone in its step), rows of the log and
+# checkpoints that fall on other steps, and every source of randomness in use.
+DRAWN = {
+    "max_steps": 10, "lora_dropout": 0.1, "dropout": 0.1, "num_workers": 1, "log_interval": 3, "eval_interval": 4,
+    "save_interval": 3, "temperature": 0.9, "num_samples": 1, "max_new_tokens": 3,
+}  # fmt: skip
+RESUME = ("--resume_from", "auto")
+
+
+@pytest.fixture(scope="module")
+def never_stopped(flags, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("never_stopped") / "out"
+    assert run(flags(directory, **DRAWN)) == 0
+    return outcome(directory)
+
+
+@pytest.mark.parametrize(
+    ("micro_step", "step", "by"),
+    [
+        (1, 1, signal.SIGTERM),
+        (4, 2, signal.SIGINT),
+        (7, 4, signal.SIGTERM),
+        (11, 6, signal.SIGINT),
+        (12, 7, signal.SIGTERM),
+        (19, 10, signal.SIGTERM),
+    ],
+)
+def test_a_stopped_run_leaves_a_checkpoint_and_resumes_to_the_same_bits(
+    flags, tmp_path, capsys, never_stopped, micro_step, step, by
+):
+    argv = flags(tmp_path, **DRAWN)
+    with stopped_in(micro_step, by):
+        assert run(argv) == 128 + by
+    assert checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
+    assert not (tmp_path / "final").exists()
+    assert re.search(rf"Stopped by {by.name} at step {step}\b.*--resume_from auto", capsys.readouterr().out)
+    assert run([*argv, *RESUME]) == 0
+    assert f"at step {step}\n" in capsys.readouterr().out
+    assert outcome(tmp_path) == never_stopped
+
+
+def test_a_run_stopped_in_every_step_equals_one_that_never_was(flags, tmp_path, never_stopped):
+    argv = flags(tmp_path, **DRAWN)
+    for step in range(1, 11):
+        with stopped_in(1):
+            assert run([*argv, *RESUME]) == 143
+        assert checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
+    assert run([*argv, *RESUME]) == 0
+    assert outcome(tmp_path) == never_stopped
+
+
+@pytest.mark.parametrize("evaluation", [1, 4, 8])
+def test_a_run_stopped_while_evaluating_resumes_to_the_same_bits(flags, tmp_path, never_stopped, evaluation):
+    argv = flags(tmp_path, **DRAWN)
+    with stopped_in(evaluation, training=False):
+        assert run(argv) == 143
+    assert run([*argv, *RESUME]) == 0
+    assert outcome(tmp_path) == never_stopped
+
+
+def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(flags, tmp_path, monkeypatch, never_stopped):
+    argv, synced, fsync = flags(tmp_path, **DRAWN), itertools.count(1), os.fsync
+
+    def signalled(descriptor):
+        if next(synced) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", signalled)
+        assert run(argv) == 143
+    assert checkpoints(tmp_path)[-1].name == "step_00000003"
+    assert not hidden_leftovers(tmp_path)
+    assert run([*argv, *RESUME]) == 0
+    assert outcome(tmp_path) == never_stopped
+
+
+def test_signal_handlers_are_put_back_after_a_run(flags, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run(flags(tmp_path, max_steps=1)) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_run_directory_that_was_moved_resumes_to_the_same_bits(flags, tmp_path, never_stopped):
+    with stopped_in(5):
+        assert run(flags(tmp_path / "here", **DRAWN)) == 143
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert run([*flags(tmp_path / "there", **DRAWN), *RESUME]) == 0
+    assert outcome(tmp_path / "there") == never_stopped
+
+
+def test_resume_auto_without_a_checkpoint_warns_and_starts_at_step_0(flags, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"st')
+    assert run([*flags(tmp_path, max_steps=1), *RESUME]) == 0
+    assert re.search(r"^WARNING:.*no good checkpoint.*step 0", capsys.readouterr().out, re.M)
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 1]
+
+
+# ---- a half-done run, and what may befall it -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half_done(flags, tmp_path_factory):
+    """(a run of 6 steps, stopped after the 5th with checkpoints at 2, 4 and 5; what it would have come to)."""
+    directory = tmp_path_factory.mktemp("half_done")
+    with stopped_in(9):
+        assert run(flags(directory / "stopped", eval_interval=2)) == 143
+    assert [path.name[-1] for path in checkpoints(directory / "stopped")] == ["2", "4", "5"]
+    assert run(flags(directory / "whole", eval_interval=2)) == 0
+    return directory / "stopped", outcome(directory / "whole")
+
+
+@pytest.fixture
+def half(half_done, tmp_path):
+    """A copy of the half-done run, to damage."""
+    return Path(shutil.copytree(half_done[0], tmp_path / "out"))
+
+
+def flip_a_byte(checkpoint):
+    content = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
+    content[-100] ^= 1
+    (checkpoint / "optimizer.safetensors").write_bytes(content)
+
+
+def truncate(checkpoint):
+    content = (checkpoint / "trainable.safetensors").read_bytes()
+    (checkpoint / "trainable.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def empty_the_manifest(checkpoint):
+    (checkpoint / "manifest.json").write_text("")
+
+
+def edit_the_manifest(checkpoint):
+    text = (checkpoint / "manifest.json").read_text()
+    digest = hashlib.sha256((checkpoint / "random.safetensors").read_bytes()).hexdigest()
+    assert digest in text
+    (checkpoint / "manifest.json").write_text(text.replace(digest, digest[::-1]))
+
+
+def drop_a_file(checkpoint):
+    (checkpoint / "random.safetensors").unlink()
+
+
+def sign(checkpoint, **more):
+    """Fits the manifest to the files, as one who knows its form can."""
+    names = sorted(file.name for file in checkpoint.iterdir() if file.name != "manifest.json")
+    files = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names} | more
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files, "manifest_sha256": digest}))
+
+
+def name_a_file_outside(checkpoint):
+    (checkpoint.parent / "x").write_text("x")
+    sign(checkpoint, **{"../x": hashlib.sha256(b"x").hexdigest()})
+
+
+def name_an_absolute_file(checkpoint):
+    outside = checkpoint.parent / "x"
+    outside.write_text("x")
+    sign(checkpoint, **{str(outside): hashlib.sha256(b"x").hexdigest()})
+
+
+def link_a_file(checkpoint):
+    (checkpoint / "state.json").rename(checkpoint.parent / "state.json")
+    (checkpoint / "state.json").symlink_to(checkpoint.parent / "state.json")
+
+
+def change_tensors(checkpoint, change, file="trainable"):
+    tensors = load_file(checkpoint / f"{file}.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / f"{file}.safetensors")
+    sign(checkpoint)
+
+
+def put_nan(checkpoint):
+    change_tensors(checkpoint, lambda tensors: next(iter(tensors.values())).fill_(math.nan))
+
+
+def put_nan_into_the_optimizer(checkpoint):
+    change_tensors(checkpoint, lambda ts: next(t for t in ts.values() if t.ndim).fill_(math.nan), "optimizer")
+
+
+def add_a_tensor(checkpoint):
+    change_tensors(checkpoint, lambda tensors: tensors.update(stranger=torch.zeros(2)))
+
+
+def lose_a_tensor(checkpoint):
+    change_tensors(checkpoint, lambda tensors: tensors.pop(min(tensors)))
+
+
+def misshape_a_tensor(checkpoint):
+    change_tensors(checkpoint, lambda tensors: tensors.update({min(tensors): torch.zeros(3)}))
+
+
+def lose_a_moment(checkpoint):
+    change_tensors(checkpoint, lambda tensors: tensors.pop(min(tensors)), "optimizer")
+
+
+def lose_the_random_state(checkpoint):
+    change_tensors(checkpoint, lambda tensors: [tensors.pop(n) for n in list(tensors)] and tensors.update(x=torch.zeros(1)), "random")  # fmt: skip
+
+
+def lose_a_field(checkpoint):
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["settings"]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    sign(checkpoint)
+
+
+class Payload:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def plant_a_pickle(checkpoint):
+    (checkpoint / "trainable.safetensors").write_bytes(pickle.dumps(Payload(checkpoint.parent.parent / "executed")))
+    sign(checkpoint)
+
+
+DAMAGES = (
+    flip_a_byte, truncate, drop_a_file, empty_the_manifest, edit_the_manifest, name_a_file_outside,
+    name_an_absolute_file, link_a_file, put_nan, put_nan_into_the_optimizer, add_a_tensor, lose_a_tensor,
+    misshape_a_tensor, lose_a_moment, lose_the_random_state, lose_a_field, plant_a_pickle,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_auto_warns_of_a_damaged_checkpoint_and_goes_on_from_the_older_one(flags, half, half_done, capsys, damage):
+    newest = checkpoints(half)[-1]
+    damage(newest)
+    capsys.readouterr()
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"^WARNING:.*{newest.name}", out, re.M)
+    assert re.search(r"^INFO:.*step_00000004 at step 4$", out, re.M)
+    assert outcome(half) == half_done[1]
+    assert not (half / "executed").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_asked_for_by_path_is_refused_and_nothing_changes(flags, half, capsys, damage):
+    newest = checkpoints(half)[-1]
+    damage(newest)
+    before = snapshot(half)
+    assert newest.name in refused([*flags(half, eval_interval=2), "--resume_from", str(newest)], capsys)
+    assert snapshot(half) == before
+    assert not (half / "executed").exists()
+
+
+def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(flags, half, half_done, tmp_path):
+    again = Path(shutil.copytree(half, tmp_path / "again"))
+    assert run([*flags(half, eval_interval=2), "--resume_from", str(checkpoints(half)[1])]) == 0
+    assert outcome(half) == half_done[1]
+    assert run([*flags(again, eval_interval=2), "--resume_from", str(again)]) == 0
+    assert outcome(again) == half_done[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lora_rank": 2}, "lora_rank"),
+        ({"modification_type": "adapter"}, "modification_type"),
+        ({"learning_rate": 0.5}, "learning_rate"),
+        ({"batch_size": 4}, "batch_size"),
+        ({"seed": 7}, "seed"),
+        ({"eval_fraction": 0.1}, "eval_fraction"),
+    ],
+)
+def test_a_checkpoint_continues_no_other_run(flags, half, capsys, changes, named):
+    before = snapshot(half)
+    assert f"--{named}" in refused([*flags(half, **({"eval_interval": 2} | changes)), *RESUME], capsys)
+    assert snapshot(half) == before
+
+
+def test_a_changed_dataset_is_refused_on_resuming(flags, half, rows, capsys, tmp_path):
+    text = json.loads(rows.read_text())
+    text[3]["a"] += "!"
+    (tmp_path / "changed.json").write_text(json.dumps(text))
+    before = snapshot(half)
+    argv = flags(half, eval_interval=2, dataset_path=tmp_path / "changed.json")
+    assert "dataset" in refused([*argv, *RESUME], capsys)
+    assert snapshot(half) == before
+
+
+def test_another_base_model_is_refused_on_resuming(flags, half, capsys, tmp_path, bytes_tokenizer):
+    small_gpt2(seed=1).save_pretrained(tmp_path / "other")
+    bytes_tokenizer.save_pretrained(tmp_path / "other")
+    before = snapshot(half)
+    assert "base model" in refused([*flags(half, model_name_or_path=tmp_path / "other"), *RESUME], capsys)
+    assert snapshot(half) == before
+
+
+def test_a_finished_run_resumes_to_exit_0_and_changes_nothing(finished, flags):
+    directory = finished[0]
+    argv = flags(directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
+    before = snapshot(directory)
+    assert run([*argv, *RESUME]) == 0
+    assert snapshot(directory) == before
+
+
+def test_a_run_whose_final_is_damaged_is_not_finished(flags, tmp_path):
+    argv = flags(tmp_path, max_steps=2)
+    assert run(argv) == 0
+    expected = saved(tmp_path / "final")
+    (tmp_path / "final" / "adapter_model.safetensors").write_bytes(b"")
+    assert run([*argv, *RESUME]) == 0
+    assert saved(tmp_path / "final") == expected
+
+
+def test_an_output_directory_that_holds_a_run_is_refused_and_overwritten_only_when_asked(flags, half, capsys):
+    (half / "notes.txt").write_text("mine")
+    before = snapshot(half)
+    assert "--overwrite_output_dir" in refused(flags(half), capsys)
+    assert snapshot(half) == before
+    assert run([*flags(half, max_steps=1), "--overwrite_output_dir"]) == 0
+    assert [path.name for path in checkpoints(half)] == ["step_00000001"]
+    assert [row["step"] for row in metrics(half)] == [0, 1, 1]
+    assert len(list(half.glob("training_*.log"))) == 1
+    assert (half / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_target_modules": "nothing"},
+        {"modification_type": "selective", "freeze_layers": "9"},
+        {"max_length": 500},
+        {"model_name_or_path": "EMPTY", "tokenizer_name_or_path": "gpt2"},
+        {"dataset_path": "absent.json"},
+        {"report_to": "tensorboard"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_overwriting_destroys_nothing_when_the_new_run_cannot_start(
+    flags, half, tmp_path, capsys, monkeypatch, changes
+):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    (tmp_path / "empty").mkdir()
+    changes = {key: str(tmp_path / "empty") if value == "EMPTY" else value for key, value in changes.items()}
+    before = snapshot(half)
+    refused([*flags(half, **changes), "--overwrite_output_dir"], capsys)
+    assert snapshot(half) == before
+
+
+def test_overwriting_the_run_that_the_new_one_starts_from_loses_neither(flags, half, capsys):
+    before = snapshot(half)
+    argv = flags(half, adapter_path=half / "best", max_steps=1)
+    if run([*argv, "--overwrite_output_dir"]) == 0:
+        assert (half / "final" / "adapter_model.safetensors").exists()
+    else:
+        assert snapshot(half) == before
+
+
+def test_a_second_run_in_the_same_directory_is_refused(flags, half, capsys, monkeypatch):
+    acquire = filelock.FileLock.acquire
+    before = snapshot(half)
+    with filelock.FileLock(half / ".lock"):  # the wait of some seconds is for a lock whose owner has just died
+        monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, *_, **__: acquire(self, timeout=0.1))
+        assert "another run" in refused([*flags(half, eval_interval=2), *RESUME], capsys)
+        assert "another run" in refused([*flags(half), "--overwrite_output_dir"], capsys)
+    assert snapshot(half) == before
+
+
+def test_a_lock_file_without_an_owner_stops_nobody(flags, tmp_path):
+    (tmp_path / ".lock").touch()
+    assert run(flags(tmp_path, max_steps=1)) == 0
+
+
+# ---- killed at any moment --------------------------------------------------------------------------------------------
+
+# Processes that have this program loaded already, and nothing else: no threads, no tokenizer at work.
+FRESH = multiprocessing.get_context("forkserver")
+FRESH.set_forkserver_preload(["train_llm"])
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
+
+
+def main_with_hooks(argv, output_dir, journal=None, die_at=0, signals=()):
+    """train_llm.main in a process of its own, which writes down each change that it is about to make to the output
+    directory, and kills itself right before one; signals: (micro-step of training, or minus that of evaluation,
+    signal) to send to itself."""
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1), os.dup2(sink, 2)
+    book = open(journal, "w") if journal else None
+    counter = itertools.count(1)
+
+    def watch(event, details):
+        if event in CHANGES and str(details[0]).startswith(str(output_dir)):
+            if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
+                return
+            if next(counter) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if book:
+                print(event, *details[:2], file=book, flush=True)
+
+    sys.addaudithook(watch)
+    Figure.savefig = lambda self, path, **_: Path(path).write_bytes(b"drawn")
+    forward, counts = SummedLoss.forward, {True: itertools.count(1), False: itertools.count(1)}
+
+    def counted(self, *args, **kwargs):
+        number = next(counts[self.training])
+        for at, by in signals:
+            if at == (number if self.training else -number):
+                os.kill(os.getpid(), by)
+        return forward(self, *args, **kwargs)
+
+    SummedLoss.forward = counted
+    os._exit(train_llm.main(argv))
+
+
+def fresh_run(*args, **kwargs):
+    """main_with_hooks' exit status, minus the signal that killed it."""
+    process = FRESH.Process(target=main_with_hooks, args=args, kwargs=kwargs)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+KEEP_ONE = {"eval_interval": 2, "save_interval": 2, "save_total_limit": 1, "num_samples": 0}
+
+
+@pytest.fixture(scope="module")
+def killed_runs(flags, tmp_path_factory):
+    """(outcome of the run that was never killed, {the change that it was killed before: output directory})."""
+    directory = tmp_path_factory.mktemp("killed")
+    assert fresh_run(flags(directory / "whole", **KEEP_ONE), directory / "whole", directory / "journal") == 0
+    journal = (directory / "journal").read_text().splitlines()
+    first = next(i for i, line in enumerate(journal) if "checkpoints/step_00000002" in line) + 1
+    critical = [i for i, line in enumerate(journal) if line.split()[0] in ("os.rename", "shutil.rmtree") and i > first]
+    others = [i for i in range(first, len(journal)) if i not in critical][::6]
+    killed = {}
+    for i in sorted([*critical[::2], *[i for i in critical if journal[i].startswith("os.rename")], *others]):
+        output_dir = directory / f"killed_{i}"
+        if output_dir.exists():
+            continue
+        assert fresh_run(flags(output_dir, **KEEP_ONE), output_dir, die_at=i + 1) == -signal.SIGKILL, journal[i]
+        killed[f"{i}: {journal[i]}"] = output_dir
+    assert len(killed) > 10
+    return outcome(directory / "whole"), killed
+
+
+def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_good_checkpoint(killed_runs, flags, capsys):
+    expected, killed = killed_runs
+    for moment, output_dir in killed.items():
+        capsys.readouterr()
+        assert run([*flags(output_dir, **KEEP_ONE), *RESUME]) == 0, moment
+        out = capsys.readouterr().out
+        assert "WARNING" not in out and re.search(r"Resumed from \S+ at step [246]\n|is finished", out), moment
+        assert not hidden_leftovers(output_dir), moment
+        found = outcome(output_dir)
+        assert {key: found[key] == expected[key] for key in expected} == dict.fromkeys(expected, True), moment
+
+
+def test_a_kill_while_a_checkpoint_replaces_itself_leaves_one(flags, tmp_path, capsys):
+    """A stop in the evaluation that follows a checkpoint writes the same step once more; it must never be gone."""
+    argv, stop = flags(tmp_path / "probe", **KEEP_ONE), [(-7, signal.SIGTERM)]
+    assert fresh_run(argv, tmp_path / "probe", tmp_path / "journal", signals=stop) == 143
+    journal = (tmp_path / "journal").read_text().splitlines()
+    moves = [i for i, line in enumerate(journal) if line.startswith("os.rename") and "step_00000004" in line]
+    assert len(moves) >= 2, journal
+    for i in moves[1:]:
+        output_dir = tmp_path / f"killed_{i}"
+        argv = flags(output_dir, **KEEP_ONE)
+        assert fresh_run(argv, output_dir, die_at=i + 1, signals=stop) == -signal.SIGKILL
+        capsys.readouterr()
+        assert run([*argv, *RESUME]) == 0
+        assert re.search(r"Resumed from \S+ at step 4\n", capsys.readouterr().out), journal[i]
+
+
+def test_a_second_sigint_leaves_at_once_with_the_older_checkpoint_good(flags, tmp_path):
+    argv = flags(tmp_path, **KEEP_ONE)
+    assert fresh_run(argv, tmp_path, signals=[(5, signal.SIGINT), (6, signal.SIGINT)]) == 130
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+    assert run([*argv, *RESUME]) == 0
+
+
+def test_a_killed_run_with_workers_frees_its_lock(flags, tmp_path):
+    argv = flags(tmp_path, **KEEP_ONE, num_workers=1)
+    assert fresh_run(argv, tmp_path, signals=[(6, signal.SIGKILL)]) == -signal.SIGKILL
+    assert run([*argv, *RESUME]) == 0
+
+
+# ---- failures at run time --------------------------------------------------------------------------------------------
+
+
+def nan_loss(loss):
+    return loss * math.nan
+
+
+def infinite_gradient(loss):
+    loss.register_hook(lambda gradient: gradient * math.inf)
+
+
+def out_of_memory(loss):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), [(nan_loss, "loss is nan"), (infinite_gradient, "norm"), (out_of_memory, "--batch_size")]
+)
+def test_a_fault_in_a_step_ends_in_one_line_with_earlier_checkpoints_intact(flags, tmp_path, capsys, fault, said):
+    argv = flags(tmp_path, save_interval=2)
+    with in_micro_step(6, fault):
+        assert said in refused(argv, capsys, status=1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+    assert not (tmp_path / "final").exists()
+    assert run([*argv, *RESUME]) == 0
+    assert all(math.isfinite(loss) for loss in training_losses(tmp_path))
+
+
+def test_a_held_out_loss_that_is_nan_ends_the_run_before_it_can_become_the_best(flags, tmp_path, capsys):
+    with in_micro_step(5, nan_loss, training=False):
+        assert "held-out loss is nan" in refused(flags(tmp_path, eval_interval=2), capsys, status=1)
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_dead_worker_ends_the_run_in_one_line(flags, tmp_path, capsys):
+    def kill_workers(_):
+        for child in multiprocessing.active_children():
+            if "_worker_loop" in repr(child._target):
+                os.kill(child.pid, signal.SIGKILL)
+
+    argv = flags(tmp_path, num_workers=1, max_steps=None, epochs=1, batch_size=1, save_interval=1, eval_fraction=0)
+    with in_micro_step(4, kill_workers):
+        assert "worker" in refused(argv, capsys, status=1)
+    assert run([*argv, *RESUME]) == 0
+
+
+def test_a_full_disk_ends_in_exit_1_with_no_leftovers_and_the_older_checkpoint_good(flags, half, half_done):
+    """A limit on the size of a file stands for the full disk: the log fits, the optimizer's state does not."""
+    limited = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({20_000}, {20_000})); "
+    limited += f"sys.path.insert(0, {str(ROOT)!r}); import train_llm; sys.exit(train_llm.main())"
+    before = snapshot(half / "checkpoints")
+    argv = [*flags(half, eval_interval=2), *RESUME]
+    result = subprocess.run([sys.executable, "-c", limited, *argv], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1, result.stderr
+    assert re.fullmatch(r"train_llm\.py: error: \S.*\n", result.stderr)
+    assert snapshot(half / "checkpoints") == before
+    assert not hidden_leftovers(half)
+    assert run(argv) == 0
+    assert outcome(half) == half_done[1]
+
+
+def test_a_closed_stdout_does_not_end_the_run(flags, tmp_path):
+    process = script(flags(tmp_path, num_samples=1, max_new_tokens=2))
+    process.stdout.readline()
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(120) == 0, error
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()
+    assert re.search(r"^Epoch 0 \| Step    6/6 ", next(tmp_path.glob("*.log")).read_text(encoding="utf-8"), re.M)
+
+
+def test_control_c_stops_the_script_with_130_and_a_checkpoint(flags, tmp_path):
+    process = script(flags(tmp_path, max_steps=5000))
+    for line in process.stdout:
+        if b"| Step    3/6 " in line:
+            process.send_signal(signal.SIGINT)
+            break
+    rest, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error == b""
+    step = int(re.search(rb"Stopped by SIGINT at step (\d+)", rest)[1])
+    assert checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+BAD_NUMBERS = {
+    "max_length": ["1", "0", "-1", "x", "1.5"], "batch_size": ["0", "-8"], "num_workers": ["-1"],
+    "seed": ["-1", "9223372036854775808"], "eval_fraction": ["-0.1", "1", "nan", "inf"], "max_samples": ["-1"],
+    "max_eval_samples": ["-1"], "vocab_size": ["0"], "hidden_size": ["0", "10"], "num_attention_heads": ["0", "7"],
+    "num_hidden_layers": ["0"], "max_position_embeddings": ["0"], "dropout": ["-0.1", "1", "nan"],
+    "lora_rank": ["0", "-4", "nan"], "lora_alpha": ["0", "-1", "nan", "inf"], "lora_dropout": ["1", "-1", "nan"],
+    "adapter_size": ["0"], "prefix_length": ["0"], "prefix_projection_size": ["-1", "8"], "epochs": ["0", "-1"],
+    "max_steps": ["-1"], "learning_rate": ["0", "-0.1", "nan", "inf"], "weight_decay": ["-0.1", "nan", "inf"],
+    "max_grad_norm": ["-1", "nan", "inf"], "gradient_accumulation_steps": ["0"], "warmup_steps": ["-1"],
+    "min_lr": ["-1", "nan", "inf"], "log_interval": ["0"], "eval_interval": ["-1"], "save_interval": ["-1"],
+    "save_total_limit": ["0"], "early_stopping_patience": ["-1"], "max_new_tokens": ["0"],
+    "temperature": ["-1", "nan", "inf"], "num_samples": ["-1"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def load(*_, **__):
+        pytest.fail("something was loaded before the flags were checked")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", load)
+    monkeypatch.setattr(GPT2LMHeadModel, "__init__", load)
+    monkeypatch.setattr("builtins.open", load)
+
+
+@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in BAD_NUMBERS.items() for value in values])
+def test_a_number_out_of_range_is_refused_before_anything_loads(flags, tmp_path, capsys, nothing_loads, flag, value):
+    assert f"--{flag}" in refused([*flags(tmp_path / "out"), f"--{flag}={value}"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_numeric_flag_is_among_those():
+    numeric = {action.dest for action in train_llm.build_parser()._actions if action.type in (int, float)}
+    assert numeric == BAD_NUMBERS.keys()
+
+
+def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_loads):
+    bad = {"epochs": 0, "lora_rank": 0, "batch_size": -1, "learning_rate": "nan", "text_format": "{q"}
+    line = refused(flags(tmp_path / "out", **bad), capsys)
+    assert [flag for flag in bad if f"--{flag}" not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (["--learning", "1"], "--learning"),
+        (["--from_scratch", "maybe"], "--from_scratch"),
+        (["--scheduler", "stairs"], "--scheduler"),
+        (["--modification_type", "magic"], "--modification_type"),
+        (["--freeze_layers", "a"], "--freeze_layers"),
+        (["--resume_from", "auto", "--overwrite_output_dir"], "--overwrite_output_dir"),
+        (["--gradient_checkpointing", "--modification_type=prefix", "--prefix_type=key_value"], "--gradient_check"),
+        (["--precision", "fp16"], "--precision fp16"),
+        (["--resume_from", "absent"], "--resume_from absent"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_loads, bad, said):
+    assert said in refused([*flags(tmp_path / "out"), *bad], capsys)
+
+
+def test_a_dataset_is_required_to_train(tmp_path, capsys, nothing_loads):
+    assert "--dataset_path" in refused(["--output_dir", str(tmp_path / "out")], capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_device_that_is_not_there_is_refused(flags, tmp_path, capsys, nothing_loads):
+    assert "--device cuda" in refused(flags(tmp_path / "out", device="cuda"), capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dataset_path": "absent.json"}, "absent.json"),
+        ({"dataset_path": "EMPTY"}, "rows.json"),
+        ({"dataset_path": "UNLABELLED"}, "unlabelled.json"),
+        ({"eval_dataset_path": "absent.json"}, "absent.json"),
+        ({"text_format": "{q}||{absent}"}, "absent"),
+        ({"model_name_or_path": "TMP"}, "--model_name_or_path"),
+        ({"adapter_path": "TMP"}, "modification.json"),
+        ({"lora_target_modules": "nothing"}, "c_attn"),
+        ({"modification_type": "selective", "freeze_layers": "2"}, "--freeze_layers 2"),
+        ({"max_length": 129}, "--max_length 129"),
+        ({"max_length": 120, "modification_type": "prefix", "prefix_length": 9}, "--max_length 120"),
+        ({"tokenizer_name_or_path": "gpt2"}, "50257"),
+        ({"from_scratch": "true", "max_position_embeddings": 64, "hidden_size": 24}, "64 positions"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_in_one_line_with_nothing_written(flags, tmp_path, capsys, changes, said):
+    (tmp_path / "rows.json").write_text("[]")
+    (tmp_path / "unlabelled.json").write_text(json.dumps([{"q": "x", "a": ""}]))
+    places = {"EMPTY": "rows.json", "UNLABELLED": "unlabelled.json", "TMP": ""}
+    changes = {k: tmp_path / places[v] if v in places else v for k, v in changes.items()}
+    assert said in refused(flags(tmp_path / "out", **changes), capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_dir_that_is_a_file_is_refused(flags, tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    for more in ([], ["--overwrite_output_dir"], RESUME):
+        assert "--output_dir" in refused([*flags(tmp_path / "out"), *more], capsys)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_rows_without_a_label_are_left_out_and_fewer_rows_than_a_batch_train(flags, tmp_path, capsys):
+    text = [{"q": "x", "a": "y"}, {"q": "x", "a": ""}, {"q": "z" * 200, "a": "y"}, {"q": "", "a": "y"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, text)))
+    argv = flags(tmp_path / "out", dataset_path=tmp_path / "rows.jsonl", eval_fraction=0, max_steps=None, batch_size=8)
+    assert run([*argv, "--epochs=2"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"2 rows without a label are left out", out)
+    assert re.search(r"Rows: 2 to train on, 0 held out", out)
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
+
+
+@pytest.mark.parametrize("flag", ["model_name_or_path", "tokenizer_name_or_path"])
+def test_a_hub_that_never_answers_ends_in_exit_2_within_seconds(flags, tmp_path, flag):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{deaf.getsockname()[1]}", "HF_HOME": str(tmp_path / "home")}
+        start = time.monotonic()
+        process = script(flags(tmp_path / "out", **{flag: "nobody/nothing"}), **environment, HF_HUB_OFFLINE="0")
+        _, error = process.communicate(timeout=120)
+        seconds = time.monotonic() - start
+    assert process.returncode == 2
+    assert re.fullmatch(rf"train_llm\.py: error: --{flag} nobody/nothing: .*\n", error.decode()), error.decode()
+    assert seconds < 15
+
+
+# ---- using a model ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learned(flags, tmp_path_factory):
+    """A run that learned four answers by heart, in a text format of its own."""
+    directory = tmp_path_factory.mktemp("learned")
+    colours = {"grass": "green", "snow": "white", "blood": "red", "sky": "blue"}
+    lines = ["question,answer", *[f"{question}, {answer}" for question, answer in colours.items()]]
+    (directory / "colours.csv").write_text("\n".join(lines))
+    settings = {
+        "dataset_path": directory / "colours.csv", "eval_dataset_path": directory / "colours.csv", "max_length": 40,
+        "text_format": "Q: {question}\nA:||{answer}", "modification_type": "full", "max_steps": 80, "batch_size": 4,
+        "gradient_accumulation_steps": 1, "eval_interval": 80, "num_samples": 4, "max_new_tokens": 20,
+    }  # fmt: skip
+    assert run(flags(directory / "out", **settings)) == 0
+    return directory / "out", colours
+
+
+def test_a_model_learns_to_answer_and_to_stop_by_itself(learned):
+    rows_ = [json.loads(line) for line in (learned[0] / "predictions.jsonl").read_text().splitlines()]
+    expected = [(f"Q: {question}\nA:", f" {answer}") for question, answer in learned[1].items()]
+    assert sorted((row["prompt"], row["tuned"]) for row in rows_) == sorted(expected)
+    assert all(row["reference"] == row["tuned"] and row["stopped"] for row in rows_)
+    assert not any(row["base"] == row["tuned"] for row in rows_)
+
+
+def test_prompts_are_answered_in_the_runs_own_format_up_to_the_end_of_text(learned, capsys):
+    assert run(["--adapter_path", str(learned[0] / "best"), "--prompt", "grass", "--prompt=sky"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^Prompt: (.*)\nAnswer: (.*)$", out, re.M) == [("grass", "green"), ("sky", "blue")]
+
+
+def test_an_answer_that_is_cut_off_is_marked(learned, capsys):
+    argv = ["--adapter_path", str(learned[0] / "best"), "--prompt", "grass", "--max_new_tokens", "4"]
+    assert run(argv) == 0
+    assert re.search(r"^Answer: gre \[\.\.\.\]$", capsys.readouterr().out, re.M)
+
+
+def test_a_seed_fixes_what_a_temperature_draws(learned, capsys):
+    argv = ["--adapter_path", str(learned[0] / "best"), "--prompt", "Who?", "--temperature=1.5", "--max_new_tokens=30"]
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert run([*argv, "--seed", seed]) == 0
+        answers.append(re.search(r"^Answer: .*", capsys.readouterr().out, re.M | re.S)[0])
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_run_with_prompts_answers_them_when_it_is_trained(flags, tmp_path, capsys):
+    assert run(flags(tmp_path, max_steps=1, prompt=["one", "two"], max_new_tokens=2)) == 0
+    assert re.findall(r"^Prompt: (.*)$", capsys.readouterr().out, re.M) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("x" * 300, "positions"), ('{"answer": "only"}', "question")],
+    ids=["too long", "field missing"],
+)
+def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, said):
+    argv = ["--adapter_path", str(learned[0] / "best"), "--prompt", prompt]
+    if said == "question":
+        argv += ["--text_format", "{question} {hint}||{answer}"]
+    assert said in refused(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "text_format", "read"),
+    [
+        ("Hi", "output", "Hi"),
+        ("Hi", "alpaca", data_pipeline.PROMPT_WITHOUT_INPUT.format(instruction="Hi")),
+        (
+            '{"instruction": "Add", "input": "1, 2"}',
+            "alpaca",
+            data_pipeline.PROMPT_WITH_INPUT.format(instruction="Add", input="1, 2"),
+        ),
+        ("Hi", "Q: {question}\nA:||{answer}", "Q: Hi\nA:"),
+        ("{Hi}", "Q: {question}\nA:||{answer}", "Q: {Hi}\nA:"),
+        ('{"a": 1}', "alpaca", data_pipeline.PROMPT_WITHOUT_INPUT.format(instruction='{"a": 1}')),
+        ('{"a": 1}', "Q: {question}\nA:||{answer}", 'Q: {"a": 1}\nA:'),
+    ],
+)
+def test_a_prompt_is_read_in_the_format_of_the_run(text, text_format, read):
+    assert train_llm.prompt_text(text, text_format) == read
+
+
+def test_a_base_from_scratch_is_saved_beside_the_result_and_both_can_move(flags, tmp_path, small_base, rows, capsys):
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    argv = flags(
+        tmp_path / "out", model_name_or_path=None, from_scratch="true", vocab_size=257, max_steps=3, **sizes,
+        tokenizer_name_or_path=small_base,
+    )  # fmt: skip
+    assert run(argv) == 0
+    assert "RANDOM WEIGHTS" in capsys.readouterr().out
+    (tmp_path / "out").rename(tmp_path / "moved")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "moved" / "base")
+    assert (base.config.n_embd, base.config.n_layer, base.config.vocab_size) == (24, 1, 257)
+    model = modify_llm.load_trained(tmp_path / "moved" / "final")
+    tokenizer = data_pipeline.load_tokenizer(str(tmp_path / "moved" / "final"))
+    dataset = data_pipeline.load_dataset(rows, tokenizer, text_format=FORMAT, max_length=96)
+    loader = data_pipeline.final_dataset_loader(dataset.split(0.2, 42)[1], tokenizer=tokenizer, num_workers=0)
+    losses = held_out_losses(tmp_path / "moved")
+    assert evaluate(SummedLoss(model), loader, CPU)[0] == pytest.approx(losses[3], rel=1e-6)
+    assert evaluate(SummedLoss(base), loader, CPU)[0] == pytest.approx(losses[0], rel=1e-6)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+TWO_BY_FOUR = {"batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8, "eval_interval": 2}
+# Rank 1 sends itself a signal before a step; everything else is the script.
+LAUNCHED = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import train_llm
+open(os.path.join({directory!r}, "pid_" + os.environ["RANK"]), "w").write(str(os.getpid()))
+train_step = train_llm.train_step
+def step(run, *rest):
+    if os.environ["RANK"] == "1" and run.progress.step == {step}:
+        os.kill(os.getpid(), signal.{name})
+    return train_step(run, *rest)
+train_llm.train_step = step
+sys.exit(train_llm.main())
+"""
+
+
+def torchrun(program, argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *argv], capture_output=True, text=True, timeout=150, env=environment)
+
+
+@pytest.fixture(scope="module")
+def two_processes(flags, tmp_path_factory):
+    """A run of two ranks: rank 1 alone is told to stop in step 3, is killed in step 6, and then the run is finished."""
+    directory = tmp_path_factory.mktemp("two")
+    output_dir, told = directory / "out", {}
+    for name, step in (("SIGTERM", 2), ("SIGKILL", 5)):
+        program = directory / f"{name}.py"
+        program.write_text(LAUNCHED.format(root=str(ROOT), directory=str(directory), step=step, name=name))
+        start = time.monotonic()
+        result = torchrun(program, [*flags(output_dir, **TWO_BY_FOUR), *RESUME])
+        seconds, pids = time.monotonic() - start, [int((directory / f"pid_{rank}").read_text()) for rank in (0, 1)]
+        told[name] = (result, seconds, pids, [path.name for path in checkpoints(output_dir)])
+    told["finished"] = torchrun(ROOT / "train_llm.py", [*flags(output_dir, **TWO_BY_FOUR), *RESUME])
+    return output_dir, told
+
+
+def test_torchrun_stops_all_ranks_in_the_step_in_which_one_is_told_to(two_processes):
+    result, _, _, kept = two_processes[1]["SIGTERM"]
+    assert result.returncode != 0
+    assert kept == ["step_00000002", "step_00000003"]
+    assert "at step 3; continue with --resume_from auto" in result.stdout
+
+
+def test_torchrun_leaves_within_a_minute_when_a_rank_is_killed(two_processes):
+    result, seconds, pids, kept = two_processes[1]["SIGKILL"]
+    assert result.returncode != 0
+    assert seconds < 60
+    assert "at step 3\n" in result.stdout  # resumed
+    assert kept[-1] == "step_00000004"
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_torchrun_with_two_times_four_rows_has_the_losses_of_one_process_with_eight(two_processes, flags, tmp_path):
+    output_dir, told = two_processes
+    assert told["finished"].returncode == 0, told["finished"].stderr
+    assert run(flags(tmp_path, **(TWO_BY_FOUR | {"batch_size": 8}))) == 0
+    alone, together = metrics(tmp_path), metrics(output_dir)
+    assert len(alone) == len(together) == 8 + 5
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(two_processes, flags, capsys):
+    before = snapshot(two_processes[0])
+    assert "2 processes, not 1" in refused([*flags(two_processes[0], **TWO_BY_FOUR), *RESUME], capsys)
+    assert snapshot(two_processes[0]) == before
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_lowers_perplexity_in_both_parts_and_closes_with_a_sample(tmp_path):
+    process = script(["--demo", "--output_dir", str(tmp_path / "demo")])
+    out, error = process.communicate(timeout=400)
+    out = out.decode()
+    assert process.returncode == 0, error.decode()
+    falls = re.findall(r"^Held-out perplexity: ([\d.]+) before, ([\d.]+) after", out, re.M)
+    assert len(falls) == 2
+    assert all(float(after) < 0.9 * float(before) for before, after in falls), falls
+    assert re.search(r"^Prompt: .*\nAnswer: \S", out, re.M)
+    losses = held_out_losses(tmp_path / "demo")
+    assert losses[max(losses)] < losses[0]
+    assert (tmp_path / "demo" / "base" / "model.safetensors").exists()
+    assert not any(isinstance(path, DataLoader) for path in ())
