@@ -392,10 +392,11 @@ def prompt_text(text: str, text_format: str) -> str:
     read = (
         ["instruction"] if text_format == "alpaca" else [n for n in columns if f"{{{n}}}" in text_format.split("||")[0]]
     )
-    fields = {read[0]: text} if len(read) == 1 else {}
+    required = [name for name in read if name != "input"]  # an input may be empty, in a prompt as in the data
+    fields = {required[0]: text, "input": ""} if len(required) == 1 else {}
     if text.lstrip().startswith("{"):
         with suppress(ValueError, AttributeError):
-            fields = {name: str(value) for name, value in json.loads(text).items()}
+            fields = {"input": ""} | {name: str(value) for name, value in json.loads(text).items()}
     if missing := [name for name in read if name not in fields]:
         raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
     return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
@@ -1229,45 +1230,58 @@ def answer_prompts(
 
 def demo(args: argparse.Namespace, runtime: Runtime) -> int:
     """A tiny GPT-2 from scratch on one half of the bundled sample, then LoRA on it with the other half."""
-    if args.output_dir == "./outputs":
-        args.output_dir = "./outputs/demo"
-    output_dir = Path(args.output_dir)
+    output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
+    question = "Q: {instruction} {input}\nA:"
+    own = [f"--{name}={getattr(args, name)}" for name in ("device", "precision", "seed")]
+    common = [
+        "--max_length=160",
+        "--eval_fraction=0.1",
+        "--num_samples=1",
+        "--max_new_tokens=40",
+        "--batch_size=4",
+        *own,
+    ]
+    tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4", "--max_position_embeddings=160"]
     rows = json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
+    clear_directory(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir) as scratch:
-        halves = [Path(scratch) / "pretraining.json", Path(scratch) / "tuning.json"]
-        for half, part in zip(halves, (rows[::2], rows[1::2]), strict=True):
-            half.write_text(json.dumps(part), encoding="utf-8")
-        common = ["--eval_fraction", "0.1", "--max_length", "192", "--seed", str(args.seed), "--device", args.device]
-        common += ["--precision", args.precision, "--num_samples", "1", "--max_new_tokens", "48"]
-        progress.info("Demo, part 1 of 2: a tiny GPT-2 from random weights, in full")
-        base = ["--modification_type", "full", "--from_scratch", "--hidden_size", "128", "--num_hidden_layers", "3"]
-        base += ["--num_attention_heads", "4", "--max_position_embeddings", "256", "--learning_rate", "2e-3"]
-        base += ["--epochs", "12", "--dataset_path", str(halves[0]), "--output_dir", f"{scratch}/base"]
-        status = execute(parse([*base, *common]), runtime)
-        if status:
+        for name, half in (("base", rows[::2]), ("tune", rows[1::2])):
+            Path(scratch, f"{name}.json").write_text(json.dumps(half), encoding="utf-8")
+        progress.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
+        learn = ["--from_scratch", *tiny, "--modification_type=full", "--epochs=8", "--eval_interval=180"]
+        data = [f"--dataset_path={scratch}/base.json", f"--text_format=||{question} {{output}}"]
+        if status := execute(
+            parse([*learn, *data, *common, f"--output_dir={scratch}/run", "--learning_rate=2e-3"]), runtime
+        ):
             return status
-        clear_directory(output_dir)
-        shutil.move(f"{scratch}/base/final", output_dir / "base")
-        progress.info("\nDemo, part 2 of 2: LoRA on that base")
-        tuned = ["--modification_type", "lora", "--model_name_or_path", str(output_dir / "base"), "--epochs", "6"]
-        tuned += ["--dataset_path", str(halves[1]), "--output_dir", str(output_dir), "--learning_rate", "5e-3"]
-        status = execute(parse([*tuned, *common]), runtime)
-    if status == 0:
-        prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", "What is the capital of France?"]
-        return use_model(
-            parse([*prompt, "--device", args.device, "--precision", args.precision], default_format=False), runtime
-        )
-    return status
+        shutil.move(f"{scratch}/run/best", output_dir / "base")
+        progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
+        learn = [f"--model_name_or_path={output_dir}/base", "--epochs=4", "--learning_rate=1e-2", "--eval_interval=90"]
+        data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
+        if status := execute(parse([*learn, *data, *common, f"--output_dir={output_dir}"]), runtime):
+            return status
+    prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", "What is the plural of cat?"]
+    return use_model(parse([*prompt, *own]), runtime)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The checked flags; leaves with status 2, all problems on one line, if any is out of range."""
-    parser = build_parser()
+    """The checked flags; leaves with status 2, all problems on one line, if any is out of range.
+
+    With --adapter_path, the model's and the text's flags take what it was trained with as their defaults.
+    """
+    parser, problems = build_parser(), []
     args = parser.parse_args(argv)
-    if args.text_format is None:
-        args.text_format = saved_text_format(args.adapter_path) or "alpaca"
-    problems = data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
+    if args.adapter_path:
+        saved = saved_settings(args.adapter_path, args)
+        parser.set_defaults(**saved)
+        args = parser.parse_args(argv)
+        changed = [
+            name for name in saved if saved[name] != getattr(args, name) and name not in ("text_format", "max_length")
+        ]
+        problems += [f"--{name}: {args.adapter_path} was trained with {saved[name]}" for name in changed]
+    args.text_format = args.text_format or "alpaca"
+    problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
     if problems:
         parser.error("; ".join(problems))
     if args.learning_rate is None:
@@ -1276,12 +1290,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def saved_text_format(adapter_path: str | None) -> str | None:
-    """The format that --adapter_path was trained with."""
+def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that --adapter_path was trained with, as far as its modification.json tells."""
     try:
-        return modify_llm.read_json(Path(adapter_path or "") / modify_llm.METADATA).get("text_format")
+        saved = modify_llm.read_json(Path(adapter_path) / modify_llm.METADATA)
     except ValueError:
-        return None
+        return {}  # PEFT's own directory, or nothing at all: load_trained tells
+    return {name: value for name, value in saved.items() if hasattr(args, name)}
 
 
 def main(argv: list[str] | None = None) -> int:
