@@ -61,7 +61,7 @@ def data_flags() -> argparse.ArgumentParser:
         default="output",
         metavar="FORMAT",
         help="output: the response text alone; alpaca: instruction prompt + response, loss on the response; or a "
-        'template over the file\'s own columns, || where the response begins: "Q: {question}\\nA:||{answer}" (%(default)s)',
+        'template over the file\'s columns, || where the response begins: "Q: {question}\\nA:||{answer}" (%(default)s)',
     )
     add(
         "--tokenizer_name_or_path",

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,13 @@ GPT2_SIZES = {
 }
 WEIGHTS, PEFT_CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "modification.json"
 PEFT_PREFIX = "base_model.model."
+SETTINGS = {  # what must be known of a technique to load it again
+    "lora": ("lora_rank", "lora_alpha", "lora_dropout"),
+    "adapter": ("adapter_size", "adapter_placement"),
+    "prefix": ("prefix_length", "prefix_type"),
+    "selective": ("freeze_layers", "freeze_head"),
+    "full": (),
+}
 
 
 def boolean(text: str) -> bool:
@@ -165,7 +172,10 @@ def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
         setattr(settings, name, overrides.get(name, getattr(args, name, getattr(settings, name))))
     for name, parse in (("trainable_modules", names), ("lora_target_modules", names), ("freeze_layers", layer_numbers)):
         if isinstance(value := getattr(settings, name), str):
-            setattr(settings, name, parse(value))
+            try:
+                setattr(settings, name, parse(value))
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"--{name} {error}") from None
     if problems := model_problems(settings):
         raise ValueError("; ".join(problems))
     return settings
@@ -191,7 +201,7 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     if size and not Path(name).exists():
         return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
     path = locate(name)
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(path) / "config.json")
     if config.get("model_type") != "gpt2":
         raise ValueError(f"--model_name_or_path {name}: a {config.get('model_type')!r} model; only GPT-2 is supported")
     return GPT2Config.from_pretrained(path)
@@ -218,9 +228,8 @@ def locate(name: str) -> str:
             return snapshot_download(name, allow_patterns=files)
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
-            raise ValueError(
-                f"--model_name_or_path {name}: neither a local directory nor to be had from the hub ({reason}); {ways_out}"
-            ) from None
+            neither = f"neither a local directory nor to be had from the hub ({reason})"
+            raise ValueError(f"--model_name_or_path {name}: {neither}; {ways_out}") from None
 
 
 def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
@@ -233,19 +242,25 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
         logger.warning("RANDOM WEIGHTS: --from_scratch initialises the base model at random, nothing is pretrained")
         model, model_path = GPT2LMHeadModel(config), None
     else:
-        model_path = locate(args.model_name_or_path)
-        where = f"--model_name_or_path {args.model_name_or_path}"
+        model_path, where = locate(args.model_name_or_path), f"--model_name_or_path {args.model_name_or_path}"
         read_config(argparse.Namespace(from_scratch=False, model_name_or_path=model_path))
+        spoken = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # its report of missing weights is an error here, in one line
         try:
             model, loading = GPT2LMHeadModel.from_pretrained(
-                model_path, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+                model_path, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )  # fmt: skip
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise ValueError(f"{where}: does not load: {str(error).strip().splitlines()[0]}") from None
+        finally:
+            transformers_logging.set_verbosity(spoken)
         if missing := sorted(set(loading["missing_keys"]) - {"lm_head.weight"}):
-            raise ValueError(f"{where}: its weights lack {len(missing)} tensors, such as {missing[0]}")
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            raise ValueError(f"{where}: its weights hold NaN or infinite values")
+            raise ValueError(f"{where}: its weights lack {missing[0]} ({len(missing)} tensors in all)")
+        if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
+            raise ValueError(f"{where}: {misshapen[0]} has another shape than config.json says")
+        if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+            raise ValueError(f"{where}: {broken[0]} holds NaN or infinite values")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -333,7 +348,10 @@ class LoRALayer(nn.Module):
             return self.lora_B
         blocks = self.lora_B.chunk(len(self.thirds))
         zero = torch.zeros_like(blocks[0])
-        rows = [[block if part == third else zero for third, block in zip(self.thirds, blocks)] for part in "qkv"]
+        rows = [
+            [block if part == third else zero for third, block in zip(self.thirds, blocks, strict=True)]
+            for part in "qkv"
+        ]
         return torch.cat([torch.cat(row, dim=1) for row in rows])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -640,6 +658,7 @@ def apply_prefix(
             prefix = KeyValuePrefix(columns, tokens, projection_size)
         else:
             columns = key_value_columns(model, ids.to(wte.device))
+            tokens += model.transformer.wpe.weight[:prefix_length]  # a token's place tells it from its repetition
             prefix = KeyValuePrefix(columns, tokens, projection_size)
     model.transformer.prefix = prefix
     model.transformer.__class__ = PrefixedGPT2  # as torch's own parametrizations do; every key keeps its name
@@ -833,35 +852,37 @@ def save_plain(model: GPT2LMHeadModel, state: dict[str, Tensor], directory: Path
 def lora_as_peft(model: GPT2LMHeadModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
     """The tensors and configuration of PEFT's LoRA layout.
 
-    n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA of rank n r and
-    alpha n, with A stacked and B in blocks.
+    n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA of rank n r with the
+    same scaling, A stacked and B in blocks. What differs from layer to layer goes into PEFT's patterns.
     """
     layers, settings = lora_layers(model), model.modification
-    tensors, rank_pattern, alpha_pattern = {}, {}, {}
+    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+    tensors, ranks, alphas = {}, {}, {}
     for name, layer in layers.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.full_B()
-        if layer.thirds:
-            rank_pattern[name], alpha_pattern[name] = len(layer.lora_A), settings["lora_alpha"] * len(layer.thirds)
+        ranks[name], alphas[name] = len(layer.lora_A), layer.scaling * len(layer.lora_A)
     others = {name: tensor for name, tensor in state.items() if ".lora_" not in name}
     if "transformer.wte.weight" in others and is_tied(model):  # with wte alone, PEFT would keep the old head
         others["lm_head.weight"] = others["transformer.wte.weight"].clone()
-    tensors |= {PEFT_PREFIX + name.replace(".original_layer", ""): tensor for name, tensor in others.items()}
+    tensors |= {PEFT_PREFIX + name.replace(".original_layer", ".base_layer"): t for name, t in others.items()}
+    whole = {name.rpartition(".")[0] for name in others if not name.endswith(".bias")}
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    bias = "lora_only" if any(".original_layer" in name for name in others) else "none"
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "base_name", None),
         "inference_mode": True,
-        "r": settings["lora_rank"],
-        "lora_alpha": settings["lora_alpha"],
+        "r": rank,
+        "lora_alpha": alpha,
         "lora_dropout": settings["lora_dropout"],
-        "use_rslora": settings.get("use_rslora", False),
         "target_modules": sorted(layers),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if not math.isclose(a, alpha)},
         "fan_in_fan_out": all(isinstance(layer.original_layer, Conv1D) for layer in layers.values()),
-        "bias": settings.get("bias", "none"),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in others if not name.endswith(".bias")}) or None,
+        "bias": "all" if biases <= others.keys() else bias,
+        "modules_to_save": sorted(whole) or None,
     }
     return tensors, config
 
@@ -936,6 +957,8 @@ def load_trained(
     technique = settings.get("modification_type")
     if technique not in TECHNIQUES:
         raise ValueError(f"{directory / METADATA}: modification_type {technique!r} is not one of {TECHNIQUES}")
+    if lacking := [name for name in SETTINGS[technique] if name not in settings]:
+        raise ValueError(f"{directory / METADATA}: lacks {lacking[0]}")
     base = str(directory) if technique in ("full", "selective") else model_name_or_path
     base = base or settings.get("base_model_name_or_path")
     if not base:
@@ -954,24 +977,30 @@ def load_trained(
             have = getattr(model.config, key, None)
             raise ValueError(f"--model_name_or_path {base}: {key} is {have}; {directory} was trained on {value}")
     if technique == "lora":
-        load_lora(model, directory, settings)
+        load_lora(model, directory, args, settings)
     else:
         modify(model, args)
     if technique == "adapter":
-        path = directory / "adapter.safetensors"
-        tensors = read_tensors(path)
-        if missing := trainable_state(model).keys() - tensors.keys():
-            raise ValueError(f"{path}: lacks {min(missing)}")
-        put_tensors(model, tensors, path)
+        put_all(model, directory / "adapter.safetensors")
     elif technique == "prefix":
-        tensors = read_tensors(directory / WEIGHTS)
-        if tensors.keys() != {"prompt_embeddings"}:
-            raise ValueError(f"{directory / WEIGHTS}: expected prompt_embeddings alone, found {sorted(tensors)}")
-        put_tensors(model.transformer.prefix, {"embedding": tensors["prompt_embeddings"]}, directory / WEIGHTS)
+        path, embedding = directory / WEIGHTS, model.transformer.prefix.embedding
+        tensors = read_tensors(path)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != {"prompt_embeddings": tuple(embedding.shape)}:
+            raise ValueError(f"{path}: expected prompt_embeddings of shape {tuple(embedding.shape)}, found {found}")
+        embedding.data.copy_(tensors["prompt_embeddings"])
         if args.trainable_modules:
-            extra = directory / "trainable_modules.safetensors"
-            put_tensors(model, read_tensors(extra), extra)
+            put_all(model, directory / "trainable_modules.safetensors", without="transformer.prefix.")
     return model
+
+
+def put_all(model: nn.Module, path: Path, without: str = " ") -> None:
+    """Loads a file that must hold every trainable parameter, but those whose names start with `without`."""
+    tensors = read_tensors(path)
+    wanted = {name for name in trainable_state(model) if not name.startswith(without)}
+    if missing := wanted - tensors.keys():
+        raise ValueError(f"{path}: lacks {min(missing)}")
+    put_tensors(model, tensors, path)
 
 
 def peft_settings(directory: Path) -> dict:
@@ -992,62 +1021,71 @@ def peft_settings(directory: Path) -> dict:
     }
 
 
-def load_lora(model: GPT2LMHeadModel, directory: Path, settings: dict) -> None:
-    """Wraps the layers whose A and B the file holds, whatever patterns chose them, and loads everything into place.
+def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace, settings: dict) -> None:
+    """Wraps the layers whose A and B the file holds, whatever pattern chose them, and loads everything into place.
 
     Ranks come from the tensors' shapes; alpha, rsLoRA and their exceptions from PEFT's configuration; the thirds that
     a run of ours adapted from its own metadata. Tensors of whole modules (modules_to_save, biases) train on.
     """
     path, config = directory / WEIGHTS, read_json(directory / PEFT_CONFIG)
-    tensors = {
-        key.removeprefix(PEFT_PREFIX).replace(".base_layer", ""): tensor for key, tensor in read_tensors(path).items()
-    }
-    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
-    if not wrapped:
-        raise ValueError(f"{path}: holds no LoRA tensors")
-    targets = settings.get("lora_target_modules") or wrapped
+    tensors = {key.removeprefix(PEFT_PREFIX).replace(".base_layer", ""): t for key, t in read_tensors(path).items()}
+    wrapped = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
+    layers, others = peft_expects(model, config)
+    if missing := {f"{name}.lora_A.weight" for name in layers - wrapped} | (others - tensors.keys()):
+        raise ValueError(f"{path}: lacks {min(missing)}")
+    targets = settings.get("lora_target_modules") or sorted(wrapped)
     thirds = match_targets(model, targets)
-    if sorted(thirds) != wrapped:
-        raise ValueError(f"{path}: holds LoRA for {len(wrapped)} layers, its settings name {len(thirds)}")
-    alpha, rslora = config.get("lora_alpha", 8), bool(config.get("use_rslora"))
+    if thirds.keys() != wrapped:
+        raise ValueError(f"{path}: its LoRA for {min(thirds.keys() ^ wrapped)} does not match the settings")
     start_modification(
-        model,
-        "lora",
-        lora_rank=settings["lora_rank"],
-        lora_alpha=settings["lora_alpha"],
-        lora_dropout=settings["lora_dropout"],
+        model, "lora", lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
         lora_target_modules=targets,
-        use_rslora=rslora,
-        bias=config.get("bias", "none"),
-    )
-    for name in wrapped:
+    )  # fmt: skip
+    rslora = bool(config.get("use_rslora"))
+    for name in sorted(wrapped):
         try:
             A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
         except KeyError as missing:
             raise ValueError(f"{path}: lacks {missing}") from None
         parts = len(thirds[name]) or 1
-        layer_alpha = peft_pattern(config.get("alpha_pattern"), name, alpha) / parts
-        layer = LoRALayer(
-            model.get_submodule(name), len(A) // parts, layer_alpha, settings["lora_dropout"], thirds[name], rslora
-        )
+        alpha = peft_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)) / parts
+        original = model.get_submodule(name)
+        layer = LoRALayer(original, max(1, len(A) // parts), alpha, args.lora_dropout, thirds[name], rslora)
+        if A.shape != layer.lora_A.shape or B.shape != layer.full_B().shape:
+            shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            raise ValueError(f"{path}: A and B of {name} have shapes {shapes}, which do not fit the layer")
         if thirds[name]:  # each third's B is the block where its rows of B meet its columns
-            rows, columns = dict(zip("qkv", B.chunk(3))), B.shape[1] // parts
+            rows, columns = dict(zip("qkv", B.chunk(3), strict=True)), B.shape[1] // parts
             B = torch.cat([rows[t][:, i * columns : (i + 1) * columns] for i, t in enumerate(thirds[name])])
         put_tensors(layer, {"lora_A": A, "lora_B": B}, path)
         model.set_submodule(name, layer)
     wte, head = (tensors.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
     if (wte is None) != (head is None) or (wte is not None and not torch.equal(wte, head)):
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # PEFT trained one of the two alone
-        model.config.tie_word_embeddings = False
-    layers = lora_layers(model)
-    own = {}
-    for key, tensor in tensors.items():
-        module, _, leaf = key.rpartition(".")
-        own[f"{module}.original_layer.{leaf}" if module in layers else key] = tensor
-    put_tensors(model, own, path)
-    for name in own:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = False  # PEFT trained one of the two alone
+    inside = {f"{name}.bias": f"{name}.original_layer.bias" for name in wrapped}
+    tensors = {inside.get(key, key): tensor for key, tensor in tensors.items()}
+    put_tensors(model, tensors, path)
+    for name in tensors:
         model.get_parameter(name).requires_grad_(True)
     model.modification["trainable_modules"] = settings.get("trainable_modules", [])
+
+
+def peft_expects(model: GPT2LMHeadModel, config: dict) -> tuple[set[str], set[str]]:
+    """(layers, parameters of other modules) that a PEFT configuration says are in the file, where it is plain."""
+    linear = {name for name, module in model.named_modules() if isinstance(module, Conv1D | nn.Linear)}
+    targets, layers = config.get("target_modules"), set()
+    if not config.get("exclude_modules") and config.get("layers_to_transform") is None:
+        if isinstance(targets, list):
+            layers = {name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)}
+        elif targets and targets != "all-linear":
+            layers = {name for name in linear if re.fullmatch(targets, name)}
+    saved = [m for suffix in config.get("modules_to_save") or [] for m in modules_named(model, suffix)]
+    others = {f"{name}.{leaf}" for name in saved for leaf, _ in model.get_submodule(name).named_parameters()}
+    bias = config.get("bias", "none")
+    others |= {name for name, _ in model.named_parameters() if name.endswith(".bias") and bias == "all"}
+    others |= {f"{name}.bias" for name in layers if bias == "lora_only"}
+    return layers, others
 
 
 def peft_pattern(pattern: dict | None, name: str, default: float) -> float:
@@ -1105,20 +1143,16 @@ def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
-    """What each technique trains, saves (fp32) and needs in AdamW's two moments, counted on the meta device."""
-    half = list(range(read_config(args).n_layer // 2))
-    logging.disable(logging.INFO)
-    rows = []
+    """What each technique trains and saves (fp32) on the base that the flags name, counted on the meta device."""
+    base = ("model_name_or_path", "from_scratch", "vocab_size", "hidden_size", "num_attention_heads")
+    base += ("num_hidden_layers", "max_position_embeddings")
+    chosen_base = argparse.Namespace(**{name: getattr(args, name) for name in base})
+    half, rows = list(range(read_config(args).n_layer // 2)), []
     for label, paper, chosen in COMPARED:
-        settings = with_defaults(None, freeze_layers=half, **chosen)
-        for name in ("model_name_or_path", "from_scratch", "vocab_size", "hidden_size", "num_attention_heads"):
-            setattr(settings, name, getattr(args, name))
-        settings.num_hidden_layers = args.num_hidden_layers
-        settings.max_position_embeddings = args.max_position_embeddings
+        settings = with_defaults(chosen_base, freeze_layers=half, **chosen)
         total, trainable = parameter_counts(meta_model(settings))
         saved = total if settings.modification_type in ("full", "selective") else trainable
         rows.append({"label": label, "paper": paper, "total": total, "trainable": trainable, "saved_mb": saved * 4e-6})
-    logging.disable(logging.NOTSET)
     return rows
 
 
@@ -1159,19 +1193,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("; ".join(problems))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
+    level = logging.WARNING if args.compare else logging.INFO  # the coverage of each LoRA target is no news there
+    logging.basicConfig(level=level, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         if args.merge_to:
             given = args.model_name_or_path != parser.get_default("model_name_or_path")
             merge_directory(args.adapter_path, args.merge_to, args.model_name_or_path if given else None)
         elif args.compare:
             rows = compare(args)
-            print(f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>11}{'optimizer':>11}  paper")
+            print(f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>12}{'optimizer':>12}  paper")
             for row in rows:
                 ratio, saved, optimizer = row["trainable"] / row["total"], row["saved_mb"], row["trainable"] * 8e-6
-                numbers = f"{row['trainable']:>14,}{ratio:>9.2%}{saved:>8,.1f} MB{optimizer:>8,.1f} MB"
+                numbers = f"{row['trainable']:>14,}{ratio:>9.2%}{saved:>9,.1f} MB{optimizer:>9,.1f} MB"
                 print(f"{row['label']:<30}{numbers}  {row['paper']}".rstrip())
             if args.plot:
                 plot_comparison(rows, f"{args.model_name_or_path}: what each technique trains", args.plot)
