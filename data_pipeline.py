@@ -8,7 +8,9 @@ From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format=
 """
 
 import argparse
+import csv
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -18,7 +20,6 @@ import os
 import string
 import sys
 import urllib.request
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
@@ -73,19 +74,23 @@ def data_flags() -> argparse.ArgumentParser:
     add("--num_workers", type=int, default=NUM_WORKERS, help="DataLoader processes; 0: none (%(default)s)")
     add("--seed", type=int, default=SEED, help="of the shuffling, the split and the initialisation; >= 0 (%(default)s)")
     add("--eval_fraction", type=float, default=0.0, help="share of rows held out; 0 <= x < 1 (%(default)s)")
+    add("--eval_dataset_path", metavar="FILE", help="held-out rows of their own, instead of --eval_fraction")
     add("--max_samples", type=int, default=0, metavar="N", help="only the first N training rows; 0: all (%(default)s)")
+    add("--max_eval_samples", type=int, default=0, metavar="N", help="only the first N held-out rows; 0: all")
     return parser
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the data flags, a line each; nothing is read."""
     checks = [
-        (args.max_length >= 2, f"--max_length {args.max_length}: at least 2 tokens"),
-        (args.batch_size >= 1, f"--batch_size {args.batch_size}: at least 1 row"),
+        (args.dataset_path != "", "--dataset_path '': an empty name"),
+        (2 <= args.max_length < 2**31, f"--max_length {args.max_length}: 2 tokens or more"),
+        (1 <= args.batch_size < 2**31, f"--batch_size {args.batch_size}: 1 row or more"),
         (args.num_workers >= 0, f"--num_workers {args.num_workers}: 0 or more"),
         (0 <= args.seed < 2**63, f"--seed {args.seed}: 0 or more (below 2^63)"),
         (0 <= args.eval_fraction < 1, f"--eval_fraction {args.eval_fraction}: 0 or more, below 1"),
         (args.max_samples >= 0, f"--max_samples {args.max_samples}: 0 (all) or more"),
+        (args.max_eval_samples >= 0, f"--max_eval_samples {args.max_eval_samples}: 0 (all) or more"),
     ]
     problems = [message for fine, message in checks if not fine]
     try:
@@ -108,7 +113,7 @@ def format_columns(text_format: str) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{where}: {error}; a brace of the text itself is written twice") from None
     for _, name, spec, conversion in fields:
-        if name is not None and (not name or spec or conversion or set(name) & set(".[]")):
+        if name is not None and (not name or name.isdigit() or spec or conversion or set(name) & set(".[]")):
             raise ValueError(f"{where}: a field is a plain column name, such as {{question}}")
     if not any(name for _, name, *_ in string.Formatter().parse(response)):
         raise ValueError(f"{where}: no column after the ||, so there is no response to learn")
@@ -129,7 +134,7 @@ def open_text(dataset_path: str) -> TextIO:
     """A local file or a URL as UTF-8 text; a byte-order mark is accepted."""
     if dataset_path.startswith(("http://", "https://")):
         with urllib.request.urlopen(dataset_path, timeout=60) as response:
-            return io.TextIOWrapper(io.BytesIO(response.read()), encoding="utf-8-sig")
+            return io.TextIOWrapper(io.BytesIO(response.read()), encoding="utf-8-sig", newline="")
     if not Path(dataset_path).is_file():
         raise ValueError("no such file" if not Path(dataset_path).exists() else "not a file")
     return open(dataset_path, encoding="utf-8-sig", newline="")
@@ -147,9 +152,10 @@ def parse_json(text: str, first_line: int = 1) -> object:
 def read_records(file: TextIO, suffix: str) -> Iterator[list]:
     """The rows of a .json, .jsonl or .csv file, at most CHUNK_ROWS at a time (a .json array at once)."""
     if suffix == ".csv":
-        with warnings.catch_warnings(action="error"):  # pandas only warns of fields beyond the header, and drops them
-            for chunk in pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False, chunksize=CHUNK_ROWS):
-                yield chunk.to_dict("records")
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.DictReader(file, strict=True)  # pandas would fill up a row that is cut short, without a word
+        while rows := list(itertools.islice(reader, CHUNK_ROWS)):
+            yield [{name: value for name, value in row.items() if value is not None} for row in rows]
         return
     if suffix == ".json":
         text = file.read()
@@ -169,6 +175,8 @@ def check_record(record: object, columns: list[str]) -> None:
     """Every field that the format reads must be text; a null `input` is taken as empty (in place)."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
+    if None in record:
+        raise ValueError("more fields than the header names")
     for column in columns:
         if column not in record:
             raise ValueError(f"no {column!r}; the row has {sorted(map(str, record))}")
@@ -211,9 +219,8 @@ def read_frames(dataset_path: str, columns: list[str]) -> Iterator[pd.DataFrame]
                     logger.info("Dataset loaded successfully with %d entries.", read)
                 yield pd.DataFrame(records)
                 records = following
-    except (ValueError, OSError, Warning) as error:  # UnicodeDecodeError and pandas' parser errors are ValueErrors
-        reason = str(error).strip().replace("\n", " ")
-        raise ValueError(f"--dataset_path {dataset_path}: {reason}") from None
+    except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
+        raise ValueError(" ".join(f"--dataset_path {dataset_path}: {error}".split())) from None
 
 
 def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
@@ -243,10 +250,17 @@ def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
             except Exception as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ValueError(f"{where}: neither a local directory nor to be had from the hub: {reason}") from None
+    return prepare_tokenizer(tokenizer, where)
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """Sets pad = eos, right padding, special tokens in a text as ordinary ones, and no padding or cutting of its own."""
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise ValueError(f"{where}: needs a fast tokenizer with an end-of-text token, so that a model learns to stop")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     tokenizer.backend_tokenizer.encode_special_tokens = True
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
 
 
@@ -295,6 +309,10 @@ class AlpacaDataset(Dataset):
             self.tokens[np.repeat(keep, lengths)], offsets, self.prompt_lengths[keep], self.truncated[keep]
         )
 
+    def first(self, number: int) -> "AlpacaDataset":
+        """The first `number` rows; 0: all."""
+        return self.select(np.arange(len(self)) < number) if number else self
+
     def split(self, fraction: float, seed: int) -> tuple["AlpacaDataset", "AlpacaDataset"]:
         """(training rows, held-out rows): round(rows x fraction) rows, drawn by the seed, are held out."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
@@ -339,7 +357,7 @@ def load_dataset(
     show: also log the columns, the first rows, and five samples as text, ids and decoded text.
     Raises ValueError that names the file and row.
     """
-    tokenizer = tokenizer or load_tokenizer()
+    tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
     dtype = np.uint16 if len(tokenizer) <= 65_536 else np.int32
     if tokenizer.is_fast and os.environ.get("TOKENIZERS_PARALLELISM") is None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true"  # its default, said so that forked DataLoader workers do not warn
@@ -446,6 +464,8 @@ class GlobalBatches(Sampler[list[int]]):
     def global_batches(self) -> list[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         rows, size = len(self.lengths), self.global_size
+        if not rows:
+            return []
         order = torch.randperm(rows, generator=generator) if self.shuffle else torch.arange(rows)
         if not self.group_by_length:
             return list(order.split(size))
@@ -525,7 +545,8 @@ def final_dataset_loader(
         raise ValueError(f"split={split!r}: None, 'train' or 'eval'")
     if max_length < 2 or batch_size < 1 or num_workers < 0 or not 0 <= eval_fraction < 1:
         raise ValueError(f"out of range: {max_length=}, {batch_size=}, {num_workers=}, {eval_fraction=}")
-    tokenizer = load_tokenizer(tokenizer or "gpt2") if isinstance(tokenizer, str | None) else tokenizer
+    by_name = tokenizer is None or isinstance(tokenizer, str)
+    tokenizer = load_tokenizer(tokenizer or "gpt2") if by_name else prepare_tokenizer(tokenizer)
     dataset = dataset_path
     if not isinstance(dataset, AlpacaDataset):
         dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
@@ -591,21 +612,21 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging()
     try:
         tokenizer = load_tokenizer(args.tokenizer_name_or_path or "gpt2")
-        dataset = load_dataset(
-            args.dataset_path or BUNDLED_SAMPLE,
-            tokenizer,
-            text_format=args.text_format,
-            max_length=args.max_length,
-            show=True,
-        )
-        if args.plot:
-            plot_lengths(dataset.lengths, args.max_length, args.plot)
-            logger.info("Token lengths drawn in %s", args.plot)
-        dataset, held_out = dataset.split(args.eval_fraction, args.seed)
-        if args.eval_fraction:
+        kinds = {"text_format": args.text_format, "max_length": args.max_length}
+        dataset = load_dataset(args.dataset_path or BUNDLED_SAMPLE, tokenizer, show=True, **kinds)
+        lengths = dataset.lengths
+        if args.eval_dataset_path:
+            held_out = load_dataset(args.eval_dataset_path, tokenizer, **kinds)
+        else:
+            dataset, held_out = dataset.split(args.eval_fraction, args.seed)
+        dataset, held_out = dataset.first(args.max_samples), held_out.first(args.max_eval_samples)
+        if not len(dataset):
+            raise ValueError(f"--eval_fraction {args.eval_fraction}: no row is left to train on")
+        if len(held_out):
             logger.info("Held out: %d rows; %d to train on", len(held_out), len(dataset))
-        if args.max_samples:
-            dataset = dataset.select(np.arange(len(dataset)) < args.max_samples)
+        if args.plot:
+            plot_lengths(lengths, args.max_length, args.plot)
+            logger.info("Token lengths drawn in %s", args.plot)
         loader = final_dataset_loader(
             dataset,
             tokenizer=tokenizer,

@@ -11,6 +11,7 @@ The loop is one for all techniques: a technique only decides which parameters tr
 
 import argparse
 import hashlib
+import importlib
 import itertools
 import json
 import logging
@@ -92,9 +93,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.set_defaults(text_format=None, eval_fraction=0.05, num_workers=0)
     switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
-    add = parser.add_argument_group("more data").add_argument
-    add("--eval_dataset_path", metavar="FILE", help="held-out rows of their own, instead of --eval_fraction")
-    add("--max_eval_samples", type=int, default=0, metavar="N", help="only the first N held-out rows; 0: all")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=3, help="passes over the training rows; >= 1 (%(default)s)")
     add("--max_steps", type=int, default=0, help="optimizer steps; 0: by --epochs (%(default)s)")
@@ -138,7 +136,7 @@ def train_problems(args: argparse.Namespace) -> list[str]:
         "epochs", "gradient_accumulation_steps", "log_interval", "save_total_limit", "max_new_tokens",
     )]  # fmt: skip
     checks += [(getattr(args, n) >= 0, n, "0 or more") for n in (
-        "max_steps", "eval_interval", "save_interval", "early_stopping_patience", "max_eval_samples", "num_samples",
+        "max_steps", "eval_interval", "save_interval", "early_stopping_patience", "num_samples",
     )]  # fmt: skip
     checks += [(0 <= getattr(args, n) < math.inf, n, "0 or more, finite") for n in (
         "weight_decay", "max_grad_norm", "min_lr", "temperature",
@@ -449,7 +447,7 @@ def write_predictions(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, dataset: AlpacaDataset, args: argparse.Namespace,
     runtime: Runtime, path: Path,
 ) -> None:  # fmt: skip
-    """predictions.jsonl: for a few held-out prompts the reference, the untouched base's answer and the tuned model's."""
+    """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few rows."""
     pairs = held_out_prompts(dataset, args.num_samples)
     if not pairs:
         return
@@ -535,11 +533,13 @@ def recover_and_clean(output_dir: Path) -> None:
     """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
     for old in output_dir.glob(".old_*"):
         name = old.name.removeprefix(".old_")
-        place = output_dir / name
-        if not place.exists() and not name.startswith("step_"):
+        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
             old.rename(place)
-    for stale in [*output_dir.glob(".new_*"), *output_dir.glob(".old_*")]:
-        shutil.rmtree(stale, ignore_errors=True)
+    for pattern in (".new_*", ".old_*", ".trash_*"):
+        for stale in output_dir.glob(pattern):
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 @dataclass
@@ -599,7 +599,7 @@ def save_checkpoint(run: "Run") -> None:
     for path in others[max(0, run.args.save_total_limit - 1) :]:
         if checkpoint_step(path) not in keep:
             try:
-                trash = run.output_dir / f".old_{path.name}"
+                trash = run.output_dir / f".trash_{path.name}"
                 path.rename(trash)
                 shutil.rmtree(trash)
             except OSError as error:
@@ -678,6 +678,8 @@ def check_tensors(run: "Run", state: dict) -> None:
     """Raises Damaged, naming the tensor, unless the checkpoint holds just what this run trains, in the same shapes."""
     parameters = trainable_state(run.model)
     expected = {"trainable": {name: p.shape for name, p in parameters.items()}, "optimizer": {}}
+    if missing := {f"cpu.{rank}" for rank in range(run.runtime.world_size)} - state["random"].keys():
+        raise Damaged(f"random.safetensors lacks {min(missing)}")
     if state["progress"].step:
         for name, p in parameters.items():
             expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
@@ -740,11 +742,11 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     """The tokenizer that the flags name: by default the model's own, or GPT-2's where the model brings none."""
     if args.tokenizer_name_or_path:
         return load_tokenizer(args.tokenizer_name_or_path)
-    for directory in (args.adapter_path, args.model_name_or_path):
+    for directory in (args.adapter_path, None if args.from_scratch else args.model_name_or_path):
         if directory and any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return load_tokenizer(directory)
-    local = Path(args.model_name_or_path).exists() or args.from_scratch or args.adapter_path
-    return load_tokenizer("gpt2" if local else args.model_name_or_path)
+    brings_none = args.from_scratch or args.adapter_path or Path(args.model_name_or_path).exists()
+    return load_tokenizer("gpt2" if brings_none else args.model_name_or_path)
 
 
 def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
@@ -764,11 +766,7 @@ def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
         train = held_out.select(np.zeros(len(held_out), dtype=bool)) if args.eval_only else labelled(args.dataset_path)
     else:
         train, held_out = labelled(args.dataset_path).split(args.eval_fraction, args.seed)
-    if args.max_samples:
-        train = train.select(np.arange(len(train)) < args.max_samples)
-    if args.max_eval_samples:
-        held_out = held_out.select(np.arange(len(held_out)) < args.max_eval_samples)
-    return train, held_out
+    return train.first(args.max_samples), held_out.first(args.max_eval_samples)
 
 
 def given_model(args: argparse.Namespace) -> str | None:
@@ -842,16 +840,15 @@ def write_metrics(run: Run, row: dict[str, Any]) -> None:
                 run.writer.add_scalar(name, value, row["step"])
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Drops the rows after `step`, which a resumed run writes again."""
+def cut_metrics(path: Path, state: Progress | None) -> None:
+    """Drops the rows that a run resumed at `state` writes again: all after its step, and a held-out one still due."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
+            with suppress(ValueError, KeyError, TypeError):  # the half-written last line of a killed run
+                row = json.loads(line)
+                if state and row["step"] < state.step + (not (state.evaluation_due and "eval_loss" in row)):
                     rows.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the half-written last line of a killed run
     path.write_text("".join(rows), encoding="utf-8")
 
 
@@ -1019,8 +1016,8 @@ def plot_curves(output_dir: Path) -> None:
     training, held_out = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2).flat
-    for axes, key, title in zip(panels, ("loss", "perplexity", "lr", "grad_norm"),
-                                ("loss per token", "perplexity", "learning rate", "gradient norm"), strict=True):  # fmt: skip
+    titles = {"loss": "loss per token", "perplexity": "perplexity", "lr": "learning rate", "grad_norm": "gradient norm"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
         axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
         if held_out and f"eval_{key}" in held_out[0]:
             axes.plot(
@@ -1047,28 +1044,31 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
 
 
-def take_output_directory(run: Run) -> None:
-    """Makes and locks the output directory, clears away what a crash or --overwrite_output_dir leaves to clear, and
-    starts the run's records: run.json, metrics.jsonl, the log file."""
-    args, output_dir = run.args, run.output_dir
-    if run.runtime.rank != 0:
+def lock_output_directory(run: Run) -> None:
+    """Makes the output directory this process's own, and puts right what a crash left there."""
+    if run.lock or run.runtime.rank != 0:
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output_dir / ".lock")
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(run.output_dir / ".lock")
     try:
         lock.acquire(timeout=10)  # the DataLoader workers of a killed run hold it for some seconds more
     except filelock.Timeout:
-        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
+        raise ValueError(f"--output_dir {run.output_dir}: another run is writing there") from None
     run.lock = lock
-    recover_and_clean(output_dir)
+    recover_and_clean(run.output_dir)
+
+
+def start_records(run: Run) -> None:
+    """Clears what --overwrite_output_dir says to clear; then run.json, metrics.jsonl and the log file begin."""
+    args, output_dir = run.args, run.output_dir
+    if run.runtime.rank != 0:
+        return
     if args.overwrite_output_dir:
         clear_directory(output_dir)
-    cut_metrics(output_dir / "metrics.jsonl", run.progress.step if run.resumed_from is not None else -1)
+    cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
     run.log_file = open_log_file(output_dir)
     if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+        run.writer = torch.utils.tensorboard.SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
     total, trainable = modify_llm.parameter_counts(run.model)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
@@ -1088,6 +1088,13 @@ def clear_directory(output_dir: Path) -> None:
 def prepare(run: Run) -> None:
     """Everything that can be found wrong before the first step, in memory: nothing is written yet."""
     args, runtime = run.args, run.runtime
+    if args.report_to == "tensorboard":
+        try:
+            importlib.import_module("torch.utils.tensorboard")
+        except ImportError:
+            raise ValueError("--report_to tensorboard: needs the package: pip install tensorboard") from None
+    if not (args.adapter_path or args.from_scratch):
+        modify_llm.locate(args.model_name_or_path)  # weights out of reach are told before the rows are read
     run.tokenizer = tokenizer_for(args)
     run.train_rows, run.eval_rows = load_rows(args, run.tokenizer)
     if not len(run.train_rows):
@@ -1096,7 +1103,7 @@ def prepare(run: Run) -> None:
     run.dataset_hash = hashlib.sha256(hashes.encode()).hexdigest()
     logger.info("🔧 Using device: %s", runtime.device)
     run.model = build_model(args, run.output_dir)
-    check_fits(run)
+    check_fits(run.model, run.tokenizer, args)
     total, trainable = modify_llm.parameter_counts(run.model)
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
@@ -1135,17 +1142,23 @@ def execute(args: argparse.Namespace, runtime: Runtime) -> int:
 
     try:
         refuse_used_directory(args)
+        if run.output_dir.is_dir():
+            lock_output_directory(run)
+        if runtime.world_size > 1:
+            dist.barrier()
         prepare(run)
         if finished(run):
             logger.info("The run in %s is finished; nothing to do", run.output_dir)
             return 0
-        take_output_directory(run)
+        lock_output_directory(run)
+        start_records(run)
         status = 1  # from here on a failure is the run's
         if args.from_scratch:
             save_scratch_base(run)
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         train(run)
         finish(run)
+        answer_prompts(run.model, run.tokenizer, args, runtime)
         return 0
     except Stopped:
         number = signal.Signals(run.signal or signal.SIGTERM)
@@ -1156,6 +1169,8 @@ def execute(args: argparse.Namespace, runtime: Runtime) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if run.writer:
+            run.writer.close()
         if run.log_file:
             logging.getLogger().removeHandler(run.log_file)
             run.log_file.close()
@@ -1174,17 +1189,16 @@ def finished(run: Run) -> bool:
     return not run.progress.evaluation_due
 
 
-def check_fits(run: Run) -> None:
+def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
     """Text, prefix and vocabulary must fit the model."""
-    config, args = run.model.config, run.args
-    virtual = len(run.model.transformer.prefix.embedding) if hasattr(run.model.transformer, "prefix") else 0
+    config = model.config
+    virtual = len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
     if args.max_length + virtual > config.n_positions:
         prefix = f" with a prefix of {virtual}" if virtual else ""
         raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
-    if len(run.tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"--tokenizer_name_or_path: {len(run.tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
-        )
+    if len(tokenizer) > config.vocab_size:
+        tokens = f"{len(tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
+        raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
 
 
 def fail(error: BaseException, status: int) -> int:
@@ -1209,8 +1223,10 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
                 raise ValueError("--eval_only: no held-out rows; give --eval_fraction or --eval_dataset_path")
             loader = final_dataset_loader(
                 held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False,
-                batch_size=args.batch_size, rank=runtime.rank, world_size=runtime.world_size,
+                batch_size=args.batch_size, num_workers=args.num_workers, rank=runtime.rank,
+                world_size=runtime.world_size,
             )  # fmt: skip
+            check_fits(model, tokenizer, args)
             loss, tokens = evaluate(SummedLoss(model), loader, runtime)
             line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
             progress.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
@@ -1246,8 +1262,18 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
     ]
     tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4", "--max_position_embeddings=160"]
     rows = json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
+    try:
+        own_to_overwrite = modify_llm.read_json(output_dir / "run.json")["settings"]["demo"]
+    except (ValueError, KeyError, TypeError):
+        own_to_overwrite = False
+    try:
+        refuse_used_directory(argparse.Namespace(**vars(args) | {
+            "output_dir": output_dir, "overwrite_output_dir": own_to_overwrite or args.overwrite_output_dir,
+        }))  # fmt: skip
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
     clear_directory(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir) as scratch:
         for name, half in (("base", rows[::2]), ("tune", rows[1::2])):
             Path(scratch, f"{name}.json").write_text(json.dumps(half), encoding="utf-8")
@@ -1262,7 +1288,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
         progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
         learn = [f"--model_name_or_path={output_dir}/base", "--epochs=4", "--learning_rate=1e-2", "--eval_interval=90"]
         data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
-        if status := execute(parse([*learn, *data, *common, f"--output_dir={output_dir}"]), runtime):
+        if status := execute(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime):
             return status
     prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", "What is the plural of cat?"]
     return use_model(parse([*prompt, *own]), runtime)

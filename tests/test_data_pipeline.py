@@ -993,7 +993,7 @@ def test_a_set_of_which_nothing_is_left_to_train_on_is_refused(refused, write):
     ],
 )
 def test_a_flag_out_of_range_is_refused_by_name_and_value(refused, flag, value):
-    error = refused(flag, value, "--plot", "lengths.png")
+    error = refused("--plot", "lengths.png", "--num_workers", 0, flag, value)
     assert flag in error and value in error
 
 
