@@ -20,7 +20,8 @@ import os
 import string
 import sys
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -254,7 +255,7 @@ def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """Sets pad = eos, right padding, special tokens in a text as ordinary ones, and no padding or cutting of its own."""
+    """pad = eos, right padding; special tokens in a text are ordinary ones; no padding or cutting of its own."""
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise ValueError(f"{where}: needs a fast tokenizer with an end-of-text token, so that a model learns to stop")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
@@ -588,12 +589,11 @@ def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def set_up_logging(handlers: Iterable[logging.Handler] = ()) -> None:
+def set_up_logging() -> None:
     """Logs to stdout as LEVEL:name:message. A terminal that cannot show a character (cp1252) drops it."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")
-    handlers = [logging.StreamHandler(sys.stdout), *handlers]
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", handlers=handlers, force=True)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
@@ -610,6 +610,7 @@ def main(argv: list[str] | None = None) -> int:
     if problems := data_problems(args):
         parser.error("; ".join(problems))
     set_up_logging()
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # 4 workers on 2 cores do no harm here
     try:
         tokenizer = load_tokenizer(args.tokenizer_name_or_path or "gpt2")
         kinds = {"text_format": args.text_format, "max_length": args.max_length}

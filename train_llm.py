@@ -59,7 +59,6 @@ progress = logging.getLogger("progress")  # lines without a prefix
 # Measured on held-out Alpaca rows by tests/sweep_learning_rates.py; prefixes need the largest steps by far.
 LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
 SHORT_ROW = 384  # tokens
-LOSS_CHUNK = {"cpu": 64}  # rows of logits at a time, elsewhere 2,048: a CPU's have to stay in its cache
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
     "dataset_path", "eval_dataset_path", "output_dir", "overwrite_output_dir", "resume_from", "num_workers", "demo",
@@ -286,7 +285,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if with_grad and ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad and ctx.needs_input_grad[1] else None
-        chunk = LOSS_CHUNK.get(hidden.device.type, 2048)
+        # Logits at a time: on a CPU few enough for its cache, but the head's own gradient costs a pass over it a chunk.
+        chunk = 2048 if hidden.is_cuda else 128 if weight_grad is None else 512
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             target = targets[rows, None]
