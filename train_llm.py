@@ -56,7 +56,7 @@ from modify_llm import boolean, final_modify, load_trained, save_trained, traina
 logger = logging.getLogger(__name__)
 progress = logging.getLogger("progress")  # lines without a prefix
 
-# Measured on held-out Alpaca rows by tests/sweep_learning_rates.py; prefixes need the largest steps by far.
+# `python tests/measure.py sweep` compares others; prefixes need the largest steps by far.
 LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
 SHORT_ROW = 384  # tokens
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
@@ -1330,6 +1330,8 @@ def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    # oneDNN keeps a kernel, and its buffers, for each of the last 1,024 shapes that it met: gigabytes, as lengths vary.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     set_up_logging(int(os.environ.get("RANK", 0)))
     try:
         runtime = choose_runtime(args)
