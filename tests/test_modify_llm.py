@@ -1073,6 +1073,9 @@ PEFT_MADE = {
     "regular expression": {"target_modules": r".*\.h\.[02]\.(attn|mlp)\.c_(attn|fc)"},
     "some layers": {"layers_to_transform": [1], "layers_pattern": "h"},
     "all linear layers": {"target_modules": "all-linear"},
+    "all but some layers": {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["mlp.c_proj"]},
+    "a target that is trained whole": {"target_modules": ["c_attn", "c_proj"], "modules_to_save": ["mlp.c_proj"]},
+    "embeddings and head, tied": {"modules_to_save": ["wte"], "ensure_weight_tying": True},
     "alpha not given": {"lora_alpha": None},
 }
 
@@ -1104,15 +1107,26 @@ def test_a_lora_that_peft_made_loads_with_equal_logits_and_trains_on(base, confi
     assert close(logits(merge_lora(ours)), expected, 1e-4)
 
 
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+def test_a_lora_that_peft_put_on_a_head_of_its_own_loads_with_equal_logits(tmp_path, bias):
+    small(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
+    theirs = peft_made(tmp_path / "base", tmp_path / "peft", target_modules=["c_fc", "lm_head"], bias=bias)
+    ours = load_trained(tmp_path / "peft")
+    assert close(logits(ours), logits(theirs), 1e-5)
+    assert len(trainable_state(ours)) == len(trainable_state(theirs))
+
+
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
         (peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, fan_in_fan_out=True), "use_dora"),
+        (peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", fan_in_fan_out=True), "pissa"),
+        (peft.LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[5], fan_in_fan_out=True), "trainable_token"),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
         (peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True), "IA3"),
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["wte"]), "wte"),
     ],
-    ids=["dora", "prompt tuning", "ia3", "lora on an embedding"],
+    ids=["dora", "pissa", "single tokens", "prompt tuning", "ia3", "lora on an embedding"],
 )
 def test_what_peft_made_and_we_do_not_support_is_refused_by_name(base, config, reason, tmp_path):
     peft.get_peft_model(plain(base), config).save_pretrained(tmp_path)
