@@ -1020,13 +1020,8 @@ def plot_curves(output_dir: Path) -> None:
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
         if held_out and f"eval_{key}" in held_out[0]:
-            axes.plot(
-                [r["step"] for r in held_out],
-                [r[f"eval_{key}"] for r in held_out],
-                "o-",
-                color="#c44e52",
-                label="held out",
-            )
+            points = [r["step"] for r in held_out], [r[f"eval_{key}"] for r in held_out]
+            axes.plot(*points, "o-", color="#c44e52", label="held out")
             axes.legend()
         axes.set(xlabel="optimizer step", ylabel=title)
         axes.grid(alpha=0.3)
@@ -1280,9 +1275,8 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
         progress.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
         learn = ["--from_scratch", *tiny, "--modification_type=full", "--epochs=8", "--eval_interval=180"]
         data = [f"--dataset_path={scratch}/base.json", f"--text_format=||{question} {{output}}"]
-        if status := execute(
-            parse([*learn, *data, *common, f"--output_dir={scratch}/run", "--learning_rate=2e-3"]), runtime
-        ):
+        learn += [f"--output_dir={scratch}/run", "--learning_rate=2e-3"]
+        if status := execute(parse([*learn, *data, *common]), runtime):
             return status
         shutil.move(f"{scratch}/run/best", output_dir / "base")
         progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
@@ -1343,6 +1337,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.eval_only or (args.prompt and not args.dataset_path):
             return use_model(args, runtime)
         return execute(args, runtime)
+    except KeyboardInterrupt:  # before training has begun there is nothing to save
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
