@@ -976,6 +976,12 @@ def load_trained(
         if getattr(model.config, key, None) != value:
             have = getattr(model.config, key, None)
             raise ValueError(f"--model_name_or_path {base}: {key} is {have}; {directory} was trained on {value}")
+    trained_on = settings.get("base_fingerprint")
+    if technique not in ("full", "selective") and trained_on and trained_on != model.base_fingerprint:
+        message = f"--model_name_or_path {base}: not the weights that {directory} was trained on"
+        if not model_name_or_path:
+            raise ValueError(f"{message}; they have changed since")
+        logger.warning(message)  # asked for by name: perhaps the same model at another precision
     if technique == "lora":
         load_lora(model, directory, args, settings)
     else:

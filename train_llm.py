@@ -1284,7 +1284,9 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
         data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
         if status := execute(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime):
             return status
-    prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", "What is the plural of cat?"]
+    progress.info("\nA model of this size learns the form of an answer, not its facts:\n")
+    question = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
+    prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", question]
     return use_model(parse([*prompt, *own]), runtime)
 
 

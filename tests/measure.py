@@ -144,8 +144,8 @@ def peft_lora(args: argparse.Namespace, seed: int) -> dict:
     collate = data_pipeline.PadBatch(tokenizer.pad_token_id, None)
     settings = TrainingArguments(
         output_dir=str(args.work_dir / "peft"), per_device_train_batch_size=8, num_train_epochs=1, save_strategy="no",
-        learning_rate=args.peft_learning_rate, weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=100, seed=seed,
-        bf16=train_llm.bf16_in_hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")), report_to=[],
+        learning_rate=args.peft_learning_rate, weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=100,
+        seed=seed, bf16=train_llm.bf16_in_hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")), report_to=[],
         disable_tqdm=True, logging_steps=10_000, train_sampling_strategy="group_by_length", remove_unused_columns=False,
     )  # fmt: skip
     data = [dict(rows[i], length=int(n)) for i, n in enumerate(rows.lengths)]

@@ -1103,6 +1103,7 @@ def test_a_lora_that_peft_made_loads_with_equal_logits_and_trains_on(base, confi
     save_trained(ours, tmp_path / "again")
     expected = logits(ours)
     assert close(logits(load_trained(tmp_path / "again")), expected, 1e-6)
+    assert peft.PeftConfig.from_pretrained(tmp_path / "again").bias == config.get("bias", "none")
     assert close(logits(peft.PeftModel.from_pretrained(plain(base), tmp_path / "again")), expected, 1e-5)
     assert close(logits(merge_lora(ours)), expected, 1e-4)
 
@@ -1250,6 +1251,18 @@ def test_a_base_of_another_size_is_refused_by_what_differs(base, tmp_path, setti
     small(**{key: value}).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=f"{key} is {value}"):
         load_trained(tmp_path / "trained", str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("name", ["lora", "houlsby", "embedding prefix"])
+def test_a_base_whose_weights_changed_is_refused_unless_it_was_asked_for_by_name(caplog, tmp_path, name):
+    small().save_pretrained(tmp_path / "base")
+    model = perturb(modified(str(tmp_path / "base"), **TECHNIQUES[name]))
+    save_trained(model, tmp_path / "final")
+    small(seed=7).save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'base'}.*not the weights"):
+        load_trained(tmp_path / "final")
+    assert not close(logits(load_trained(tmp_path / "final", str(tmp_path / "base"))), logits(model), 0.1)
+    assert "not the weights" in caplog.text
 
 
 def test_a_base_that_is_gone_is_named(tmp_path):
