@@ -1327,7 +1327,7 @@ def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     # oneDNN keeps a kernel, and its buffers, for each of the last 1,024 shapes that it met: gigabytes, as lengths vary.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     set_up_logging(int(os.environ.get("RANK", 0)))
     try:
         runtime = choose_runtime(args)

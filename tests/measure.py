@@ -134,6 +134,7 @@ def peft_lora(args: argparse.Namespace, seed: int) -> dict:
     flags = ["--dataset_path", args.dataset_path, "--text_format", "output", "--max_samples", str(args.max_samples)]
     flags += ["--max_eval_samples", str(args.max_eval_samples)]
     flags += ["--eval_dataset_path", args.eval_dataset_path] if args.eval_dataset_path else []
+    runtime = train_llm.choose_runtime(train_llm.parse(flags))
     rows, held_out = train_llm.load_rows(train_llm.parse([*flags, "--seed", str(seed)]), tokenizer)
     path = modify_llm.locate(args.model_name_or_path)
     base = GPT2LMHeadModel.from_pretrained(path, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
@@ -145,8 +146,8 @@ def peft_lora(args: argparse.Namespace, seed: int) -> dict:
     settings = TrainingArguments(
         output_dir=str(args.work_dir / "peft"), per_device_train_batch_size=8, num_train_epochs=1, save_strategy="no",
         learning_rate=args.peft_learning_rate, weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=100,
-        seed=seed, bf16=train_llm.bf16_in_hardware(torch.device("cuda" if torch.cuda.is_available() else "cpu")), report_to=[],
-        disable_tqdm=True, logging_steps=10_000, train_sampling_strategy="group_by_length", remove_unused_columns=False,
+        seed=seed, bf16=runtime.dtype == torch.bfloat16, report_to=[], disable_tqdm=True, logging_steps=10_000,
+        train_sampling_strategy="group_by_length", remove_unused_columns=False,
     )  # fmt: skip
     data = [dict(rows[i], length=int(n)) for i, n in enumerate(rows.lengths)]
     start = time.perf_counter()

@@ -1259,7 +1259,7 @@ def test_a_base_whose_weights_changed_is_refused_unless_it_was_asked_for_by_name
     model = perturb(modified(str(tmp_path / "base"), **TECHNIQUES[name]))
     save_trained(model, tmp_path / "final")
     small(seed=7).save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=f"{tmp_path / 'base'}.*not the weights"):
+    with pytest.raises(ValueError, match=r"base: not the weights"):
         load_trained(tmp_path / "final")
     assert not close(logits(load_trained(tmp_path / "final", str(tmp_path / "base"))), logits(model), 0.1)
     assert "not the weights" in caplog.text
