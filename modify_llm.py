@@ -278,7 +278,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def is_tied(model: GPT2LMHeadModel) -> bool:
-    return model.lm_head.weight is model.transformer.wte.weight
+    return getattr(model.lm_head, "weight", None) is model.transformer.wte.weight
 
 
 def start_modification(model: GPT2LMHeadModel, technique: str, **settings: Any) -> None:
@@ -1018,6 +1018,8 @@ def peft_settings(directory: Path) -> dict:
     for unsupported in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices"):
         if config.get(unsupported):
             raise ValueError(f"{where}: {unsupported} is not supported")
+    if config.get("init_lora_weights", True) not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base; not supported")
     return {
         "modification_type": "lora",
         "base_model_name_or_path": config.get("base_model_name_or_path"),
@@ -1065,8 +1067,10 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace,
             B = torch.cat([rows[t][:, i * columns : (i + 1) * columns] for i, t in enumerate(thirds[name])])
         put_tensors(layer, {"lora_A": A, "lora_B": B}, path)
         model.set_submodule(name, layer)
+    if "lm_head" in wrapped and "lm_head.weight" in tensors:  # PEFT writes a wrapped head's own weight too, untrained
+        put_tensors(model, {"lm_head.original_layer.weight": tensors.pop("lm_head.weight")}, path)
     wte, head = (tensors.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
-    if (wte is None) != (head is None) or (wte is not None and not torch.equal(wte, head)):
+    if is_tied(model) and ((wte is None) != (head is None) or (wte is not None and not torch.equal(wte, head))):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False  # PEFT trained one of the two alone
     inside = {f"{name}.bias": f"{name}.original_layer.bias" for name in wrapped}
@@ -1091,7 +1095,8 @@ def peft_expects(model: GPT2LMHeadModel, config: dict) -> tuple[set[str], set[st
     bias = config.get("bias", "none")
     others |= {name for name, _ in model.named_parameters() if name.endswith(".bias") and bias == "all"}
     others |= {f"{name}.bias" for name in layers if bias == "lora_only"}
-    return layers, others
+    layers -= {name for name in layers if any(f"{name}.".startswith(f"{whole}.") for whole in saved)}  # as PEFT does
+    return layers, others & {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def peft_pattern(pattern: dict | None, name: str, default: float) -> float:
@@ -1115,11 +1120,8 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
         )
     if Path(merge_to).exists() and (not Path(merge_to).is_dir() or any(Path(merge_to).iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    stored = GPT2Config.from_pretrained(model.base_path).dtype or torch.float32
-    dropouts = GPT2Config.from_pretrained(model.base_path)
-    merged = merge_lora(model).to(stored)
-    merged.config.update({key: getattr(dropouts, key) for key in ("attn_pdrop", "resid_pdrop", "embd_pdrop")})
-    merged.save_pretrained(merge_to)
+    stored = GPT2Config.from_pretrained(model.base_path).dtype or torch.float32  # the precision of the base's files
+    merge_lora(model).to(stored).save_pretrained(merge_to)
     for pattern in ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"):
         for file in source.glob(pattern):
             shutil.copy(file, merge_to)
