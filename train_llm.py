@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 on instruction rows with LoRA, adapters, prefixes, selective freezing or in full.
 
-    python train_llm.py --demo                                              # no download, about a minute on a CPU
+    python train_llm.py --demo                                              # no download, a minute or two on a CPU
     python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
     python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs --resume_from auto
     python train_llm.py --adapter_path outputs/best --prompt "Name three primary colours."
