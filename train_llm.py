@@ -56,7 +56,7 @@ from modify_llm import boolean, final_modify, load_trained, save_trained, traina
 logger = logging.getLogger(__name__)
 progress = logging.getLogger("progress")  # lines without a prefix
 
-# `python tests/measure.py sweep` compares others; prefixes need the largest steps by far.
+# Starting values, not the outcome of a sweep: `python tests/measure.py sweep` compares others.
 LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
 SHORT_ROW = 384  # tokens
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
