@@ -311,6 +311,39 @@ def train_modules(model: GPT2LMHeadModel, suffixes: Iterable[str]) -> None:
 # ---- LoRA ------------------------------------------------------------------------------------------------------------
 
 
+class LoRAProduct(torch.autograd.Function):
+    """x W + b + s (x A^T) B^T with W (in, out) and b frozen, for a LoRALayer whose dropout is off.
+
+    The same sum as written out with autograd, but the update is added in place, forward and backward, and the products
+    of rank r are ordered so that nothing larger than what goes in or comes out is made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        shape, device = x.shape, x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        x, W, A, B = (tensor.to(dtype) for tensor in (x.flatten(0, -2), W, A, B))
+        h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
+        low_rank = (x @ A.t()) * scaling  # (tokens, r)
+        h.addmm_(low_rank, B.t())
+        ctx.save_for_backward(x, W, A, B, low_rank)
+        ctx.scaling = scaling
+        return h.view(*shape[:-1], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, low_rank = ctx.saved_tensors
+        shape, grad = grad.shape, grad.flatten(0, -2)
+        B_grad = (low_rank.t() @ grad).t()
+        low_rank_grad = (grad @ B) * ctx.scaling
+        A_grad = low_rank_grad.t() @ x
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A).view(*shape[:-1], -1)
+        return x_grad, None, None, A_grad, B_grad, None
+
+
 class LoRALayer(nn.Module):
     """h = W0 x + (alpha / r) B A x, where only A and B train (Hu et al., 2021, section 4.1, equation 3).
 
@@ -355,12 +388,14 @@ class LoRALayer(nn.Module):
         return torch.cat([torch.cat(row, dim=1) for row in rows])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.original_layer(x)
+        original = self.original_layer
         if self.merged:
-            return h
-        A, B = self.lora_A.to(x.dtype), self.full_B().to(h.dtype)
-        low_rank = F.linear(self.dropout(x), A) * self.scaling  # (batch, length, r): scaled where it is small
-        return torch.addmm(h.flatten(0, -2), low_rank.flatten(0, -2).to(h.dtype), B.t()).view_as(h)
+            return original(x)
+        plain = original.weight.requires_grad or (original.bias is not None and original.bias.requires_grad)
+        if plain or (self.training and self.dropout.p):
+            return original(x) + self.scaling * F.linear(F.linear(self.dropout(x), self.lora_A), self.full_B())
+        W = original.weight if isinstance(original, Conv1D) else original.weight.t()
+        return LoRAProduct.apply(x, W, original.bias, self.lora_A, self.full_B(), self.scaling)
 
     def get_delta_weight(self) -> Tensor:
         """(alpha / r) B A in fp32, laid out as the original weight: Conv1D's is transposed."""
@@ -590,7 +625,8 @@ class PrefixedGPT2(GPT2Model):
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         prefix_length = len(self.prefix.embedding)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0  # 0: the prefix is still to come
-        if (total := max(seen, prefix_length) + length) > self.config.n_positions:
+        packed = "slots" in kwargs  # train_llm.py's rows, one behind the other, each with positions from 0 on
+        if not packed and (total := max(seen, prefix_length) + length) > self.config.n_positions:
             raise ValueError(f"prefix and text make {total} tokens; the model has {self.config.n_positions} positions")
         if attention_mask is not None:
             if attention_mask.ndim != 2:

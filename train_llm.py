@@ -43,9 +43,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, GPT2LMHeadModel, PreTrainedTokenizerBase
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 import data_pipeline
@@ -58,7 +56,7 @@ progress = logging.getLogger("progress")  # lines without a prefix
 
 # Starting values, not the outcome of a sweep: `python tests/measure.py sweep` compares others.
 LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
-SHORT_ROW = 384  # tokens
+ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
     "dataset_path", "eval_dataset_path", "output_dir", "overwrite_output_dir", "resume_from", "num_workers", "demo",
@@ -285,23 +283,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if with_grad and ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad and ctx.needs_input_grad[1] else None
-        # Logits at a time: on a CPU few enough for its cache, but the head's own gradient costs a pass over it a chunk.
+        # Logits at a time; on a CPU the passes over them, in fp32, take few enough rows for its cache. The head's own
+        # gradient costs a pass over itself each time.
         chunk = 2048 if hidden.is_cuda else 128 if weight_grad is None else 512
+        strip = chunk if hidden.is_cuda else 8
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            target = targets[rows, None]
-            logits = (hidden[rows] @ weight.t()).float()  # (chunk, vocabulary)
-            log_sum = logits.logsumexp(1, keepdim=True)
-            loss += (log_sum - logits.gather(1, target)).sum()
-            if hidden_grad is None and weight_grad is None:
-                continue
-            gradient = logits.sub_(log_sum).exp_()  # the softmax, in place
-            gradient.scatter_add_(1, target, gradient.new_full(target.shape, -1))
-            gradient = gradient.to(hidden.dtype)
+            logits = hidden[rows] @ weight.t()  # (chunk, vocabulary)
+            for first in range(0, len(logits), strip):
+                part, target = logits[first : first + strip], targets[rows][first : first + strip, None]
+                exact = part.float()
+                at_target, largest = exact.gather(1, target), exact.amax(1, keepdim=True)
+                softmax = exact.softmax(1)
+                loss += (largest - softmax.amax(1, keepdim=True).log() - at_target).sum()
+                if hidden_grad is not None or weight_grad is not None:
+                    softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1))
+                    part.copy_(softmax)
             if hidden_grad is not None:
-                torch.mm(gradient, weight, out=hidden_grad[rows])
+                torch.mm(logits, weight, out=hidden_grad[rows])
             if weight_grad is not None:
-                weight_grad += gradient.t() @ hidden[rows]
+                weight_grad += logits.t() @ hidden[rows]
         ctx.save_for_backward(hidden_grad, weight_grad)
         return loss
 
@@ -313,54 +314,161 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class SummedLoss(nn.Module):
-    """The summed loss over a batch's labelled tokens. (A module, so that DistributedDataParallel can wrap it.)"""
+    """The summed loss over a batch's labelled tokens. (A module, so that DistributedDataParallel can wrap it.)
+
+    From here on the model takes packed rows alone, until its attention implementation is set back.
+    """
 
     def __init__(self, model: GPT2LMHeadModel) -> None:
         super().__init__()
         self.model = model
+        AttentionInterface.register("packed", packed_attention)  # without a mask function: it needs none
+        model.set_attn_implementation("packed")
 
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        # Right padding needs no attention mask: a real token never looks at the padding behind it.
-        hidden = self.model.transformer(input_ids=input_ids, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1).index_select(0, positions)  # the head only where there is a label
+    def forward(self, positions: Tensor, targets: Tensor, **packed: Any) -> Tensor:
+        """See loss_inputs for what the arguments hold."""
+        hidden = self.model.transformer(**packed, use_cache=False).last_hidden_state[0]  # (tokens, hidden size)
+        hidden = hidden.index_select(0, positions)  # the head only where there is a label
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         with torch.autocast(hidden.device.type, enabled=False):
             return ChunkedCrossEntropy.apply(hidden, self.model.lm_head.weight, targets, torch.is_grad_enabled())
 
 
-def short_row_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """Attention of (batch, heads, length, head size) for CPUs, in three plain steps.
+class BlockAttention(torch.autograd.Function):
+    """softmax(Q K^T) V, causal, for CPUs: a block of queries at a time against the keys up to its end.
 
-    Up to SHORT_ROW tokens these are faster in bf16 than PyTorch's fused kernel, which longer rows take.
-    attention_mask: None (causal), or bool, True where a key is seen.
+    query (n, length, head size), scaled; key and value (n, seen, head size), where the queries stand at the end. In
+    bf16 this is several times faster than PyTorch's fused kernel on short rows, and not slower up to 512 tokens.
     """
-    length = query.shape[2]
-    if not 1 < length <= SHORT_ROW:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    scores = (query * kwargs["scaling"]) @ key.transpose(2, 3)  # (batch, heads, length, seen length)
-    if attention_mask is None:
-        attention_mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril(key.shape[2] - length)
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(-1), kwargs.get("dropout", 0.0))
-    return (weights @ value).transpose(1, 2), None
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output, weights = torch.empty_like(query), []
+        for start in range(0, query.shape[1], QUERY_BLOCK):
+            q = query[:, start : start + QUERY_BLOCK]
+            length, seen = q.shape[1], key.shape[1] - query.shape[1] + start + q.shape[1]
+            scores = torch.bmm(q, key[:, :seen].transpose(1, 2))  # (n, length, seen)
+            scores[:, :, seen - length :] += scores.new_full((length, length), -math.inf).triu_(1)
+            weights.append(scores.softmax(-1))
+            output[:, start : start + length] = torch.bmm(weights[-1], value[:, :seen])
+        ctx.save_for_backward(query, key, value, *weights)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, *weights = ctx.saved_tensors
+        query_grad, key_grad, value_grad = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for i, p in enumerate(weights):
+            block, seen = slice(i * QUERY_BLOCK, i * QUERY_BLOCK + p.shape[1]), p.shape[2]
+            value_grad[:, :seen].baddbmm_(p.transpose(1, 2), grad[:, block])
+            p_grad = torch.bmm(grad[:, block], value[:, :seen].transpose(1, 2))
+            scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
+            query_grad[:, block] = torch.bmm(scores_grad, key[:, :seen])
+            key_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), query[:, block])
+        return query_grad, key_grad, value_grad
 
 
-def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
-    """A batch of the data pipeline as SummedLoss takes it, on the device.
+class Scatter(torch.autograd.Function):
+    """x (tokens, ...) to its places `slots` (tokens,), each another one, in (number, ...); zeros elsewhere."""
 
-    positions: where, in the flattened batch, the next token carries a label; targets: that token. Both are found on
-    the CPU, where the batch is, so that a GPU is never waited for.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor, number: int) -> Tensor:
+        ctx.save_for_backward(slots)
+        return x.new_zeros(number, *x.shape[1:]).index_copy_(0, slots, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+class Gather(torch.autograd.Function):
+    """x (number, ...) at `slots` (tokens,): takes back what Scatter did."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.number = len(x)
+        return x.index_select(0, slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.number, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, slots: Tensor,
+    grids: list[tuple[int, int]], scaling: float, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention within each row of a batch whose rows stand one behind the other, without padding.
+
+    query, key, value: (1, heads, tokens, head size); slots: each token's place in the grids, (rows, width) each, which
+    hold rows of about one length and alone are padded. Tokens before the first row are a prefix: every row sees it and
+    it sees no row, so that it is computed once for all. It has no queries when it comes from a cache.
     """
-    labels = batch["labels"]
-    next_label = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1).flatten()
-    positions = (next_label != IGNORED).nonzero().squeeze(1)
-    inputs = {"input_ids": batch["input_ids"], "positions": positions, "targets": next_label[positions]}
+    tokens, heads = len(slots), query.shape[1]
+    own, prefix = query.shape[2] - tokens, key.shape[2] - tokens  # queries and keys of the prefix
+    sizes = [rows * width for rows, width in grids]
+    states = [x[0].transpose(0, 1)[-tokens:].flatten(1) for x in (query, key, value)]  # (tokens, heads * head size)
+    outputs = []
+    padded = [Scatter.apply(x, slots, sum(sizes)).split(sizes) for x in states]
+    for (rows, width), *parts in zip(grids, *padded, strict=True):
+        q, k, v = (part.view(rows, width, heads, -1).transpose(1, 2) for part in parts)
+        if prefix:
+            shared = [x[:, :, :prefix].expand(rows, -1, -1, -1) for x in (key, value)]
+            k, v = torch.cat([shared[0], k], dim=2), torch.cat([shared[1], v], dim=2)
+        outputs.append(causal_attention(q, k, v, scaling, dropout).transpose(1, 2).reshape(rows * width, -1))
+    output = Gather.apply(torch.cat(outputs), slots).view(1, tokens, heads, -1)
+    if own:
+        first = causal_attention(query[:, :, :own], key[:, :, :own], value[:, :, :own], scaling, dropout)
+        output = torch.cat([first.transpose(1, 2), output], dim=1)
+    return output, None
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
+    """Attention of queries (rows, heads, length, head size) that stand at the end of their keys."""
+    length, seen = query.shape[2], key.shape[2]
+    if query.device.type == "cpu" and not dropout:
+        flat = [states.flatten(0, 1) for states in (query * scaling, key, value)]
+        return BlockAttention.apply(*flat).unflatten(0, query.shape[:2])
+    if length == seen:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+    causal = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
+    return F.scaled_dot_product_attention(query, key, value, causal, dropout_p=dropout, scale=scaling)
+
+
+def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
+    """A batch of the data pipeline as SummedLoss takes it, on the device: rows one behind the other, no padding.
+
+    slots and grids: see packed_attention; positions: the tokens whose successors carry a label; targets: those
+    successors. All is found on the CPU, where the batch is, so that a GPU is never waited for.
+    """
+    lengths, order = batch["attention_mask"].sum(1).sort(descending=True, stable=True)
+    real = batch["attention_mask"][order].bool()
+    input_ids, labels = batch["input_ids"][order][real], F.pad(batch["labels"][order][:, 1:], (0, 1), value=IGNORED)
+    position_ids, labels = torch.arange(real.shape[1]).expand_as(real)[real], labels[real]
+    positions = (labels != IGNORED).nonzero().squeeze(1)
+    # Kernels are built for each new shape: widths are rounded up, and the tokens' number by a row that has no labels.
+    filler = -len(input_ids) % ROUND_TO
+    lengths = lengths.tolist() + [filler] * (filler > 0)
+    grids, starts = [], []
+    for length in lengths:
+        width = -(-length // ROUND_TO) * ROUND_TO
+        if not grids or width < 0.75 * grids[-1][1]:
+            grids.append((0, width))
+        starts.append(sum(rows * width for rows, width in grids))
+        grids[-1] = (grids[-1][0] + 1, grids[-1][1])
+    inputs = {
+        "input_ids": F.pad(input_ids, (0, filler))[None],
+        "position_ids": F.pad(position_ids, (0, filler))[None],
+        "slots": torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]),
+        "positions": positions,
+        "targets": labels[positions],
+    }
     if runtime.device.type == "cuda":
         inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
-    return {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in inputs.items()}
+    inputs = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in inputs.items()}
+    return inputs | {"grids": grids}
 
 
 @torch.no_grad()
@@ -413,8 +521,9 @@ def generate_text(
     room = model.config.n_positions - virtual - len(prompt_ids)
     if room < 1:
         raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
-    training = model.training
+    training, attention = model.training, model.config._attn_implementation
     model.eval()
+    model.set_attn_implementation("sdpa")  # text by text, with a cache
     ids = torch.tensor([prompt_ids], device=runtime.device)
     sampling = (
         {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
@@ -426,6 +535,7 @@ def generate_text(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **sampling,
         )[0, len(prompt_ids) :].tolist()  # fmt: skip
+    model.set_attn_implementation(attention)
     model.train(training)
     stopped = tokenizer.eos_token_id in output
     if stopped:
@@ -807,10 +917,6 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, fused
             block.mlp.act = nn.GELU(approximate="tanh")
-    if runtime.device.type == "cpu":
-        AttentionInterface.register("short_rows", short_row_attention)
-        AttentionMaskInterface.register("short_rows", sdpa_mask)
-        model.set_attn_implementation("short_rows")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradients past a frozen input
     model.train()

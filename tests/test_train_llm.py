@@ -246,13 +246,13 @@ def technique_model(technique, base=None):
 def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch):
     model = technique_model(technique)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    theirs = model(**batch).loss
+    theirs_grad = torch.autograd.grad(theirs, list(trained.values()))
     inputs = loss_inputs(batch, CPU)
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     assert len(inputs["targets"]) == tokens
     ours = SummedLoss(model)(**inputs) / tokens
     ours_grad = torch.autograd.grad(ours, list(trained.values()))
-    theirs = model(**batch).loss
-    theirs_grad = torch.autograd.grad(theirs, list(trained.values()))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for name, mine, reference in zip(trained, ours_grad, theirs_grad, strict=True):
         assert reference.abs().max() > 0, name
