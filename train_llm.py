@@ -461,7 +461,9 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
     inputs = {
         "input_ids": F.pad(input_ids, (0, filler))[None],
         "position_ids": F.pad(position_ids, (0, filler))[None],
-        "slots": torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]),
+        "slots": torch.cat(
+            [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+        ),
         "positions": positions,
         "targets": labels[positions],
     }
