@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ GPT2_SIZES = {
 }
 WEIGHTS, PEFT_CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "modification.json"
 PEFT_PREFIX = "base_model.model."
+SCRATCH_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 SETTINGS = {  # what must be known of a technique to load it again
     "lora": ("lora_rank", "lora_alpha", "lora_dropout"),
     "adapter": ("adapter_size", "adapter_placement"),
@@ -146,8 +147,7 @@ def model_flags() -> argparse.ArgumentParser:
 
 def model_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the model flags, a line each; nothing is loaded."""
-    sizes = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
-    sizes += ("lora_rank", "adapter_size", "prefix_length")
+    sizes = (*SCRATCH_SIZES, "lora_rank", "adapter_size", "prefix_length")
     problems = [f"--{name} {getattr(args, name)}: at least 1" for name in sizes if getattr(args, name) < 1]
     if args.num_attention_heads >= 1 and args.hidden_size % args.num_attention_heads:
         problems.append(f"--hidden_size {args.hidden_size}: not a multiple of {args.num_attention_heads} heads")
@@ -161,6 +161,26 @@ def model_problems(args: argparse.Namespace) -> list[str]:
     if args.prefix_projection_size > 0 and args.prefix_type != "key_value":
         problems.append("--prefix_projection_size: needs --prefix_type key_value")
     return problems
+
+
+def idle_flags(args: argparse.Namespace, default: Callable[[str], Any]) -> list[str]:
+    """A line for each flag that was given and that the chosen technique does not look at."""
+    technique, lines = args.modification_type, []
+    owners = {"lora_": "lora", "adapter_size": "adapter", "adapter_placement": "adapter", "prefix_": "prefix"}
+    owners["freeze_"] = "selective"
+    for name, value in vars(args).items():
+        owner = next(
+            (owner for start, owner in (owners | {"freeze_": "selective"}).items() if name.startswith(start)), ""
+        )
+        if value == default(name):
+            continue
+        if owner and owner != technique:
+            lines.append(f"--{name}: without effect, it belongs to --modification_type {owner}, this is {technique}")
+        elif name in SCRATCH_SIZES and not args.from_scratch:
+            lines.append(f"--{name}: without effect without --from_scratch")
+        elif name == "trainable_modules" and technique == "full":
+            lines.append("--trainable_modules: without effect, --modification_type full trains every module")
+    return lines
 
 
 def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
@@ -625,7 +645,7 @@ class PrefixedGPT2(GPT2Model):
         batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         prefix_length = len(self.prefix.embedding)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0  # 0: the prefix is still to come
-        packed = "slots" in kwargs  # train_llm.py's rows, one behind the other, each with positions from 0 on
+        packed = "packing" in kwargs  # train_llm.py's rows, one behind the other, each with positions from 0 on
         if not packed and (total := max(seen, prefix_length) + length) > self.config.n_positions:
             raise ValueError(f"prefix and text make {total} tokens; the model has {self.config.n_positions} positions")
         if attention_mask is not None:
@@ -1188,8 +1208,7 @@ def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
 
 def compare(args: argparse.Namespace) -> list[dict]:
     """What each technique trains and saves (fp32) on the base that the flags name, counted on the meta device."""
-    base = ("model_name_or_path", "from_scratch", "vocab_size", "hidden_size", "num_attention_heads")
-    base += ("num_hidden_layers", "max_position_embeddings")
+    base = ("model_name_or_path", "from_scratch", *SCRATCH_SIZES)
     chosen_base = argparse.Namespace(**{name: getattr(args, name) for name in base})
     half, rows = list(range(read_config(args).n_layer // 2)), []
     for label, paper, chosen in COMPARED:
@@ -1241,6 +1260,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    for line in [] if args.compare or args.merge_to else idle_flags(args, parser.get_default):
+        logger.warning(line)
     try:
         if args.merge_to:
             given = args.model_name_or_path != parser.get_default("model_name_or_path")

@@ -396,16 +396,25 @@ class Gather(torch.autograd.Function):
         return grad.new_zeros(ctx.number, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None
 
 
-def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, slots: Tensor,
-    grids: list[tuple[int, int]], scaling: float, dropout: float = 0.0, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention within each row of a batch whose rows stand one behind the other, without padding.
+@dataclass
+class Packing:
+    """How the rows of a batch, which stand one behind the other without padding, are laid out for the attention."""
 
-    query, key, value: (1, heads, tokens, head size); slots: each token's place in the grids, (rows, width) each, which
-    hold rows of about one length and alone are padded. Tokens before the first row are a prefix: every row sees it and
-    it sees no row, so that it is computed once for all. It has no queries when it comes from a cache.
+    grids: list[tuple[int, int]]  # (rows, width) each, for rows of about one length; padded
+    slots: Tensor  # (tokens,): each token's place in the grids
+
+
+@torch.compiler.disable  # the grids differ from batch to batch; all else is compiled once
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing,
+    scaling: float, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Causal attention within each row of a packed batch; query, key, value: (1, heads, tokens, head size).
+
+    Tokens before the first row are a prefix: every row sees it and it sees no row, so that it is computed once for
+    all. It has no queries when it comes from a cache.
     """
+    grids, slots = packing.grids, packing.slots
     tokens, heads = len(slots), query.shape[1]
     own, prefix = query.shape[2] - tokens, key.shape[2] - tokens  # queries and keys of the prefix
     sizes = [rows * width for rows, width in grids]
@@ -440,8 +449,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
 def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
     """A batch of the data pipeline as SummedLoss takes it, on the device: rows one behind the other, no padding.
 
-    slots and grids: see packed_attention; positions: the tokens whose successors carry a label; targets: those
-    successors. All is found on the CPU, where the batch is, so that a GPU is never waited for.
+    positions: the tokens whose successors carry a label; targets: those successors. All is found on the CPU, where
+    the batch is, so that a GPU is never waited for.
     """
     lengths, order = batch["attention_mask"].sum(1).sort(descending=True, stable=True)
     real = batch["attention_mask"][order].bool()
@@ -470,7 +479,7 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
     if runtime.device.type == "cuda":
         inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
     inputs = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in inputs.items()}
-    return inputs | {"grids": grids}
+    return inputs | {"packing": Packing(grids, inputs.pop("slots"))}
 
 
 @torch.no_grad()
@@ -847,6 +856,7 @@ class Run:
         self.stopping = False  # what all processes agreed on
         self.lock: filelock.FileLock | None = None
         self.log_file: logging.Handler | None = None
+        self.started = time.perf_counter()
         self.writer: Any = None
 
 
@@ -1001,6 +1011,33 @@ def perplexity(loss: float) -> float:
 def write_model(run: Run, directory: Path) -> None:
     save_trained(run.model, directory)
     run.tokenizer.save_pretrained(directory)
+    (directory / "README.md").write_text(model_card(run), encoding="utf-8")
+
+
+def model_card(run: Run) -> str:
+    """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
+    args, state, base = run.args, run.progress, run.model.base_name or "random weights"
+    total, trainable = modify_llm.parameter_counts(run.model)
+    technique = run.model.modification["modification_type"]
+    load, library = [f'model = AutoModelForCausalLM.from_pretrained("{base}")'], "peft"
+    load.append('model = PeftModel.from_pretrained(model, "DIR")  # peft')
+    if technique in ("full", "selective"):
+        load, library = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers'], "transformers"
+    elif technique == "adapter":
+        load, library = [], ""
+    settings = ("learning_rate", "scheduler", "warmup_steps", "weight_decay", "max_grad_norm", "batch_size")
+    settings += ("gradient_accumulation_steps", "max_length", "seed", *modify_llm.SETTINGS[technique])
+    perplexities = [f"{perplexity(loss):.2f}" for loss in (state.first_loss, state.last_loss) if loss is not None]
+    return "\n".join([
+        "---", f"base_model: {base}", *([f"library_name: {library}"] if library else []), "---",
+        f"# {technique} on {base}", "",
+        f"- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {state.step:,} steps",
+        f"- Data: {len(run.train_rows):,} rows of {Path(args.dataset_path).name}, format {args.text_format!r}",
+        f"- Held-out perplexity, {len(run.eval_rows):,} rows: {' -> '.join(perplexities) or 'not evaluated'}",
+        "", "| setting | value |", "| --- | --- |", *(f"| {name} | {getattr(args, name)} |" for name in settings),
+        "", "```python", *load, 'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```",
+        "", 'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
+    ])  # fmt: skip
 
 
 def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) -> tuple[float, float]:
@@ -1111,8 +1148,10 @@ def finish(run: Run) -> None:
             before, after = perplexity(state.first_loss), perplexity(state.last_loss)
             best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""
             progress.info("Held-out perplexity: %.2f before, %.2f after %d steps, %s", before, after, state.step, best)
-        progress.info("Written to %s: best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl", output_dir)
         best = output_dir / ("best" if state.best_loss is not None else "final")
+        minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
+        progress.info("Time: %d min %02d s", minutes, seconds)
+        progress.info("Written to %s: best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl", output_dir)
         progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', best)
 
 
@@ -1228,10 +1267,31 @@ def prepare(run: Run) -> None:
             "--warmup_steps %d: the run ends at step %d, still warming up", args.warmup_steps, run.total_steps
         )
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
-    logger.info("Rows: %s to train on, %s held out", f"{len(run.train_rows):,}", f"{len(run.eval_rows):,}")
+    progress.info(summary(run))
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
+
+
+def summary(run: Run) -> str:
+    """What is about to happen, in a few lines."""
+    args, runtime, rows = run.args, run.runtime, run.train_rows
+    total, trainable = modify_llm.parameter_counts(run.model)
+    stored = sum(p.numel() * p.element_size() for p in run.model.parameters())
+    tokens, labels = int(rows.lengths.sum()), int(rows.label_counts.sum())
+    packed = f"{1 - tokens / (len(rows) * args.max_length):.0%} padding saved of {args.max_length} a row"
+    batch = f"{args.batch_size} x {args.gradient_accumulation_steps} x {runtime.world_size}"
+    rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
+    name = "random weights" if args.from_scratch else args.model_name_or_path
+    lines = {
+        "Device": f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world_size}",
+        "Model": f"{name}, {run.model.modification['modification_type']}: {trainable / total:.2%} trains",
+        "Rows": f"{len(rows):,} to train on, {len(run.eval_rows):,} held out",
+        "Tokens": f"{tokens:,} an epoch, {labels:,} with a label; {packed}",
+        "Steps": f"{run.total_steps:,} of {batch} rows; {rate}",
+        "Memory": f"{(stored + 12 * trainable) / 1e9:.2f} GB for weights, gradients and AdamW; activations come on top",
+    }
+    return "\n".join(f"   {name + ':':<8} {line}" for name, line in lines.items())
 
 
 def execute(args: argparse.Namespace, runtime: Runtime) -> int:
@@ -1418,6 +1478,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
     if problems:
         parser.error("; ".join(problems))
+    idle = modify_llm.idle_flags(args, parser.get_default)
+    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
+        idle.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
+    if args.min_lr and args.scheduler == "constant":
+        idle.append("--min_lr: without effect, --scheduler constant does not decay")
+    args.idle = idle if args.adapter_path is None else []
     if args.learning_rate is None:
         technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
         args.learning_rate = LEARNING_RATES[technique]
@@ -1438,6 +1504,8 @@ def main(argv: list[str] | None = None) -> int:
     # oneDNN keeps a kernel, and its buffers, for each of the last 1,024 shapes that it met: gigabytes, as lengths vary.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     set_up_logging(int(os.environ.get("RANK", 0)))
+    for line in args.__dict__.pop("idle"):
+        logger.warning(line)
     try:
         runtime = choose_runtime(args)
     except ValueError as error:

@@ -31,6 +31,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 from matplotlib.figure import Figure
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
@@ -714,6 +715,21 @@ def test_the_log_file_has_the_line_with_its_emoji(finished, line):
 
 def test_nothing_but_errors_and_progress_goes_to_stderr(finished):
     assert not re.search(r"Traceback|Error|Warning", finished[2])
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_the_model_card_tells_the_results_and_its_lines_load_the_model(technique_runs, technique):
+    directory = technique_runs / technique / "final"
+    card = (directory / "README.md").read_text()
+    before, *_, after = held_out_losses(technique_runs / technique).values()
+    assert f": {math.exp(before):.2f} -> {math.exp(after):.2f}\n" in card
+    scope = {"PeftModel": PeftModel, "AutoModelForCausalLM": GPT2LMHeadModel, "modify_llm": modify_llm}
+    ids, logits = torch.arange(40, 60)[None], []
+    for line in card.split("```python\n")[1].split("```")[0].replace('"DIR"', repr(str(directory))).splitlines():
+        exec(line, scope)
+        logits.append(scope["model"].eval()(input_ids=ids).logits[:, -20:])  # PEFT keeps a prompt's own logits
+    if len(logits) > 1:  # the last two lines: the library's way, and ours
+        torch.testing.assert_close(logits[-1], logits[-2])
 
 
 def test_predictions_hold_reference_base_and_tuned_answers(finished, small_base, rows, bytes_tokenizer):
@@ -1456,6 +1472,26 @@ def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_l
     assert said in refused([*flags(tmp_path / "out"), *bad], capsys)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"adapter_size": 8}, "--adapter_size: without effect, it belongs to --modification_type adapter"),
+        ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect without --from_scratch"),
+        ({"modification_type": "full", "trainable_modules": "wte"}, "--trainable_modules: without effect"),
+        ({"scheduler": "cosine", "warmup_steps": 2}, "--warmup_steps: without effect"),
+        ({"scheduler": "constant", "min_lr": 1e-6}, "--min_lr: without effect"),
+    ],
+)
+def test_a_flag_without_effect_is_pointed_out(flags, tmp_path, capsys, given, said):
+    run(flags(tmp_path / "out", max_steps=1, **given))
+    assert f"WARNING:train_llm:{said}" in capsys.readouterr().out
+
+
+def test_flags_that_have_an_effect_are_not_pointed_out(flags, tmp_path, capsys):
+    run(flags(tmp_path / "out", max_steps=1, lora_rank=2, lora_target_modules="c_attn", warmup_steps=1))
+    assert "without effect" not in capsys.readouterr().out
+
+
 def test_a_dataset_is_required_to_train(tmp_path, capsys, nothing_loads):
     assert "--dataset_path" in refused(["--output_dir", str(tmp_path / "out")], capsys)
 
@@ -1511,14 +1547,14 @@ def test_rows_without_a_label_are_left_out_and_fewer_rows_than_a_batch_train(fla
     assert run([*argv, "--epochs=2"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^INFO:train_llm:2 rows .*left out", out, re.M)
-    assert re.search(r"Rows: 2 to train on, 0 held out", out)
+    assert re.search(r"Rows: +2 to train on, 0 held out", out)
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
 
 
 def test_a_held_out_file_replaces_the_fraction_and_limits_take_the_first_rows(flags, tmp_path, rows, capsys):
     argv = flags(tmp_path, eval_dataset_path=rows, max_samples=7, max_eval_samples=3, max_steps=1)
     assert run(argv) == 0
-    assert "Rows: 7 to train on, 3 held out" in capsys.readouterr().out
+    assert re.search(r"Rows: +7 to train on, 3 held out", capsys.readouterr().out)
     first = json.loads(rows.read_text())[:3]
     assert metrics(tmp_path)[0]["eval_tokens"] == sum(len(row["a"]) + 1 for row in first)
 
