@@ -78,6 +78,13 @@ class Damaged(Exception):
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
+class HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """--max_length int instead of --max_length MAX_LENGTH."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "TEXT")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_llm.py",
@@ -85,10 +92,10 @@ def build_parser() -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         parents=[data_pipeline.data_flags(), modify_llm.model_flags()],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormat,
         epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:7]),
     )
-    parser.set_defaults(text_format=None, eval_fraction=0.05, num_workers=0)
+    parser.set_defaults(text_format="alpaca", eval_fraction=0.05, num_workers=0)
     switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=3, help="passes over the training rows; >= 1 (%(default)s)")
@@ -1474,20 +1481,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             name for name in saved if saved[name] != getattr(args, name) and name not in ("text_format", "max_length")
         ]
         problems += [f"--{name}: {args.adapter_path} was trained with {saved[name]}" for name in changed]
-    args.text_format = args.text_format or "alpaca"
     problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
     if problems:
         parser.error("; ".join(problems))
-    idle = modify_llm.idle_flags(args, parser.get_default)
-    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
-        idle.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
-    if args.min_lr and args.scheduler == "constant":
-        idle.append("--min_lr: without effect, --scheduler constant does not decay")
-    args.idle = idle if args.adapter_path is None else []
     if args.learning_rate is None:
         technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
         args.learning_rate = LEARNING_RATES[technique]
     return args
+
+
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that was given and changes nothing."""
+    lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
+    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
+        lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
+    if args.min_lr and args.scheduler == "constant":
+        lines.append("--min_lr: without effect, --scheduler constant does not decay")
+    return lines
 
 
 def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -1504,7 +1514,7 @@ def main(argv: list[str] | None = None) -> int:
     # oneDNN keeps a kernel, and its buffers, for each of the last 1,024 shapes that it met: gigabytes, as lengths vary.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     set_up_logging(int(os.environ.get("RANK", 0)))
-    for line in args.__dict__.pop("idle"):
+    for line in idle_flags(args):
         logger.warning(line)
     try:
         runtime = choose_runtime(args)
