@@ -159,6 +159,8 @@ def read_records(file: TextIO, suffix: str) -> Iterator[list]:
     if suffix == ".csv":
         csv.field_size_limit(2**31 - 1)
         reader = csv.DictReader(file, strict=True)  # pandas would fill up a row that is cut short, without a word
+        if len(set(reader.fieldnames or [])) < len(reader.fieldnames or []):
+            raise ValueError("the header names a column twice")
         while rows := list(itertools.islice(reader, CHUNK_ROWS)):
             yield [{name: value for name, value in row.items() if value is not None} for row in rows]
         return

@@ -43,6 +43,7 @@ GPT2_SIZES = {
     "gpt2-xl": (48, 1600, 25),
 }
 WEIGHTS, PEFT_CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "modification.json"
+MANIFEST = "manifest.json"
 PEFT_PREFIX = "base_model.model."
 SCRATCH_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "num_hidden_layers", "max_position_embeddings")
 SETTINGS = {  # what must be known of a technique to load it again
@@ -996,6 +997,30 @@ def put_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> Non
         parameters[name].copy_(tensor)
 
 
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_hash(files: dict) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def verify_directory(path: Path) -> None:
+    """Raises ValueError unless every file is there as its manifest says, and nothing else is named in it."""
+    manifest = read_json(path / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("manifest_sha256") != manifest_hash(files):
+        raise ValueError(f"{path}: manifest.json is damaged")
+    for name, expected in files.items():
+        if Path(name).name != name or name in (".", "..") or "\\" in name or (path / name).is_symlink():
+            raise ValueError(f"{path}: manifest.json names {name!r}, which is no plain file of the checkpoint")
+        if not (path / name).is_file():
+            raise ValueError(f"{path}: {name} is missing")
+        if file_hash(path / name) != expected:
+            raise ValueError(f"{path}: {name} is damaged (its checksum differs)")
+
+
 def load_trained(
     directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
 ) -> GPT2LMHeadModel:
@@ -1004,6 +1029,11 @@ def load_trained(
     model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
     """
     directory = Path(directory)
+    if (directory / MANIFEST).exists():
+        try:
+            verify_directory(directory)
+        except ValueError as error:
+            raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
     if (directory / METADATA).is_file():
         settings = read_json(directory / METADATA)
     elif (directory / PEFT_CONFIG).is_file():

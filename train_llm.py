@@ -49,13 +49,23 @@ from transformers.utils.logging import disable_progress_bar
 import data_pipeline
 import modify_llm
 from data_pipeline import IGNORED, AlpacaDataset, final_dataset_loader, load_dataset, load_tokenizer, split_text
-from modify_llm import boolean, final_modify, load_trained, save_trained, trainable_state
+from modify_llm import (
+    MANIFEST,
+    boolean,
+    file_hash,
+    final_modify,
+    load_trained,
+    manifest_hash,
+    save_trained,
+    trainable_state,
+    verify_directory,
+)
 
 logger = logging.getLogger(__name__)
 progress = logging.getLogger("progress")  # lines without a prefix
 
-# Starting values, not the outcome of a sweep: `python tests/measure.py sweep` compares others.
-LEARNING_RATES = {"lora": 2e-3, "adapter": 2e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 5e-4, "full": 5e-4}
+# From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
+LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 3e-2, "key_value": 1e-2, "selective": 1e-3, "full": 5e-4}
 ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
@@ -63,7 +73,15 @@ FREE_TO_CHANGE = {
     "log_interval", "eval_interval", "save_interval", "save_total_limit", "device", "report_to", "prompt", "eval_only",
     "num_samples", "max_new_tokens", "temperature", "model_name_or_path", "tokenizer_name_or_path", "adapter_path",
 }  # fmt: skip
-OWN_FILES = ("run.json", "metrics.jsonl", "training_curves.png", "predictions.jsonl", "training_*.log")
+OWN_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "metrics.jsonl.new",
+    "training_curves.png",
+    "predictions.jsonl",
+    "training_*.log",
+)
+CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
 OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
 
 
@@ -111,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=float, default=0.0, help="where the decay ends; >= 0 (%(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
-    add("--compile", **switch, help="torch.compile: faster steps after a minute's start")
+    add("--compile", **switch, help="torch.compile the feed-forward layers")
     add("--gradient_checkpointing", **switch, help="less memory for a third more time")
     add = parser.add_argument_group("evaluation and saving").add_argument
     add("--output_dir", default="./outputs", metavar="DIR", help="(%(default)s)")
@@ -411,7 +429,6 @@ class Packing:
     slots: Tensor  # (tokens,): each token's place in the grids
 
 
-@torch.compiler.disable  # the grids differ from batch to batch; all else is compiled once
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, packing: Packing,
     scaling: float, dropout: float = 0.0, **_: Any,
@@ -598,15 +615,6 @@ def write_predictions(
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def manifest_hash(files: dict) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
 def write_directory(path: Path, scratch: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a directory, and puts it in its place only when it is whole, with sha256 sums, and synced.
 
@@ -617,8 +625,8 @@ def write_directory(path: Path, scratch: Path, write: Callable[[Path], None]) ->
     try:
         new.mkdir(parents=True)
         write(new)
-        files = {file.name: file_hash(file) for file in sorted(new.iterdir())}
-        modify_llm.write_json(new / "manifest.json", {"files": files, "manifest_sha256": manifest_hash(files)})
+        files = {file.name: file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
+        modify_llm.write_json(new / MANIFEST, {"files": files, "manifest_sha256": manifest_hash(files)})
         for item in [*new.iterdir(), new]:
             sync(item)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -640,21 +648,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def verify_directory(path: Path) -> None:
-    """Raises ValueError unless every file is there as its manifest says, and nothing else is named in it."""
-    manifest = modify_llm.read_json(path / "manifest.json")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("manifest_sha256") != manifest_hash(files):
-        raise ValueError(f"{path}: manifest.json is damaged")
-    for name, expected in files.items():
-        if Path(name).name != name or name in (".", "..") or "\\" in name or (path / name).is_symlink():
-            raise ValueError(f"{path}: manifest.json names {name!r}, which is no plain file of the checkpoint")
-        if not (path / name).is_file():
-            raise ValueError(f"{path}: {name} is missing")
-        if file_hash(path / name) != expected:
-            raise ValueError(f"{path}: {name} is damaged (its checksum differs)")
 
 
 def recover_and_clean(output_dir: Path) -> None:
@@ -974,7 +967,9 @@ def cut_metrics(path: Path, state: Progress | None) -> None:
                 row = json.loads(line)
                 if state and row["step"] < state.step + (not (state.evaluation_due and "eval_loss" in row)):
                     rows.append(line + "\n")
-    path.write_text("".join(rows), encoding="utf-8")
+    new = path.with_name("metrics.jsonl.new")
+    new.write_text("".join(rows), encoding="utf-8")
+    new.replace(path)  # at once: a kill in between must not lose the rows
 
 
 def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
@@ -1018,7 +1013,7 @@ def perplexity(loss: float) -> float:
 def write_model(run: Run, directory: Path) -> None:
     save_trained(run.model, directory)
     run.tokenizer.save_pretrained(directory)
-    (directory / "README.md").write_text(model_card(run), encoding="utf-8")
+    (directory / CARD).write_text(model_card(run), encoding="utf-8")
 
 
 def model_card(run: Run) -> str:
@@ -1096,7 +1091,8 @@ def train(run: Run) -> None:
     """The loop: epochs of windows of micro-batches, an optimizer step each, then whatever is due."""
     args, runtime, state, total, steps = run.args, run.runtime, run.progress, run.total_steps, run.steps_per_epoch
     if args.compile:
-        run.model.transformer.forward = torch.compile(run.model.transformer.forward, dynamic=True)
+        for block in run.model.transformer.h:  # what lies between the attentions, whose layout changes by the batch
+            block.mlp.compile(dynamic=True)
     summed_loss = wrapped = SummedLoss(run.model).train()
     if runtime.world_size > 1:
         wrapped = DistributedDataParallel(summed_loss, broadcast_buffers=False)
@@ -1146,11 +1142,12 @@ def finish(run: Run) -> None:
     """final/, the curves, the predictions and the closing words."""
     state, output_dir = run.progress, run.output_dir
     if run.runtime.rank == 0:
-        write_directory(output_dir / "final", output_dir, lambda path: write_model(run, path))
         plot_curves(output_dir)
         write_predictions(
             run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl"
         )
+        # Last, since a run whose final/ is whole counts as finished.
+        write_directory(output_dir / "final", output_dir, lambda path: write_model(run, path))
         if state.first_loss is not None and state.last_loss is not None:
             before, after = perplexity(state.first_loss), perplexity(state.last_loss)
             best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""

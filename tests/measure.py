@@ -27,13 +27,12 @@ TECHNIQUES = {
     "prefix 50, embedding": ["--modification_type", "prefix"],
 }
 RATES = {
-    "full": (2e-4, 5e-4, 1e-3, 2e-3),
-    "selective, lower half frozen": (2e-4, 5e-4, 1e-3, 2e-3),
+    "full": (5e-4, 1e-3, 2e-3),
+    "selective, lower half frozen": (5e-4, 1e-3, 2e-3),
     "LoRA r=4, all layers": (1e-3, 2e-3, 5e-3, 1e-2),
-    "adapters 64, houlsby": (1e-3, 2e-3, 5e-3, 1e-2),
-    "adapters 64, pfeiffer": (1e-3, 2e-3, 5e-3, 1e-2),
-    "prefix 50, key_value": (1e-2, 3e-2, 1e-1, 3e-1),
-    "prefix 50, embedding": (1e-2, 3e-2, 1e-1, 3e-1),
+    "adapters 64, pfeiffer": (2e-3, 5e-3, 1e-2),
+    "prefix 50, key_value": (1e-2, 3e-2, 1e-1),
+    "prefix 50, embedding": (1e-2, 3e-2, 1e-1),
 }
 
 
@@ -191,7 +190,7 @@ def main() -> None:
     parser.add_argument("--max_eval_samples", type=int, default=1_000)
     parser.add_argument("--only", default="", help="sweep: techniques whose name holds this")
     parser.add_argument("--peft_seeds", type=int, default=0)
-    parser.add_argument("--peft_learning_rate", type=float, default=2e-3)
+    parser.add_argument("--peft_learning_rate", type=float, default=5e-3)
     parser.add_argument("--plot", default="")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/measure"))
     args = parser.parse_args()

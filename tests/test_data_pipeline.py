@@ -914,6 +914,7 @@ FAULTS = {
     "rows that are lists": ("rows.json", b'[["a", "b", "c"]]', "row 1"),
     "a missing key": ("rows.json", as_json(MISSING), "row 2: no 'output'"),
     "a missing key in json lines": ("rows.jsonl", as_jsonl(MISSING), "row 2: no 'output'"),
+    "a column named twice": ("rows.csv", b"instruction,input,output,output\na,b,c,d\n", "twice"),
     "a missing column": ("rows.csv", b"instruction,input\na,b\n", "no 'output'"),
     "a short csv row": ("rows.csv", b"instruction,input,output\na,b,c\nd,e\n", "2"),
     "a long csv row": ("rows.csv", b"instruction,input,output\na,b,c\nd,e,f,g\n", ""),

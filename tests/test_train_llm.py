@@ -717,6 +717,37 @@ def test_nothing_but_errors_and_progress_goes_to_stderr(finished):
     assert not re.search(r"Traceback|Error|Warning", finished[2])
 
 
+def test_a_saved_model_with_a_flipped_byte_is_refused_but_its_card_may_be_edited(
+    technique_runs, tmp_path, flags, capsys
+):
+    saved = shutil.copytree(technique_runs / "lora" / "final", tmp_path / "final")
+    (saved / "README.md").write_text("a card of my own")
+    modify_llm.load_trained(saved)
+    weights = bytearray((saved / "adapter_model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (saved / "adapter_model.safetensors").write_bytes(weights)
+    said = refused([*flags(tmp_path / "unused", adapter_path=saved), "--eval_only"], capsys)
+    assert "adapter_model.safetensors is damaged" in said
+
+
+def test_a_run_that_fails_in_its_last_words_is_not_finished(flags, tmp_path, monkeypatch):
+    argv = flags(tmp_path / "out", max_steps=2, num_samples=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_llm, "write_predictions", lambda *_: (_ for _ in ()).throw(OSError("no")))
+        assert run(argv) == 1
+    assert run([*argv, "--resume_from=auto"]) == 0
+    assert (tmp_path / "out" / "predictions.jsonl").exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_takes_the_same_steps(flags, tmp_path):
+    for name, compiled in (("plain", []), ("compiled", ["--compile"])):
+        assert run([*flags(tmp_path / name, max_steps=3, num_samples=0), *compiled]) == 0
+    plain, compiled = (load_file(tmp_path / n / "final/adapter_model.safetensors") for n in ("plain", "compiled"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_the_model_card_tells_the_results_and_its_lines_load_the_model(technique_runs, technique):
     directory = technique_runs / technique / "final"
