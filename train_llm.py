@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 progress = logging.getLogger("progress")  # lines without a prefix
 
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
-LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-2, "selective": 1e-3, "full": 5e-4}
+LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 3e-2, "selective": 1e-3, "full": 5e-4}
 ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
@@ -1152,11 +1152,15 @@ def finish(run: Run) -> None:
             before, after = perplexity(state.first_loss), perplexity(state.last_loss)
             best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""
             progress.info("Held-out perplexity: %.2f before, %.2f after %d steps, %s", before, after, state.step, best)
-        best = output_dir / ("best" if state.best_loss is not None else "final")
         minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
         progress.info("Time: %d min %02d s", minutes, seconds)
-        progress.info("Written to %s: best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl", output_dir)
-        progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', best)
+
+
+def say_where(run: Run) -> None:
+    best = run.output_dir / ("best" if run.progress.best_loss is not None else "final")
+    written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
+    progress.info("Written to %s: %s", run.output_dir, written)
+    progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', best)
 
 
 def plot_curves(output_dir: Path) -> None:
@@ -1298,8 +1302,11 @@ def summary(run: Run) -> str:
     return "\n".join(f"   {name + ':':<8} {line}" for name, line in lines.items())
 
 
-def execute(args: argparse.Namespace, runtime: Runtime) -> int:
-    """One training run, from flags that are in range to final/. Returns the exit status."""
+def execute(args: argparse.Namespace, runtime: Runtime, point_on: bool = True) -> int:
+    """One training run, from flags that are in range to final/. Returns the exit status.
+
+    point_on: close with where all lies, and what to do with it.
+    """
     run, status, previous = Run(args, runtime), 2, {}
 
     def stop(number: int, _frame: object) -> None:
@@ -1325,6 +1332,8 @@ def execute(args: argparse.Namespace, runtime: Runtime) -> int:
         previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         train(run)
         finish(run)
+        if point_on:
+            say_where(run)
         answer_prompts(run.model, run.tokenizer, args, runtime)
         return 0
     except Stopped:
@@ -1449,7 +1458,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
         learn = ["--from_scratch", *tiny, "--modification_type=full", "--epochs=8", "--eval_interval=172"]
         data = [f"--dataset_path={scratch}/base.json", f"--text_format=||{question} {{output}}"]
         learn += [f"--output_dir={scratch}/run", "--learning_rate=2e-3"]
-        if status := execute(parse([*learn, *data, *common]), runtime):
+        if status := execute(parse([*learn, *data, *common]), runtime, point_on=False):
             return status
         shutil.move(f"{scratch}/run/best", output_dir / "base")
         progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
