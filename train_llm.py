@@ -65,7 +65,7 @@ logger = logging.getLogger(__name__)
 progress = logging.getLogger("progress")  # lines without a prefix
 
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
-LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 3e-2, "selective": 1e-3, "full": 5e-4}
+LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-1, "selective": 1e-3, "full": 5e-4}
 ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {

@@ -31,7 +31,7 @@ RATES = {
     "selective, lower half frozen": (5e-4, 1e-3, 2e-3),
     "LoRA r=4, all layers": (1e-3, 2e-3, 5e-3, 1e-2),
     "adapters 64, pfeiffer": (2e-3, 5e-3, 1e-2),
-    "prefix 50, key_value": (1e-2, 3e-2, 1e-1),
+    "prefix 50, key_value": (1e-2, 3e-2, 1e-1, 3e-1),
     "prefix 50, embedding": (1e-2, 3e-2, 1e-1),
 }
 
