@@ -20,19 +20,18 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from measure import LAYERS, ROOT, TECHNIQUES, technique_flags, train_with_peft
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import data_pipeline  # importable since measure has been imported
+import modify_llm
+import train_llm
+
 FEW = 16  # rows of the short run
-TECHNIQUES = {
-    "LoRA r=4, all layers": ["--modification_type=lora"],
-    "adapters 64, pfeiffer": ["--modification_type=adapter"],
-    "adapters 64, houlsby": ["--modification_type=adapter", "--adapter_placement=houlsby"],
-    "prefix 50, embedding": ["--modification_type=prefix"],
-    "prefix 50, key_value": ["--modification_type=prefix", "--prefix_type=key_value"],
-    "selective, upper half": ["--modification_type=selective", "--freeze_layers=0-5"],
-    "selective, head frozen": ["--modification_type=selective", "--freeze_layers=0-5", "--freeze_head"],
-    "full": ["--modification_type=full"],
-}
+NAMES = sorted(TECHNIQUES, key=lambda name: not name.startswith("LoRA"))  # LoRA first: what others are compared to
+SETTINGS = {name: technique_flags(name, "gpt2") for name in NAMES}
+SETTINGS["selective, head frozen"] = [*SETTINGS["selective, lower half frozen"], "--freeze_head"]
 PEERS = {
     "Trainer + PEFT, at its best": "trainer bf16 group",  # rows grouped by length, no dropout
     "Trainer + PEFT, as it comes": "trainer fp32 dynamic",  # GPT-2's dropout of 0.1
@@ -55,10 +54,6 @@ def run(command: list[str]) -> tuple[float, float]:
 
 def matmul_rate() -> float:
     """Matrix-product FLOP a second in the precision that training takes here, at the shape of GPT-2's feed-forward."""
-    import torch
-
-    import train_llm
-
     args = argparse.Namespace(device="auto", precision="auto")
     runtime = train_llm.choose_runtime(args)
     a, b = (torch.randn(s, device=runtime.device, dtype=runtime.dtype) for s in ((2048, 768), (768, 3072)))
@@ -73,8 +68,6 @@ def matmul_rate() -> float:
 
 def flops_per_token(flags: list[str]) -> float:
     """Of the products with weight matrices: 2 a parameter forward, 2 back to the input, 2 for what trains."""
-    import modify_llm
-    import train_llm
 
     args = train_llm.parse(["--dataset_path=-", *flags])
     parameters = {n: p for n, p in modify_llm.meta_model(args).named_parameters() if p.ndim == 2 and ".wpe." not in n}
@@ -103,39 +96,27 @@ def ours(args: argparse.Namespace, directory: Path, flags: list[str]) -> list[st
 
 def peer(name: str, directory: Path, path: Path) -> None:
     """The same work by a library, in this process: LoRA r=4 on every Conv1D, batch size 8, one pass."""
-    import peft
-    import torch
-    from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
-
-    import data_pipeline
 
     library, precision, batching = name.split()
-    dropout = 0.1 if batching == "dynamic" else 0.0
-    drops = {"attn_pdrop": dropout, "resid_pdrop": dropout, "embd_pdrop": dropout}
-    base = GPT2LMHeadModel.from_pretrained(directory / "model", **drops)
-    layers = ["c_attn", "c_proj", "c_fc"]
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=layers, fan_in_fan_out=True, task_type="CAUSAL_LM")
-    kinds = {
-        "output_dir": str(directory / "peer"), "per_device_train_batch_size": 8, "num_train_epochs": 1,
-        "learning_rate": 1e-4, "bf16": precision == "bf16", "use_cpu": not torch.cuda.is_available(), "report_to": [],
-        "logging_steps": 10_000, "save_strategy": "no", "disable_tqdm": True,
-    }  # fmt: skip
-    tokenizer = data_pipeline.load_tokenizer()
-    if library == "trl":
-        from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
-
-        kinds |= {"per_device_train_batch_size": 4, "packing": True, "max_length": 512, "gradient_checkpointing": False}
-        texts = Dataset.from_list([{"text": row["output"]} for row in json.loads(path.read_text())])
-        settings = SFTConfig(**kinds)
-        SFTTrainer(base, args=settings, train_dataset=texts, processing_class=tokenizer, peft_config=config).train()
+    bf16, tokenizer = precision == "bf16", data_pipeline.load_tokenizer()
+    if library == "trainer":
+        grouped = {"train_sampling_strategy": "group_by_length"} if batching == "group" else {}
+        dropout, rows = 0.1 if batching == "dynamic" else 0.0, data_pipeline.load_dataset(path, tokenizer)
+        train_with_peft(directory / "model", rows, directory / "peer", dropout, bf16=bf16, **grouped)
         return
-    rows = data_pipeline.load_dataset(path, tokenizer)
-    data = [dict(rows[i], length=int(n)) for i, n in enumerate(rows.lengths)]
-    grouped = {"train_sampling_strategy": "group_by_length"} if batching == "group" else {}
-    settings = TrainingArguments(**kinds, **grouped, remove_unused_columns=False)
-    collate = data_pipeline.PadBatch(tokenizer.pad_token_id, None)
-    Trainer(peft.get_peft_model(base, config), args=settings, train_dataset=data, data_collator=collate).train()
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    base = GPT2LMHeadModel.from_pretrained(directory / "model", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    settings = SFTConfig(
+        output_dir=str(directory / "peer"), per_device_train_batch_size=4, num_train_epochs=1, bf16=bf16, packing=True,
+        max_length=512, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), report_to=[],
+        save_strategy="no", logging_steps=10_000, disable_tqdm=True,
+    )  # fmt: skip
+    texts = Dataset.from_list([{"text": row["output"]} for row in json.loads(path.read_text())])
+    SFTTrainer(base, args=settings, train_dataset=texts, processing_class=tokenizer, peft_config=config).train()
 
 
 def loading(args: argparse.Namespace, directory: Path) -> None:
@@ -164,14 +145,11 @@ def loading(args: argparse.Namespace, directory: Path) -> None:
 
 
 def training(args: argparse.Namespace, directory: Path) -> None:
-    import transformers
-
-    import data_pipeline
 
     if args.model_name_or_path:
         (directory / "model").symlink_to(Path(args.model_name_or_path).resolve())
     else:
-        transformers.GPT2LMHeadModel(transformers.GPT2Config()).save_pretrained(directory / "model")
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(directory / "model")
     source = json.loads(Path(args.dataset_path).read_text(encoding="utf-8"))
     source = [row for row in source if len(row["output"].split()) >= max(1, args.min_words)][: args.rows]
     rows = directory / "few.json", directory / "all.json"
@@ -181,8 +159,8 @@ def training(args: argparse.Namespace, directory: Path) -> None:
     tokens, few = int(lengths[FEW:].sum()), len(lengths) - FEW
     print(f"\n{len(source)} rows of {lengths.mean():.0f} tokens; {args.repeats} x in turn, medians\n")
     commands = {}
-    for name in [n for n in TECHNIQUES if args.only in n and (not args.peers or n.startswith("LoRA"))]:
-        commands[name] = ours(args, directory, TECHNIQUES[name])
+    for name in [n for n in SETTINGS if args.only in n and (not args.peers or n.startswith("LoRA"))]:
+        commands[name] = ours(args, directory, SETTINGS[name])
     for name, kind in PEERS.items() if args.peers else ():
         commands[name] = [
             sys.executable,
@@ -207,7 +185,7 @@ def training(args: argparse.Namespace, directory: Path) -> None:
     middle = {n: {k: statistics.median(r[k] for r in results) for k in results[0]} for n, results in found.items()}
     first = next(iter(middle.values()))["tokens"]
     for name, row in middle.items():
-        share = f"{row['tokens'] * flops_per_token(TECHNIQUES[name]) / row['rate']:.0%}" if name in TECHNIQUES else ""
+        share = f"{row['tokens'] * flops_per_token(SETTINGS[name]) / row['rate']:.0%}" if name in SETTINGS else ""
         figures = f"{row['tokens']:,.0f} | {row['records']:.1f} | {row['memory']:.2f} GB | {share}"
         print(f"| {name} | {figures} | {first / row['tokens']:.2f} x |")
 

@@ -2,7 +2,7 @@
 
     python tests/measure.py sweep --dataset_path alpaca_data.json --model_name_or_path distilgpt2
     python tests/measure.py results --dataset_path alpaca_data.json --model_name_or_path distilgpt2 --plot chart.png
-    python tests/measure.py results ... --peft_seeds 3        # PEFT's LoRA beside ours (needs tests/requirements.txt)
+    python tests/measure.py peft --max_samples 6000 ...        # PEFT's LoRA beside ours; pip install peft accelerate
 
 Every row is a run of train_llm.py of its own: one pass over `--max_samples` rows of response texts, evaluated on
 held-out rows. Each run's result is kept in --work_dir, so that an interrupted measurement goes on where it was.
@@ -11,12 +11,23 @@ held-out rows. Each run's result is kept in --work_dir, so that an interrupted m
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data_pipeline  # noqa: E402
+import modify_llm  # noqa: E402
+import train_llm  # noqa: E402
+
+LAYERS = ["c_attn", "c_proj", "c_fc"]
 TECHNIQUES = {
     "full": ["--modification_type", "full"],
     "selective, lower half frozen": ["--modification_type", "selective"],
@@ -36,19 +47,22 @@ RATES = {
 }
 
 
+def run_flags(args: argparse.Namespace) -> list[str]:
+    """What all runs have in common."""
+    flags = ["--dataset_path", args.dataset_path, "--model_name_or_path", args.model_name_or_path, "--epochs", "1"]
+    flags += ["--max_samples", str(args.max_samples), "--max_eval_samples", str(args.max_eval_samples)]
+    flags += ["--text_format", "output", "--num_samples", "0", "--log_interval", "100", "--overwrite_output_dir"]
+    return flags + (["--eval_dataset_path", args.eval_dataset_path] if args.eval_dataset_path else [])
+
+
 def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     """One run of train_llm.py, or what an earlier one left in the work directory."""
     directory = args.work_dir / name.replace(" ", "_").replace(",", "").replace("=", "")
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
-    command = [sys.executable, str(ROOT / "train_llm.py"), "--dataset_path", args.dataset_path, "--epochs", "1"]
-    command += ["--model_name_or_path", args.model_name_or_path, "--text_format", "output", "--overwrite_output_dir"]
-    command += ["--max_samples", str(args.max_samples), "--max_eval_samples", str(args.max_eval_samples)]
-    command += ["--num_samples", "0", "--log_interval", "100", "--output_dir", str(directory), *flags]
-    if args.eval_dataset_path:
-        command += ["--eval_dataset_path", args.eval_dataset_path]
-    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / "train_llm.py"), *run_flags(args), "--output_dir", str(directory), *flags]
+    before = cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
@@ -57,21 +71,24 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     counts = json.loads((directory / "run.json").read_text())["parameters"]
     skip = ("tokenizer.json", "tokenizer_config.json")
     size = sum(file.stat().st_size for file in (directory / "final").iterdir() if file.name not in skip)
-    result = {"name": name, "before": losses[0], "after": losses[-1], "seconds": time.perf_counter() - start}
+    result = {"name": name, "before": losses[0], "after": losses[-1], "seconds": cpu_seconds() - before}
     result |= {"trainable": counts["trainable"], "total": counts["total"], "saved_mb": size / 1e6}
     summary.write_text(json.dumps(result))
     return result
 
 
-def half_frozen(args: argparse.Namespace, name: str) -> list[str]:
-    """--freeze_layers for the lower half of whatever model this is."""
-    if not name.startswith("selective"):
-        return []
-    sys.path.insert(0, str(ROOT))
-    import modify_llm
+def cpu_seconds() -> float:
+    """Of the runs so far: what they would take on one idle core, whatever else the machine was doing."""
+    times = os.times()
+    return times.children_user + times.children_system
 
-    flags = modify_llm.with_defaults(None, model_name_or_path=args.model_name_or_path)
-    return ["--freeze_layers", f"0-{modify_llm.read_config(flags).n_layer // 2 - 1}"]
+
+def technique_flags(name: str, model: str) -> list[str]:
+    """The flags of a technique; "lower half frozen" is of whatever model this is."""
+    if "half" not in name:
+        return TECHNIQUES[name]
+    args = modify_llm.with_defaults(None, model_name_or_path=model)
+    return [*TECHNIQUES[name], "--freeze_layers", f"0-{modify_llm.read_config(args).n_layer // 2 - 1}"]
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -79,7 +96,7 @@ def sweep(args: argparse.Namespace) -> None:
     for name, rates in RATES.items():
         if args.only and args.only not in name:
             continue
-        flags = TECHNIQUES[name] + half_frozen(args, name)
+        flags = technique_flags(name, args.model_name_or_path)
         losses = {r: train(args, f"sweep {name} {r:g}", *flags, "--learning_rate", str(r))["after"] for r in rates}
         best = min(losses.values())
         cells = [
@@ -91,74 +108,70 @@ def sweep(args: argparse.Namespace) -> None:
 def results(args: argparse.Namespace) -> None:
     rows = []
     print(
-        "| technique | trainable | share | held-out perplexity before | after | saved | time |\n"
+        "| technique | trainable | share | held-out perplexity before | after | saved | CPU time |\n"
         + "| --- "
         + "| ---: " * 6
         + "|"
     )
-    for name, flags in TECHNIQUES.items():
-        row = train(args, f"results {name}", *flags, *half_frozen(args, name))
+    for name in TECHNIQUES:
+        row = train(args, f"results {name}", *technique_flags(name, args.model_name_or_path))
         rows.append(row | {"label": name})
         before, after = math.exp(row["before"]), math.exp(row["after"])
         counts = f"{row['trainable']:,} | {row['trainable'] / row['total']:.2%}"
         saved = f"{row['saved_mb']:.1f} MB | {row['seconds'] / 60:.1f} min"
         print(f"| {name} | {counts} | {before:.1f} | {after:.2f} | {saved} |", flush=True)
-    for seed in range(args.peft_seeds):
-        ours = train(args, f"peft ours {seed}", "--learning_rate", str(args.peft_learning_rate), "--seed", str(seed),
-                     "--warmup_steps", "100")  # fmt: skip
-        theirs = peft_lora(args, seed)
-        print(
-            f"| LoRA, seed {seed}: ours {math.exp(ours['after']):.2f}, PEFT {math.exp(theirs['after']):.2f} |",
-            flush=True,
-        )
     if args.plot:
         plot(rows, args)
 
 
-def peft_lora(args: argparse.Namespace, seed: int) -> dict:
-    """Hugging Face Trainer + PEFT with the same rows, hyperparameters and evaluation."""
-    summary = args.work_dir / f"peft_theirs_{seed}.json"
-    if summary.exists():
-        return json.loads(summary.read_text())
-    sys.path.insert(0, str(ROOT))
+def train_with_peft(
+    model_path: str, rows: data_pipeline.AlpacaDataset, output_dir: Path, dropout: float = 0.0, **settings: Any
+) -> nn.Module:
+    """Hugging Face's Trainer with PEFT's LoRA: one pass over the rows, as train_llm.py's defaults do it."""
     import peft
-    import torch
-    from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
-    import data_pipeline
-    import modify_llm
-    import train_llm
-
-    tokenizer = data_pipeline.load_tokenizer()
-    flags = ["--dataset_path", args.dataset_path, "--text_format", "output", "--max_samples", str(args.max_samples)]
-    flags += ["--max_eval_samples", str(args.max_eval_samples)]
-    flags += ["--eval_dataset_path", args.eval_dataset_path] if args.eval_dataset_path else []
-    runtime = train_llm.choose_runtime(train_llm.parse(flags))
-    rows, held_out = train_llm.load_rows(train_llm.parse([*flags, "--seed", str(seed)]), tokenizer)
-    path = modify_llm.locate(args.model_name_or_path)
-    base = GPT2LMHeadModel.from_pretrained(path, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    torch.manual_seed(seed)
-    targets = ["c_attn", "c_proj", "c_fc"]
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    base = GPT2LMHeadModel.from_pretrained(model_path, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config)
-    collate = data_pipeline.PadBatch(tokenizer.pad_token_id, None)
-    settings = TrainingArguments(
-        output_dir=str(args.work_dir / "peft"), per_device_train_batch_size=8, num_train_epochs=1, save_strategy="no",
-        learning_rate=args.peft_learning_rate, weight_decay=0.01, lr_scheduler_type="cosine", warmup_steps=100,
-        seed=seed, bf16=runtime.dtype == torch.bfloat16, report_to=[], disable_tqdm=True, logging_steps=10_000,
-        train_sampling_strategy="group_by_length", remove_unused_columns=False,
+    arguments = TrainingArguments(
+        output_dir=str(output_dir), per_device_train_batch_size=8, num_train_epochs=1,
+        use_cpu=not torch.cuda.is_available(), report_to=[], logging_steps=10_000, save_strategy="no",
+        disable_tqdm=True, remove_unused_columns=False, **settings,
     )  # fmt: skip
     data = [dict(rows[i], length=int(n)) for i, n in enumerate(rows.lengths)]
-    start = time.perf_counter()
-    Trainer(model=model, args=settings, train_dataset=data, data_collator=collate).train()
-    seconds = time.perf_counter() - start
-    runtime = train_llm.choose_runtime(train_llm.parse([*flags, "--precision", "fp32"]))
+    collate = data_pipeline.PadBatch(data_pipeline.load_tokenizer().pad_token_id, None)
+    Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
+    return model
+
+
+def beside_peft(args: argparse.Namespace) -> None:
+    """Held-out perplexity of our LoRA and PEFT's, same rows and hyperparameters, over three seeds."""
+    print("| seed | ours | PEFT |\n| ---: | ---: | ---: |")
+    for seed in range(3):
+        ours = train(args, f"peft ours {seed}", "--seed", str(seed))
+        summary = args.work_dir / f"peft_theirs_{seed}.json"
+        if not summary.exists():
+            summary.write_text(json.dumps({"after": peft_loss(args, seed)}))
+        theirs = json.loads(summary.read_text())
+        print(f"| {seed} | {math.exp(ours['after']):.2f} | {math.exp(theirs['after']):.2f} |", flush=True)
+
+
+def peft_loss(args: argparse.Namespace, seed: int) -> float:
+    """The held-out loss of PEFT's LoRA after Hugging Face's Trainer, by the same evaluation as ours."""
+    flags = train_llm.parse([*run_flags(args), "--seed", str(seed)])
+    runtime, tokenizer = train_llm.choose_runtime(flags), data_pipeline.load_tokenizer()
+    rows, held_out = train_llm.load_rows(flags, tokenizer)
+    set_seed(seed)
+    model = train_with_peft(
+        modify_llm.locate(args.model_name_or_path), rows, args.work_dir / "peft", seed=seed,
+        learning_rate=flags.learning_rate, weight_decay=flags.weight_decay, lr_scheduler_type="cosine",
+        warmup_steps=min(100, len(rows) // 80), bf16=runtime.dtype == torch.bfloat16,
+        train_sampling_strategy="group_by_length",
+    )  # fmt: skip
     loader = data_pipeline.final_dataset_loader(
         held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False
     )
-    loss, _ = train_llm.evaluate(train_llm.SummedLoss(model.base_model.model), loader, runtime)
-    summary.write_text(json.dumps({"after": loss, "seconds": seconds}))
-    return {"after": loss, "seconds": seconds}
+    return train_llm.evaluate(train_llm.SummedLoss(model.base_model.model), loader, runtime)[0]
 
 
 def plot(rows: list[dict], args: argparse.Namespace) -> None:
@@ -182,20 +195,18 @@ def plot(rows: list[dict], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("sweep", "results"))
+    parser.add_argument("what", choices=("sweep", "results", "peft"))
     parser.add_argument("--dataset_path", required=True)
     parser.add_argument("--eval_dataset_path", default="")
     parser.add_argument("--model_name_or_path", default="distilgpt2")
     parser.add_argument("--max_samples", type=int, default=30_000)
     parser.add_argument("--max_eval_samples", type=int, default=1_000)
     parser.add_argument("--only", default="", help="sweep: techniques whose name holds this")
-    parser.add_argument("--peft_seeds", type=int, default=0)
-    parser.add_argument("--peft_learning_rate", type=float, default=5e-3)
     parser.add_argument("--plot", default="")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/measure"))
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    {"sweep": sweep, "results": results}[args.what](args)
+    {"sweep": sweep, "results": results, "peft": beside_peft}[args.what](args)
 
 
 if __name__ == "__main__":
