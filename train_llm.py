@@ -481,13 +481,14 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
     input_ids, labels = batch["input_ids"][order][real], F.pad(batch["labels"][order][:, 1:], (0, 1), value=IGNORED)
     position_ids, labels = torch.arange(real.shape[1]).expand_as(real)[real], labels[real]
     positions = (labels != IGNORED).nonzero().squeeze(1)
-    # Kernels are built for each new shape: widths are rounded up, and the tokens' number by a row that has no labels.
-    filler = -len(input_ids) % ROUND_TO
+    # A CPU builds kernels for each new shape, which takes longer than to use them once: widths are rounded up, and the
+    # number of tokens to eight values an octave, by a row that has no labels.
+    filler = -len(input_ids) % max(ROUND_TO, 2 ** (len(input_ids).bit_length() - 4))
     lengths = lengths.tolist() + [filler] * (filler > 0)
     grids, starts = [], []
     for length in lengths:
         width = -(-length // ROUND_TO) * ROUND_TO
-        if not grids or width < 0.75 * grids[-1][1]:
+        if not grids or not 0.75 * grids[-1][1] <= width <= grids[-1][1]:
             grids.append((0, width))
         starts.append(sum(rows * width for rows, width in grids))
         grids[-1] = (grids[-1][0] + 1, grids[-1][1])
@@ -1517,8 +1518,6 @@ def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    # oneDNN keeps a kernel, and its buffers, for each of the last 1,024 shapes that it met: gigabytes, as lengths vary.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     set_up_logging(int(os.environ.get("RANK", 0)))
     for line in idle_flags(args):
         logger.warning(line)
