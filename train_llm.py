@@ -308,10 +308,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if with_grad and ctx.needs_input_grad[0] else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if with_grad and ctx.needs_input_grad[1] else None
-        # Logits at a time; on a CPU the passes over them, in fp32, take few enough rows for its cache. The head's own
-        # gradient costs a pass over itself each time.
-        chunk = 2048 if hidden.is_cuda else 128 if weight_grad is None else 512
-        strip = chunk if hidden.is_cuda else 8
+        chunk, strip = (2048, 2048) if hidden.is_cuda else (512, 8)  # rows: of logits; of fp32 passes in a CPU's cache
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = hidden[rows] @ weight.t()  # (chunk, vocabulary)
