@@ -1,8 +1,8 @@
 """Hand-written LoRA, bottleneck adapters, prefix tuning, selective freezing and full fine-tuning for GPT-2.
 
-    python modify_llm.py --modification_type lora                          # exact parameter counts, no weights needed
+    python modify_llm.py --modification_type lora
     python modify_llm.py --compare --model_name_or_path gpt2-xl
-    python modify_llm.py --adapter_path outputs/best --merge_to merged/    # a plain GPT-2 with the LoRA folded in
+    python modify_llm.py --adapter_path outputs/best --merge_to merged/
 
 From a notebook: `model = apply_lora(GPT2LMHeadModel.from_pretrained("gpt2"), rank=8, alpha=16)`, then train as usual.
 Each technique stands in a section of its own below: a module, and an `apply_` function that puts it into a model.
@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ from transformers.utils import logging as transformers_logging
 logger = logging.getLogger(__name__)
 
 TECHNIQUES = ("lora", "adapter", "prefix", "selective", "full")
+PLACEMENTS, PREFIX_TYPES = ("pfeiffer", "houlsby"), ("embedding", "key_value")
+PLAIN = ("selective", "full")  # saved as plain Hugging Face models
 # layers, hidden size, heads: enough to count parameters with no weights at hand
 GPT2_SIZES = {
     "distilgpt2": (6, 768, 12),
@@ -71,111 +74,81 @@ def layer_numbers(text: str) -> list[int]:
     """A flag's value: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
     for part in names(text):
-        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part)) or int(match[2] or match[1]) < int(match[1]):
-            raise argparse.ArgumentTypeError(f"{text!r}: layer numbers and ranges, such as 0,1,4-7")
-        if int(match[2] or match[1]) > 9999:
-            raise argparse.ArgumentTypeError(f"{text!r}: no GPT-2 has so many layers")
-        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{text!r}: layer numbers below 10,000 and ranges, such as 0,1,4-7")
+        layers.update(range(first, last + 1))
     return sorted(layers)
+
+
+SWITCH: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+
+
+class HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """--max_length int instead of --max_length MAX_LENGTH."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "TEXT")
 
 
 def model_flags() -> argparse.ArgumentParser:
     """The model flags, for `parents=` of the scripts that build a model; their defaults are `final_modify`'s."""
     parser = argparse.ArgumentParser(add_help=False)
-    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
     add = parser.add_argument_group("model").add_argument
     add("--modification_type", choices=TECHNIQUES, default="lora", help="what trains (%(default)s)")
     add("--model_name_or_path", default="gpt2", metavar="NAME", help="hub id or local directory (%(default)s)")
-    add("--from_scratch", **switch, help="random weights instead of pretrained ones, of the sizes below")
-    add("--vocab_size", type=int, default=50257, help="(%(default)s)")
-    add("--hidden_size", type=int, default=768, help="(%(default)s)")
+    add("--from_scratch", **SWITCH, help="random weights of the sizes below, nothing pretrained (false)")
+    add("--vocab_size", type=int, default=50257, help="tokens; >= 1 (%(default)s)")
+    add("--hidden_size", type=int, default=768, help="width of the residual stream; >= 1 (%(default)s)")
     add("--num_attention_heads", type=int, default=12, help="must divide --hidden_size (%(default)s)")
-    add("--num_hidden_layers", type=int, default=12, help="(%(default)s)")
+    add("--num_hidden_layers", type=int, default=12, help="blocks; >= 1 (%(default)s)")
     add("--max_position_embeddings", type=int, default=1024, help="longest sequence, prefix included (%(default)s)")
     add("--dropout", type=float, default=0.0, help="the base model's own, while training; 0 <= p < 1 (%(default)s)")
-    add(
-        "--trainable_modules",
-        type=names,
-        default=[],
-        metavar="NAMES",
-        help="modules trained in full besides the technique's own, by suffix: wte,wpe,ln_1,ln_2,ln_f (none)",
-    )
+    add("--trainable_modules", type=names, default=[], help="trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)")
     add = parser.add_argument_group("LoRA (--modification_type lora)").add_argument
-    add("--lora_rank", type=int, default=4, metavar="R", help="rank r of A and B; >= 1 (%(default)s)")
+    add("--lora_rank", type=int, default=4, help="rank r of A and B; >= 1 (%(default)s)")
     add("--lora_alpha", type=float, default=8.0, help="the update is scaled by alpha / r; > 0 (%(default)s)")
     add("--lora_dropout", type=float, default=0.0, help="on A's input, while training; 0 <= p < 1 (%(default)s)")
-    add(
-        "--lora_target_modules",
-        type=names,
-        default=["c_attn", "c_proj", "c_fc"],
-        metavar="NAMES",
-        help="by suffix; c_attn.q, c_attn.k, c_attn.v are thirds of the fused projection (c_attn,c_proj,c_fc)",
-    )
+    add("--lora_target_modules", type=names, default=["c_attn", "c_proj", "c_fc"],
+        help="by suffix; c_attn.q, .k and .v are thirds of the fused projection (c_attn,c_proj,c_fc)")  # fmt: skip
     add = parser.add_argument_group("bottleneck adapters (--modification_type adapter)").add_argument
     add("--adapter_size", type=int, default=64, help="width of the bottleneck; >= 1 (%(default)s)")
-    add(
-        "--adapter_placement",
-        choices=("pfeiffer", "houlsby"),
-        default="pfeiffer",
-        help="pfeiffer: one a block; houlsby: two (%(default)s)",
-    )
+    add("--adapter_placement", choices=PLACEMENTS, default="pfeiffer", help="one a block, or two (%(default)s)")
     add = parser.add_argument_group("prefix tuning (--modification_type prefix)").add_argument
     add("--prefix_length", type=int, default=50, help="virtual tokens; >= 1 (%(default)s)")
-    add(
-        "--prefix_type",
-        choices=("embedding", "key_value"),
-        default="embedding",
-        help="embedding: at the model's input; key_value: in every layer (%(default)s)",
-    )
-    add(
-        "--prefix_projection_size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="key_value only: trained through an MLP of this width; 0: directly (%(default)s)",
-    )
+    add("--prefix_type", choices=PREFIX_TYPES, default="embedding", help="at the input, or in each layer (%(default)s)")
+    add("--prefix_projection_size", type=int, default=0, help="key_value only: width of an MLP; 0: none (%(default)s)")
     add = parser.add_argument_group("selective freezing (--modification_type selective)").add_argument
-    add(
-        "--freeze_layers",
-        type=layer_numbers,
-        default=[0, 1, 2, 3],
-        metavar="LAYERS",
-        help="from 0; ranges such as 0-5 (0,1,2,3)",
-    )
-    add("--freeze_head", **switch, help="also freeze the tied head and the final LayerNorm, which train otherwise")
+    add("--freeze_layers", type=layer_numbers, default=[0, 1, 2, 3], help="from 0; ranges such as 0-5 (0,1,2,3)")
+    add("--freeze_head", **SWITCH, help="also freeze the tied head and the final LayerNorm (false)")
     return parser
 
 
 def model_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the model flags, a line each; nothing is loaded."""
-    sizes = (*SCRATCH_SIZES, "lora_rank", "adapter_size", "prefix_length")
-    problems = [f"--{name} {getattr(args, name)}: at least 1" for name in sizes if getattr(args, name) < 1]
+    choices = {"modification_type": TECHNIQUES, "adapter_placement": PLACEMENTS, "prefix_type": PREFIX_TYPES}
+    checks = [(getattr(args, name) in legal, name, f"one of {', '.join(legal)}") for name, legal in choices.items()]
+    positive = (*SCRATCH_SIZES, "lora_rank", "adapter_size", "prefix_length")
+    checks += [(getattr(args, name) >= 1, name, "at least 1") for name in positive]
+    checks += [(0 <= getattr(args, name) < 1, name, "0 or more, below 1") for name in ("dropout", "lora_dropout")]
+    checks += [(0 < args.lora_alpha < math.inf, "lora_alpha", "above 0")]
+    checks += [(args.prefix_projection_size >= 0, "prefix_projection_size", "0 (none) or more")]
+    problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
     if args.num_attention_heads >= 1 and args.hidden_size % args.num_attention_heads:
         problems.append(f"--hidden_size {args.hidden_size}: not a multiple of {args.num_attention_heads} heads")
-    for name in ("dropout", "lora_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            problems.append(f"--{name} {getattr(args, name)}: 0 or more, below 1")
-    if not 0 < args.lora_alpha < math.inf:
-        problems.append(f"--lora_alpha {args.lora_alpha}: above 0")
-    if args.prefix_projection_size < 0:
-        problems.append(f"--prefix_projection_size {args.prefix_projection_size}: 0 (none) or more")
     if args.prefix_projection_size > 0 and args.prefix_type != "key_value":
-        problems.append("--prefix_projection_size: needs --prefix_type key_value")
+        problems.append(f"--prefix_projection_size {args.prefix_projection_size}: needs --prefix_type key_value")
     return problems
 
 
 def idle_flags(args: argparse.Namespace, default: Callable[[str], Any]) -> list[str]:
     """A line for each flag that was given and that the chosen technique does not look at."""
     technique, lines = args.modification_type, []
-    owners = {"lora_": "lora", "adapter_size": "adapter", "adapter_placement": "adapter", "prefix_": "prefix"}
-    owners["freeze_"] = "selective"
-    for name, value in vars(args).items():
-        owner = next(
-            (owner for start, owner in (owners | {"freeze_": "selective"}).items() if name.startswith(start)), ""
-        )
-        if value == default(name):
-            continue
-        if owner and owner != technique:
+    owners = {"lora": "lora", "adapter": "adapter", "prefix": "prefix", "freeze": "selective"}
+    for name in [name for name, value in vars(args).items() if value != default(name)]:
+        owner = owners.get(name.partition("_")[0], technique)
+        if owner != technique:
             lines.append(f"--{name}: without effect, it belongs to --modification_type {owner}, this is {technique}")
         elif name in SCRATCH_SIZES and not args.from_scratch:
             lines.append(f"--{name}: without effect without --from_scratch")
@@ -185,7 +158,10 @@ def idle_flags(args: argparse.Namespace, default: Callable[[str], Any]) -> list[
 
 
 def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
-    """All model flags: those that `args` has as attributes, the others at their defaults, `overrides` above both."""
+    """All model flags: those that `args` has as attributes, the others at their defaults, `overrides` above both.
+
+    Raises ValueError for a value out of range, TypeError for an override that is no flag.
+    """
     settings = model_flags().parse_args([])
     if unknown := overrides.keys() - vars(settings):
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
@@ -222,9 +198,9 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     if size and not Path(name).exists():
         return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
     path = locate(name)
-    config = read_json(Path(path) / "config.json")
-    if config.get("model_type") != "gpt2":
-        raise ValueError(f"--model_name_or_path {name}: a {config.get('model_type')!r} model; only GPT-2 is supported")
+    architecture = read_json(Path(path) / "config.json").get("model_type")
+    if architecture != "gpt2":
+        raise ValueError(f"--model_name_or_path {name}: a {architecture!r} model; only GPT-2 is supported")
     return GPT2Config.from_pretrained(path)
 
 
@@ -241,16 +217,18 @@ def locate(name: str) -> str:
             raise ValueError(f"--model_name_or_path {name}: holds no config.json; {ways_out}")
         return name
     files = ["*.json", "*.txt", "*.safetensors"]
-    try:
+    with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         return snapshot_download(name, allow_patterns=files, local_files_only=True)
-    except Exception:  # not cached, or not a hub id at all: one quick request tells
-        try:
-            get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)
-            return snapshot_download(name, allow_patterns=files)
-        except Exception as error:
-            reason = str(error).strip().split("\n")[0]
-            neither = f"neither a local directory nor to be had from the hub ({reason})"
-            raise ValueError(f"--model_name_or_path {name}: {neither}; {ways_out}") from None
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)  # one quick request tells
+        return snapshot_download(name, allow_patterns=files)
+    except Exception as error:
+        neither = f"neither a local directory nor to be had from the hub ({first_line(error)})"
+        raise ValueError(f"--model_name_or_path {name}: {neither}; {ways_out}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
@@ -258,35 +236,38 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
 
     `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never filled in quietly.
     """
+    config = read_config(args)  # refuses what is no GPT-2 before any weight is read
     if args.from_scratch:
-        config = read_config(args)
         logger.warning("RANDOM WEIGHTS: --from_scratch initialises the base model at random, nothing is pretrained")
-        model, model_path = GPT2LMHeadModel(config), None
+        model, path, name = GPT2LMHeadModel(config), None, None
     else:
-        model_path, where = locate(args.model_name_or_path), f"--model_name_or_path {args.model_name_or_path}"
-        read_config(argparse.Namespace(from_scratch=False, model_name_or_path=model_path))
-        spoken = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # its report of missing weights is an error here, in one line
-        try:
-            model, loading = GPT2LMHeadModel.from_pretrained(
-                model_path, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )  # fmt: skip
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{where}: does not load: {str(error).strip().splitlines()[0]}") from None
-        finally:
-            transformers_logging.set_verbosity(spoken)
-        if missing := sorted(set(loading["missing_keys"]) - {"lm_head.weight"}):
-            raise ValueError(f"{where}: its weights lack {missing[0]} ({len(missing)} tensors in all)")
-        if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
-            raise ValueError(f"{where}: {misshapen[0]} has another shape than config.json says")
-        if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
-            raise ValueError(f"{where}: {broken[0]} holds NaN or infinite values")
+        name = args.model_name_or_path
+        path = locate(name)
+        model = load_weights(path, f"--model_name_or_path {name}")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
-    model.base_path, model.base_name = model_path, args.model_name_or_path if model_path else None
-    model.base_fingerprint = fingerprint(model)
+    model.base_path, model.base_name, model.base_fingerprint = path, name, fingerprint(model)
+    return model
+
+
+def load_weights(path: str, where: str) -> GPT2LMHeadModel:
+    """GPT2LMHeadModel.from_pretrained, with ValueError for each weight that it would only report, or not even see."""
+    spoken = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of missing weights is an error here, in one line
+    try:
+        options = {"local_files_only": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, loading = GPT2LMHeadModel.from_pretrained(path, dtype=torch.float32, **options)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{where}: does not load: {first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(spoken)
+    if missing := sorted(set(loading["missing_keys"]) - {"lm_head.weight"}):
+        raise ValueError(f"{where}: its weights lack {missing[0]} ({len(missing)} tensors in all)")
+    if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
+        raise ValueError(f"{where}: {misshapen[0]} has another shape than config.json says")
+    if broken := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        raise ValueError(f"{where}: {broken[0]} holds NaN or infinite values")
     return model
 
 
@@ -447,27 +428,21 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
     """{layer name: its adapted thirds, "" for the whole layer} of the LoRA targets. Logs how many each one matched."""
     matched: dict[str, str] = {}
     for target in targets:
-        suffix, _, third = target.rpartition(".")
-        if suffix.split(".")[-1] != "c_attn" or third not in ("q", "k", "v"):
-            suffix, third = target, ""
+        where = f"--lora_target_modules {target}"
+        third = re.fullmatch(r"((?:.*\.)?c_attn)\.([qkv])", target)
+        suffix, part = third.groups() if third else (target, "")
         found = modules_named(model, suffix)
         if not found:
             layers = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, Conv1D | nn.Linear)}
-            legal = ", ".join(sorted(layers - {"lm_head"}))
-            raise ValueError(f"--lora_target_modules {target}: matches nothing; the model has {legal}")
+            raise ValueError(f"{where}: matches nothing; the model has {', '.join(sorted(layers - {'lm_head'}))}")
         for name, module in found.items():
             if not isinstance(module, Conv1D | nn.Linear):
-                raise ValueError(
-                    f"--lora_target_modules {target}: {name} is a {type(module).__name__}; LoRA wraps Conv1D and Linear"
-                )
-            if module is getattr(model, "lm_head", None) and is_tied(model):
-                raise ValueError(
-                    f"--lora_target_modules {target}: the head shares its weight with the token embeddings, "
-                    "so LoRA on one would silently part the two"
-                )
-            if name in matched and (not third or not matched[name] or third in matched[name]):
-                raise ValueError(f"--lora_target_modules {target}: {name} is matched by another target too")
-            matched[name] = "".join(sorted(matched.get(name, "") + third, key="qkv".index))
+                raise ValueError(f"{where}: {name} is a {type(module).__name__}; LoRA wraps Conv1D and Linear")
+            if module is model.lm_head and is_tied(model):
+                raise ValueError(f"{where}: the head shares its weight with the token embeddings, LoRA would part them")
+            if name in matched and (not part or not matched[name] or part in matched[name]):
+                raise ValueError(f"{where}: {name} is matched by another target too")
+            matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
         logger.info("LoRA target %s: %d layers", target, len(found))
     return matched
 
@@ -486,15 +461,13 @@ def apply_lora(
     target_modules: suffixes of layer names. The paper adapts the query and value projections alone (section 4.2):
     ("c_attn.q", "c_attn.v"). Raises ValueError for a target that matches nothing, or no layer of these types.
     """
-    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise ValueError(f"out of range: {rank=}, {alpha=}, {dropout=}")
+    settings = {"lora_rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}
+    with_defaults(**settings)  # raises, if one is out of range
     targets = list(target_modules)
     if not targets:
         raise ValueError("--lora_target_modules: names no layer")
     matched = match_targets(model, targets)
-    start_modification(
-        model, "lora", lora_rank=rank, lora_alpha=alpha, lora_dropout=dropout, lora_target_modules=targets
-    )
+    start_modification(model, "lora", **settings, lora_target_modules=targets)
     for name, thirds in matched.items():
         model.set_submodule(name, LoRALayer(model.get_submodule(name), rank, alpha, dropout, thirds))
     train_modules(model, trainable_modules)
@@ -558,9 +531,9 @@ def apply_adapters(
     figure 2), "pfeiffer" only the latter (Pfeiffer et al., 2020, AdapterFusion, section 3). Houlsby's runs train the
     LayerNorms too: trainable_modules=("ln_1", "ln_2", "ln_f").
     """
-    if adapter_size < 1 or placement not in ("pfeiffer", "houlsby"):
-        raise ValueError(f"out of range: {adapter_size=}, {placement=} (pfeiffer or houlsby)")
-    start_modification(model, "adapter", adapter_size=adapter_size, adapter_placement=placement)
+    settings = {"adapter_size": adapter_size, "adapter_placement": placement}
+    with_defaults(**settings)  # raises, if one is out of range
+    start_modification(model, "adapter", **settings)
     for block in model.transformer.h:
         build = (model.config.n_embd, adapter_size, block.ln_1.weight.device)
         if placement == "houlsby":
@@ -694,15 +667,11 @@ def apply_prefix(
     ones: a byte-level BPE numbers its merges, from 256 on, in that order.
     """
     config = model.config
-    if prefix_type not in ("embedding", "key_value") or projection_size < 0 or prefix_length < 1:
-        raise ValueError(f"out of range: {prefix_length=}, {prefix_type=} (embedding, key_value), {projection_size=}")
+    settings = {"prefix_length": prefix_length, "prefix_type": prefix_type, "prefix_projection_size": projection_size}
+    with_defaults(**settings)  # raises, if one is out of range
     if prefix_length >= config.n_positions:
         raise ValueError(f"--prefix_length {prefix_length}: leaves no room for text in {config.n_positions} positions")
-    if projection_size and prefix_type != "key_value":
-        raise ValueError("--prefix_projection_size: needs --prefix_type key_value")
-    start_modification(
-        model, "prefix", prefix_length=prefix_length, prefix_type=prefix_type, prefix_projection_size=projection_size
-    )
+    start_modification(model, "prefix", **settings)
     ids = torch.tensor(list(init_ids or range(256, 256 + prefix_length)))[:prefix_length] % config.vocab_size
     ids = ids.repeat(math.ceil(prefix_length / len(ids)))[:prefix_length]
     wte = model.transformer.wte.weight
@@ -792,8 +761,6 @@ def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
             apply_selective_freezing(model, args.freeze_layers, freeze_head=args.freeze_head, **extra)
         case "full":
             apply_full_finetuning(model)
-        case other:
-            raise ValueError(f"--modification_type {other}: one of {', '.join(TECHNIQUES)}")
     return model
 
 
@@ -855,7 +822,7 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     directory, settings = Path(directory), dict(model.modification)
     directory.mkdir(parents=True, exist_ok=True)
     technique, state = settings["modification_type"], trainable_state(model)
-    if technique in ("full", "selective"):
+    if technique in PLAIN:
         save_plain(model, state, directory)
     elif technique == "adapter":
         write_tensors(state, directory / "adapter.safetensors")
@@ -1045,7 +1012,7 @@ def load_trained(
         raise ValueError(f"{directory / METADATA}: modification_type {technique!r} is not one of {TECHNIQUES}")
     if lacking := [name for name in SETTINGS[technique] if name not in settings]:
         raise ValueError(f"{directory / METADATA}: lacks {lacking[0]}")
-    base = str(directory) if technique in ("full", "selective") else model_name_or_path
+    base = str(directory) if technique in PLAIN else model_name_or_path
     base = base or settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{directory}: does not name its base model; give --model_name_or_path")
@@ -1063,7 +1030,7 @@ def load_trained(
             have = getattr(model.config, key, None)
             raise ValueError(f"--model_name_or_path {base}: {key} is {have}; {directory} was trained on {value}")
     trained_on = settings.get("base_fingerprint")
-    if technique not in ("full", "selective") and trained_on and trained_on != model.base_fingerprint:
+    if technique not in PLAIN and trained_on and trained_on != model.base_fingerprint:
         message = f"--model_name_or_path {base}: not the weights that {directory} was trained on"
         if not model_name_or_path:
             raise ValueError(f"{message}; they have changed since")
@@ -1198,7 +1165,7 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     source = Path(adapter_path)
     model = load_trained(source, model_name_or_path)
     technique = model.modification["modification_type"]
-    if technique in ("selective", "full"):
+    if technique in PLAIN:
         raise ValueError(f"--adapter_path {adapter_path}: {technique} saves a plain model already, use it as it is")
     if technique != "lora":
         raise ValueError(
@@ -1244,7 +1211,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     for label, paper, chosen in COMPARED:
         settings = with_defaults(chosen_base, freeze_layers=half, **chosen)
         total, trainable = parameter_counts(meta_model(settings))
-        saved = total if settings.modification_type in ("full", "selective") else trainable
+        saved = total if settings.modification_type in PLAIN else trainable
         rows.append({"label": label, "paper": paper, "total": total, "trainable": trainable, "saved_mb": saved * 4e-6})
     return rows
 
@@ -1266,16 +1233,18 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="modify_llm.py",
-        description="Count what a fine-tuning technique trains in GPT-2, compare techniques, or merge a trained LoRA.",
+        description="Count what a technique trains in GPT-2, compare techniques, or merge a LoRA.",
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         parents=[model_flags()],
+        formatter_class=HelpFormat,
+        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:5]),
     )
-    add = parser.add_argument_group("tasks").add_argument
-    add("--compare", action="store_true", help="every technique side by side, no weights loaded")
-    add("--plot", metavar="FILE.png", help="with --compare: draw it")
-    add("--adapter_path", metavar="DIR", help="what a run saved in best/ or final/")
-    add("--merge_to", metavar="DIR", help="fold the LoRA of --adapter_path into a plain GPT-2 there")
+    add = parser.add_argument_group("tasks (without one: count what --modification_type trains)").add_argument
+    add("--compare", **SWITCH, help="every technique side by side, no weights loaded (false)")
+    add("--plot", metavar="FILE.png", help="with --compare: draw it (none)")
+    add("--adapter_path", metavar="DIR", help="what a run saved in best/ or final/ (none)")
+    add("--merge_to", metavar="DIR", help="fold the LoRA of --adapter_path into a plain GPT-2 there (none)")
     args = parser.parse_args(argv)
     problems = model_problems(args)
     if bool(args.adapter_path) != bool(args.merge_to):
