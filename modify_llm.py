@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -262,7 +263,7 @@ def load_weights(path: str, where: str) -> GPT2LMHeadModel:
         raise ValueError(f"{where}: does not load: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(spoken)
-    if missing := sorted(set(loading["missing_keys"]) - {"lm_head.weight"}):
+    if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{where}: its weights lack {missing[0]} ({len(missing)} tensors in all)")
     if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
         raise ValueError(f"{where}: {misshapen[0]} has another shape than config.json says")
@@ -381,13 +382,10 @@ class LoRALayer(nn.Module):
         """(out_features, rows of A): B itself, or each third's B in its own block, zeros elsewhere."""
         if not self.thirds:
             return self.lora_B
-        blocks = self.lora_B.chunk(len(self.thirds))
-        zero = torch.zeros_like(blocks[0])
-        rows = [
-            [block if part == third else zero for third, block in zip(self.thirds, blocks, strict=True)]
-            for part in "qkv"
-        ]
-        return torch.cat([torch.cat(row, dim=1) for row in rows])
+        n = len(self.thirds)
+        rows = torch.block_diag(*self.lora_B.chunk(n)).chunk(n)  # each (out_features / 3, n x r)
+        adapted = dict(zip(self.thirds, rows, strict=True))
+        return torch.cat([adapted.get(third, torch.zeros_like(rows[0])) for third in "qkv"])
 
     def forward(self, x: Tensor) -> Tensor:
         original = self.original_layer
@@ -601,8 +599,8 @@ class KeyValuePrefix(nn.Module):
 class PrefixedGPT2(GPT2Model):
     """GPT2Model that sees `self.prefix` before its text: in training, in evaluation and at generate()'s first step.
 
-    Text positions start at the prefix's length, and the attention mask grows by it. The hidden states of embedding
-    prefixes are cut off again, so that logits and labels align with the text.
+    Text positions start at the prefix's length, and the attention mask grows by it. What an embedding prefix adds to
+    hidden states and attentions is cut off again, so that logits and labels align with the text.
     """
 
     prefix: PromptEmbedding | KeyValuePrefix
@@ -615,8 +613,10 @@ class PrefixedGPT2(GPT2Model):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> Any:
-        batch_size, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        batch_size, length, _ = inputs_embeds.shape
         prefix_length = len(self.prefix.embedding)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0  # 0: the prefix is still to come
         packed = "packing" in kwargs  # train_llm.py's rows, one behind the other, each with positions from 0 on
@@ -628,26 +628,27 @@ class PrefixedGPT2(GPT2Model):
             attention_mask = torch.cat([attention_mask.new_ones(batch_size, prefix_length), attention_mask], dim=1)
         if position_ids is not None:
             position_ids = position_ids + prefix_length
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
-        if seen:
-            return super().forward(input_ids, past_key_values, inputs_embeds=inputs_embeds, **kwargs)
-        if isinstance(self.prefix, KeyValuePrefix):
+        embedding = isinstance(self.prefix, PromptEmbedding) and not seen
+        if embedding:
+            virtual = self.prefix.embedding.to(inputs_embeds.dtype).expand(batch_size, -1, -1)
+            inputs_embeds = torch.cat([virtual, inputs_embeds], dim=1)  # (batch, prefix length + length, hidden)
+            if position_ids is not None:
+                first = torch.arange(prefix_length, device=position_ids.device).expand(len(position_ids), -1)
+                position_ids = torch.cat([first, position_ids], dim=1)
+        elif not seen:
             if self.training and self.gradient_checkpointing:
                 raise ValueError("gradient checkpointing drops the cache that carries a key_value prefix")
             autocast = torch.is_autocast_enabled(self.device.type)
             dtype = torch.get_autocast_dtype(self.device.type) if autocast else self.wte.weight.dtype
-            cache = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-            cache = self.prefix.fill(cache, batch_size, self.config, dtype)
-            return super().forward(input_ids, cache, inputs_embeds=inputs_embeds, **kwargs)
-        if inputs_embeds is None:
-            inputs_embeds = self.wte(input_ids)
-        virtual = self.prefix.embedding.to(inputs_embeds.dtype).expand(batch_size, -1, -1)
-        inputs_embeds = torch.cat([virtual, inputs_embeds], dim=1)  # (batch, prefix length + length, hidden)
-        if position_ids is not None:
-            first = torch.arange(prefix_length, device=position_ids.device).expand(len(position_ids), -1)
-            kwargs["position_ids"] = torch.cat([first, position_ids], dim=1)
-        output = super().forward(None, past_key_values, inputs_embeds=inputs_embeds, **kwargs)
-        output.last_hidden_state = output.last_hidden_state[:, prefix_length:]
+            empty = DynamicCache(config=self.config) if past_key_values is None else past_key_values
+            past_key_values = self.prefix.fill(empty, batch_size, self.config, dtype)
+        output = super().forward(
+            None, past_key_values, attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if embedding:
+            output.last_hidden_state = output.last_hidden_state[:, prefix_length:]
+            for name in {"hidden_states", "attentions"} & output.keys():  # a layer that was not asked for is None
+                output[name] = tuple(None if x is None else x[..., prefix_length:, :] for x in output[name])
         return output
 
 
@@ -679,13 +680,12 @@ def apply_prefix(
         tokens = wte[ids.to(wte.device)].float().clone()
         if prefix_type == "embedding":
             prefix: nn.Module = PromptEmbedding(tokens)
-        elif wte.device.type == "meta":
-            columns = torch.empty(prefix_length, config.n_layer * 2 * config.n_embd, device="meta")
-            prefix = KeyValuePrefix(columns, tokens, projection_size)
         else:
             columns = key_value_columns(model, ids.to(wte.device))
             tokens += model.transformer.wpe.weight[:prefix_length]  # a token's place tells it from its repetition
             prefix = KeyValuePrefix(columns, tokens, projection_size)
+    with torch.device("meta"):  # transformers notes what outputs a class can give when the first one is built
+        PrefixedGPT2(GPT2Config(n_layer=0))
     model.transformer.prefix = prefix
     model.transformer.__class__ = PrefixedGPT2  # as torch's own parametrizations do; every key keeps its name
     train_modules(model, trainable_modules)
@@ -743,25 +743,19 @@ def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
     """Applies the technique that the flags name, in place."""
-    extra = {"trainable_modules": args.trainable_modules}
+    more = {"trainable_modules": args.trainable_modules}
     match args.modification_type:
         case "lora":
-            targets = args.lora_target_modules
-            apply_lora(
-                model, args.lora_rank, args.lora_alpha, dropout=args.lora_dropout, target_modules=targets, **extra
-            )
+            more |= {"dropout": args.lora_dropout, "target_modules": args.lora_target_modules}
+            return apply_lora(model, args.lora_rank, args.lora_alpha, **more)
         case "adapter":
-            apply_adapters(model, args.adapter_size, placement=args.adapter_placement, **extra)
+            return apply_adapters(model, args.adapter_size, placement=args.adapter_placement, **more)
         case "prefix":
-            projection_size = args.prefix_projection_size
-            apply_prefix(
-                model, args.prefix_length, prefix_type=args.prefix_type, projection_size=projection_size, **extra
-            )
+            more |= {"prefix_type": args.prefix_type, "projection_size": args.prefix_projection_size}
+            return apply_prefix(model, args.prefix_length, **more)
         case "selective":
-            apply_selective_freezing(model, args.freeze_layers, freeze_head=args.freeze_head, **extra)
-        case "full":
-            apply_full_finetuning(model)
-    return model
+            return apply_selective_freezing(model, args.freeze_layers, freeze_head=args.freeze_head, **more)
+    return apply_full_finetuning(model)
 
 
 def final_modify(args: object = None, **overrides: Any) -> GPT2LMHeadModel:
@@ -805,9 +799,14 @@ def statistics(model: GPT2LMHeadModel) -> str:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file and reads it back: it counts only when every tensor returns as it was."""
+    """Writes a safetensors file and reads it back."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+    check_written(path, tensors)
+
+
+def check_written(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A file counts only when every tensor in it returns as it was; raises OSError."""
     for name, tensor in load_file(path).items():
         if not torch.equal(tensor, tensors[name]):
             raise OSError(f"{path}: {name} does not read back as it was written")
@@ -827,13 +826,10 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     elif technique == "adapter":
         write_tensors(state, directory / "adapter.safetensors")
     elif technique == "lora":
-        tensors, peft_config = lora_as_peft(model, state)
-        write_tensors(tensors, directory / WEIGHTS)
-        write_json(directory / PEFT_CONFIG, peft_config)
+        write_as_peft(model, *lora_as_peft(model, state), directory)
     else:
         embeddings = {"prompt_embeddings": model.transformer.prefix.prompt_embeddings()}
-        write_tensors(embeddings, directory / WEIGHTS)
-        write_json(directory / PEFT_CONFIG, prefix_as_peft(model))
+        write_as_peft(model, embeddings, prefix_as_peft(model), directory)
         if extra := {name: tensor for name, tensor in state.items() if "transformer.prefix." not in name}:
             write_tensors(extra, directory / "trainable_modules.safetensors")  # PEFT has no place for them
         settings["prefix_projection_size"] = 0  # computed out
@@ -853,24 +849,26 @@ def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
     return name
 
 
+def write_as_peft(model: GPT2LMHeadModel, tensors: dict[str, Tensor], config: dict, directory: Path) -> None:
+    """PEFT's two files; without a task_type PEFT would load a prefix, and then ignore it."""
+    write_tensors(tensors, directory / WEIGHTS)
+    common = {"task_type": "CAUSAL_LM", "base_model_name_or_path": getattr(model, "base_name", None)}
+    write_json(directory / PEFT_CONFIG, {**config, **common, "inference_mode": True})
+
+
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def save_plain(model: GPT2LMHeadModel, state: dict[str, Tensor], directory: Path) -> None:
     """A plain Hugging Face model directory: the base as its files hold it, with the tensors of `state` put in."""
-    base_path = getattr(model, "base_path", None)
-    plain = model
-    if base_path:
+    if base_path := getattr(model, "base_path", None):
         plain = GPT2LMHeadModel.from_pretrained(base_path, dtype="auto", local_files_only=True)
-        with torch.no_grad():
-            for name, tensor in state.items():
-                plain.get_parameter(name).copy_(tensor)
+        put_tensors(plain, state, directory)
+    else:
+        plain = model
     plain.save_pretrained(directory)
-    written = load_file(directory / "model.safetensors")
-    for name, tensor in written.items():
-        if not torch.equal(tensor, plain.get_parameter(name).detach().cpu()):
-            raise OSError(f"{directory}: {name} does not read back as it was written")
+    check_written(directory / "model.safetensors", {name: t.cpu() for name, t in plain.state_dict().items()})
 
 
 def lora_as_peft(model: GPT2LMHeadModel, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
@@ -895,9 +893,6 @@ def lora_as_peft(model: GPT2LMHeadModel, state: dict[str, Tensor]) -> tuple[dict
     bias = "lora_only" if any(".original_layer" in name for name in others) else "none"
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": getattr(model, "base_name", None),
-        "inference_mode": True,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": settings["lora_dropout"],
@@ -917,9 +912,6 @@ def prefix_as_peft(model: GPT2LMHeadModel) -> dict:
     key_value = settings["prefix_type"] == "key_value"
     return {
         "peft_type": "PREFIX_TUNING" if key_value else "PROMPT_TUNING",
-        "task_type": "CAUSAL_LM",  # without it PEFT loads the prefix, and then ignores it
-        "base_model_name_or_path": getattr(model, "base_name", None),
-        "inference_mode": True,
         "num_virtual_tokens": settings["prefix_length"],
         "token_dim": config.n_embd,
         "num_attention_heads": config.n_head,
@@ -952,15 +944,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Copies tensors into the parameters of these names; raises ValueError for one that has no place or shape there."""
+def put_tensors(model: nn.Module, tensors: dict[str, Tensor], path: Path, required: Iterable[str] = ()) -> None:
+    """Copies tensors into the parameters of these names.
+
+    Raises ValueError for one that has no place or another shape there, and for a required one that is not given.
+    """
+    if missing := set(required) - tensors.keys():
+        raise ValueError(f"{path}: lacks {min(missing)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         if name not in parameters:
             raise ValueError(f"{path}: {name} has no place in this model")
         if parameters[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
-            raise ValueError(f"{path}: {name} has shape {shapes}")
+            expected = tuple(parameters[name].shape)
+            raise ValueError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model's {expected}")
         parameters[name].copy_(tensor)
 
 
@@ -1002,32 +999,28 @@ def load_trained(
         except ValueError as error:
             raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
     if (directory / METADATA).is_file():
-        settings = read_json(directory / METADATA)
+        settings, source = read_json(directory / METADATA), METADATA
     elif (directory / PEFT_CONFIG).is_file():
-        settings = peft_settings(directory)
+        settings, source = peft_settings(directory), PEFT_CONFIG
     else:
         raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
-    technique = settings.get("modification_type")
-    if technique not in TECHNIQUES:
-        raise ValueError(f"{directory / METADATA}: modification_type {technique!r} is not one of {TECHNIQUES}")
-    if lacking := [name for name in SETTINGS[technique] if name not in settings]:
-        raise ValueError(f"{directory / METADATA}: lacks {lacking[0]}")
-    base = str(directory) if technique in PLAIN else model_name_or_path
-    base = base or settings.get("base_model_name_or_path")
+    try:
+        args = with_defaults(argparse.Namespace(**settings), from_scratch=False, dropout=dropout)
+        technique = args.modification_type
+        if lacking := [name for name in ("modification_type", *SETTINGS[technique]) if name not in settings]:
+            raise ValueError(f"lacks {lacking[0]}")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory / source}: {error}") from None
+    recorded = settings.get("base_model_name_or_path")
+    if recorded and recorded.startswith(os.pardir) and (directory / recorded).is_dir():
+        recorded = str(directory / recorded)  # it lies beside the result, wherever the two are now
+    base = str(directory) if technique in PLAIN else model_name_or_path or recorded
     if not base:
         raise ValueError(f"{directory}: does not name its base model; give --model_name_or_path")
-    if (directory / base).is_dir() and not Path(base).is_absolute() and base.startswith(os.pardir):
-        base = str(directory / base)
-    try:
-        args = with_defaults(
-            argparse.Namespace(**settings), model_name_or_path=base, from_scratch=False, dropout=dropout
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory / METADATA}: {error}") from None
+    args.model_name_or_path = base
     model = load_base(args)
     for key, value in settings.get("base_config", {}).items():
-        if getattr(model.config, key, None) != value:
-            have = getattr(model.config, key, None)
+        if (have := getattr(model.config, key, None)) != value:
             raise ValueError(f"--model_name_or_path {base}: {key} is {have}; {directory} was trained on {value}")
     trained_on = settings.get("base_fingerprint")
     if technique not in PLAIN and trained_on and trained_on != model.base_fingerprint:
@@ -1037,35 +1030,33 @@ def load_trained(
         logger.warning(message)  # asked for by name: perhaps the same model at another precision
     if technique == "lora":
         load_lora(model, directory, args, settings)
-    else:
-        modify(model, args)
+        return model
+    modify(model, args)
     if technique == "adapter":
-        put_all(model, directory / "adapter.safetensors")
+        path = directory / "adapter.safetensors"
+        put_tensors(model, read_tensors(path), path, required=trainable_state(model))
     elif technique == "prefix":
-        path, embedding = directory / WEIGHTS, model.transformer.prefix.embedding
-        tensors = read_tensors(path)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != {"prompt_embeddings": tuple(embedding.shape)}:
-            raise ValueError(f"{path}: expected prompt_embeddings of shape {tuple(embedding.shape)}, found {found}")
-        embedding.data.copy_(tensors["prompt_embeddings"])
-        if args.trainable_modules:
-            put_all(model, directory / "trainable_modules.safetensors", without="transformer.prefix.")
+        load_prefix(model, directory)
     return model
 
 
-def put_all(model: nn.Module, path: Path, without: str = " ") -> None:
-    """Loads a file that must hold every trainable parameter, but those whose names start with `without`."""
+def load_prefix(model: GPT2LMHeadModel, directory: Path) -> None:
+    """The virtual tokens from PEFT's file, and the modules trained besides them from our own."""
+    path, embedding = directory / WEIGHTS, model.transformer.prefix.embedding
     tensors = read_tensors(path)
-    wanted = {name for name in trainable_state(model) if not name.startswith(without)}
-    if missing := wanted - tensors.keys():
-        raise ValueError(f"{path}: lacks {min(missing)}")
-    put_tensors(model, tensors, path)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != {"prompt_embeddings": tuple(embedding.shape)}:
+        raise ValueError(f"{path}: expected prompt_embeddings of shape {tuple(embedding.shape)}, found {found}")
+    embedding.data.copy_(tensors["prompt_embeddings"])
+    if besides := trainable_state(model).keys() - {"transformer.prefix.embedding"}:
+        path = directory / "trainable_modules.safetensors"
+        put_tensors(model, read_tensors(path), path, required=besides)
 
 
 def peft_settings(directory: Path) -> dict:
     """The settings of a LoRA directory that PEFT itself wrote."""
-    config = read_json(directory / PEFT_CONFIG)
     where = directory / PEFT_CONFIG
+    config = read_json(where)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type {config.get('peft_type')!r}; of PEFT's own directories only LORA loads")
     for unsupported in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices"):
@@ -1092,45 +1083,39 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace,
     tensors = {key.removeprefix(PEFT_PREFIX).replace(".base_layer", ""): t for key, t in read_tensors(path).items()}
     wrapped = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
     layers, others = peft_expects(model, config)
-    if missing := {f"{name}.lora_A.weight" for name in layers - wrapped} | (others - tensors.keys()):
+    if missing := ({f"{name}.lora_{m}.weight" for name in layers | wrapped for m in "AB"} | others) - tensors.keys():
         raise ValueError(f"{path}: lacks {min(missing)}")
     targets = settings.get("lora_target_modules") or sorted(wrapped)
     thirds = match_targets(model, targets)
     if thirds.keys() != wrapped:
         raise ValueError(f"{path}: its LoRA for {min(thirds.keys() ^ wrapped)} does not match the settings")
-    start_modification(
-        model, "lora", lora_rank=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout,
-        lora_target_modules=targets,
-    )  # fmt: skip
-    rslora = bool(config.get("use_rslora"))
+    own = {name: getattr(args, name) for name in SETTINGS["lora"]}
+    start_modification(model, "lora", **own, lora_target_modules=targets)
+    exceptions = config.get("alpha_pattern") or {}  # keys: regular expressions of the end of a layer's name
     for name in sorted(wrapped):
-        try:
-            A, B = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight")
-        except KeyError as missing:
-            raise ValueError(f"{path}: lacks {missing}") from None
-        parts = len(thirds[name]) or 1
-        alpha = peft_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)) / parts
-        original = model.get_submodule(name)
-        layer = LoRALayer(original, max(1, len(A) // parts), alpha, args.lora_dropout, thirds[name], rslora)
+        A, B, parts = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight"), len(thirds[name]) or 1
+        alpha = config.get("lora_alpha", 8)
+        alpha = next((own for end, own in exceptions.items() if re.match(rf"(.*\.)?({end})$", name)), alpha) / parts
+        rank, rslora = max(1, len(A) // parts), bool(config.get("use_rslora"))
+        layer = LoRALayer(model.get_submodule(name), rank, alpha, args.lora_dropout, thirds[name], rslora)
         if A.shape != layer.lora_A.shape or B.shape != layer.full_B().shape:
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
             raise ValueError(f"{path}: A and B of {name} have shapes {shapes}, which do not fit the layer")
         if thirds[name]:  # each third's B is the block where its rows of B meet its columns
-            rows, columns = dict(zip("qkv", B.chunk(3), strict=True)), B.shape[1] // parts
-            B = torch.cat([rows[t][:, i * columns : (i + 1) * columns] for i, t in enumerate(thirds[name])])
+            rows = dict(zip("qkv", B.chunk(3), strict=True))
+            B = torch.cat([rows[third].chunk(parts, dim=1)[i] for i, third in enumerate(thirds[name])])
         put_tensors(layer, {"lora_A": A, "lora_B": B}, path)
         model.set_submodule(name, layer)
-    if "lm_head" in wrapped and "lm_head.weight" in tensors:  # PEFT writes a wrapped head's own weight too, untrained
-        put_tensors(model, {"lm_head.original_layer.weight": tensors.pop("lm_head.weight")}, path)
     wte, head = (tensors.get(f"{name}.weight") for name in ("transformer.wte", "lm_head"))
     if is_tied(model) and ((wte is None) != (head is None) or (wte is not None and not torch.equal(wte, head))):
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         model.config.tie_word_embeddings = False  # PEFT trained one of the two alone
-    inside = {f"{name}.bias": f"{name}.original_layer.bias" for name in wrapped}
-    tensors = {inside.get(key, key): tensor for key, tensor in tensors.items()}
+    for key in [key for key in tensors if key.rpartition(".")[0] in wrapped]:
+        name, _, leaf = key.rpartition(".")
+        tensors[f"{name}.original_layer.{leaf}"] = tensors.pop(key)
     put_tensors(model, tensors, path)
-    for name in tensors:
-        model.get_parameter(name).requires_grad_(True)
+    for name in tensors:  # PEFT writes a wrapped head's own weight too, which does not train
+        model.get_parameter(name).requires_grad_(not name.endswith(".original_layer.weight"))
     model.modification["trainable_modules"] = settings.get("trainable_modules", [])
 
 
@@ -1152,31 +1137,20 @@ def peft_expects(model: GPT2LMHeadModel, config: dict) -> tuple[set[str], set[st
     return layers, others & {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
-def peft_pattern(pattern: dict | None, name: str, default: float) -> float:
-    """The value of PEFT's rank_pattern or alpha_pattern for a layer: keys are regular expressions of its name's end."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
 def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, tokenizer files too."""
-    source = Path(adapter_path)
-    model = load_trained(source, model_name_or_path)
-    technique = model.modification["modification_type"]
+    model = load_trained(adapter_path, model_name_or_path)
+    technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
     if technique in PLAIN:
-        raise ValueError(f"--adapter_path {adapter_path}: {technique} saves a plain model already, use it as it is")
+        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
     if technique != "lora":
-        raise ValueError(
-            f"--adapter_path {adapter_path}: {technique} cannot be folded into the base: it is no update of weights"
-        )
+        raise ValueError(f"{where}: {technique} cannot be folded into the base: it is no update of weights")
     if Path(merge_to).exists() and (not Path(merge_to).is_dir() or any(Path(merge_to).iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
     stored = GPT2Config.from_pretrained(model.base_path).dtype or torch.float32  # the precision of the base's files
     merge_lora(model).to(stored).save_pretrained(merge_to)
     for pattern in ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        for file in source.glob(pattern):
+        for file in Path(adapter_path).glob(pattern):
             shutil.copy(file, merge_to)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM.from_pretrained", merge_to)
 
@@ -1214,6 +1188,15 @@ def compare(args: argparse.Namespace) -> list[dict]:
         saved = total if settings.modification_type in PLAIN else trainable
         rows.append({"label": label, "paper": paper, "total": total, "trainable": trainable, "saved_mb": saved * 4e-6})
     return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>12}{'optimizer':>12}  paper"]
+    for row in rows:
+        ratio, optimizer_mb = row["trainable"] / row["total"], row["trainable"] * 8e-6  # AdamW: two fp32 moments
+        numbers = f"{row['trainable']:>14,}{ratio:>9.2%}{row['saved_mb']:>9,.1f} MB{optimizer_mb:>9,.1f} MB"
+        lines.append(f"{row['label']:<30}{numbers}  {row['paper']}".rstrip())
+    return "\n".join(lines)
 
 
 def plot_comparison(rows: list[dict], title: str, path: str) -> None:
@@ -1267,11 +1250,7 @@ def main(argv: list[str] | None = None) -> int:
             merge_directory(args.adapter_path, args.merge_to, args.model_name_or_path if given else None)
         elif args.compare:
             rows = compare(args)
-            print(f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>12}{'optimizer':>12}  paper")
-            for row in rows:
-                ratio, saved, optimizer = row["trainable"] / row["total"], row["saved_mb"], row["trainable"] * 8e-6
-                numbers = f"{row['trainable']:>14,}{ratio:>9.2%}{saved:>9,.1f} MB{optimizer:>9,.1f} MB"
-                print(f"{row['label']:<30}{numbers}  {row['paper']}".rstrip())
+            print(table(rows))
             if args.plot:
                 plot_comparison(rows, f"{args.model_name_or_path}: what each technique trains", args.plot)
         else:

@@ -618,6 +618,20 @@ def test_generation_sees_the_prefix_as_it_would_the_tokens_it_is_made_of(prefix_
     assert not torch.equal(generated(base, ids, **decoding), expected)
 
 
+@both_prefixes
+def test_hidden_states_and_attentions_are_those_of_the_text_behind_the_prefix(prefix_type):
+    base, ids = small(attn_implementation="eager"), token_ids(2, 5)
+    expected = base(torch.cat([torch.tensor(START).expand(2, -1), ids], 1), output_hidden_states=True)
+    model = prefixed(prefix_type, base, noise=0)
+    output = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
+    assert len(output.hidden_states) == LAYERS + 1
+    for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
+        assert close(ours, theirs[:, LENGTH:])
+    assert [weights.shape[2:] for weights in output.attentions] == [(5, LENGTH + 5)] * LAYERS
+    chosen = model(input_ids=ids, output_hidden_states=[1]).hidden_states
+    assert torch.equal(chosen[1], output.hidden_states[1]) and chosen[0] is None
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @both_prefixes
 def test_rows_padded_on_the_left_generate_as_they_do_alone(prefix_type, use_cache):
@@ -1273,6 +1287,16 @@ def test_a_base_that_is_gone_is_named(tmp_path):
         load_trained(tmp_path / "runs" / "final")
 
 
+def test_a_base_given_by_name_is_looked_up_from_here_not_from_beside_the_result(tmp_path, monkeypatch):
+    for directory, seed in (("run/base", 0), ("base", 7)):
+        small(seed=seed).save_pretrained(tmp_path / directory)
+    save_trained(modified(str(tmp_path / "run" / "base")), tmp_path / "run" / "final")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert torch.equal(logits(load_trained("../run/final")), logits(plain("../run/base")))
+    assert torch.equal(logits(load_trained("../run/final", "../base")), logits(plain("../base")))
+
+
 def test_a_base_that_lies_beside_the_result_moves_with_it(tmp_path):
     small().save_pretrained(tmp_path / "run" / "base")
     model = perturb(modified(str(tmp_path / "run" / "base")))
@@ -1496,6 +1520,15 @@ def test_weights_are_never_filled_in_quietly(caplog, base, tmp_path, load, damag
         load(str(tmp_path))
     assert "\n" not in str(error.value) and "LOAD REPORT" not in caplog.text
     assert damage in ("gone", "cut short") or name in str(error.value)
+
+
+def test_a_head_of_its_own_that_is_missing_is_not_filled_in_quietly(tmp_path):
+    small(tie_word_embeddings=False).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack lm_head\.weight"):
+        final_modify(model_name_or_path=str(tmp_path))
 
 
 def test_the_layout_of_the_published_files_loads(base, tmp_path):
