@@ -1,8 +1,9 @@
 """Raw instruction rows to DataLoader batches for GPT-2: JSON -> pandas -> tokens -> tensors -> batches of (8, 512).
 
-    python data_pipeline.py                                                    # the bundled sample
+    python data_pipeline.py
     python data_pipeline.py --dataset_path alpaca_data.json --plot lengths.png
-    python data_pipeline.py --dataset_path qa.csv --text_format $'Q: {question}\\nA:||{answer}'
+    python data_pipeline.py --dataset_path qa.csv \\
+        --text_format $'Q: {question}\\nA:||{answer}'
 
 From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format="alpaca")`.
 """
@@ -17,16 +18,17 @@ import json
 import logging
 import math
 import os
+import re
 import string
 import sys
 import urllib.request
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TextIO
 
 import numpy as np
 import pandas as pd
@@ -35,7 +37,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 logger = logging.getLogger()
-T, U = TypeVar("T"), TypeVar("U")
 
 BUNDLED_SAMPLE = Path(__file__).parent / "tests" / "data" / "alpaca_sample.json"
 ALPACA_COLUMNS = ["instruction", "input", "output"]
@@ -57,47 +58,49 @@ CHUNK_ROWS = 10_000  # rows held as text at a time: what bounds the memory of a 
 MAX_LENGTH, BATCH_SIZE, NUM_WORKERS, SEED = 512, 8, 4, 42
 
 
+class HelpFormat(argparse.RawDescriptionHelpFormatter):
+    """--max_length int instead of --max_length MAX_LENGTH."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return getattr(action.type, "__name__", "TEXT")
+
+
 def data_flags() -> argparse.ArgumentParser:
     """The data flags, for `parents=` of the scripts that read data."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", metavar="FILE", help="local .json (records), .jsonl or .csv, or an http(s) URL of one")
-    add(
-        "--text_format",
-        default="output",
-        metavar="FORMAT",
+    add("--dataset_path", metavar="FILE",
+        help="local .json (records), .jsonl or .csv, or an http(s) URL of one (a bundled sample; none in training)",
+    )  # fmt: skip
+    add("--text_format", default="output", metavar="FORMAT",
         help="output: the response text alone; alpaca: instruction prompt + response, loss on the response; or a "
         'template over the file\'s columns, || where the response begins: "Q: {question}\\nA:||{answer}" (%(default)s)',
-    )
-    add(
-        "--tokenizer_name_or_path",
-        metavar="NAME",
-        help="local directory or hub id (the model's own; GPT-2's needs no network)",
-    )
+    )  # fmt: skip
+    add("--tokenizer_name_or_path", metavar="NAME", help="local directory or hub id (the model's own, GPT-2's)")
     add("--max_length", type=int, default=MAX_LENGTH, help="tokens a row, longer rows are cut; >= 2 (%(default)s)")
     add("--batch_size", type=int, default=BATCH_SIZE, help="rows a micro-batch and process; >= 1 (%(default)s)")
     add("--num_workers", type=int, default=NUM_WORKERS, help="DataLoader processes; 0: none (%(default)s)")
-    add("--seed", type=int, default=SEED, help="of the shuffling, the split and the initialisation; >= 0 (%(default)s)")
+    add("--seed", type=int, default=SEED, help="of split, shuffling and initialisation; >= 0 (%(default)s)")
     add("--eval_fraction", type=float, default=0.0, help="share of rows held out; 0 <= x < 1 (%(default)s)")
-    add("--eval_dataset_path", metavar="FILE", help="held-out rows of their own, instead of --eval_fraction")
-    add("--max_samples", type=int, default=0, metavar="N", help="only the first N training rows; 0: all (%(default)s)")
-    add("--max_eval_samples", type=int, default=0, metavar="N", help="only the first N held-out rows; 0: all")
+    add("--eval_dataset_path", metavar="FILE", help="held-out rows of their own, not --eval_fraction (none)")
+    add("--max_samples", type=int, default=0, help="only the first training rows; 0: all (%(default)s)")
+    add("--max_eval_samples", type=int, default=0, help="only the first held-out rows; 0: all (%(default)s)")
     return parser
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the data flags, a line each; nothing is read."""
     checks = [
-        (args.dataset_path != "", "--dataset_path '': an empty name"),
-        (2 <= args.max_length < 2**31, f"--max_length {args.max_length}: 2 tokens or more"),
-        (1 <= args.batch_size < 2**31, f"--batch_size {args.batch_size}: 1 row or more"),
-        (args.num_workers >= 0, f"--num_workers {args.num_workers}: 0 or more"),
-        (0 <= args.seed < 2**63, f"--seed {args.seed}: 0 or more (below 2^63)"),
-        (0 <= args.eval_fraction < 1, f"--eval_fraction {args.eval_fraction}: 0 or more, below 1"),
-        (args.max_samples >= 0, f"--max_samples {args.max_samples}: 0 (all) or more"),
-        (args.max_eval_samples >= 0, f"--max_eval_samples {args.max_eval_samples}: 0 (all) or more"),
+        (args.dataset_path != "", "dataset_path", "an empty name"),
+        (2 <= args.max_length < 2**31, "max_length", "2 tokens or more"),
+        (1 <= args.batch_size < 2**31, "batch_size", "1 row or more"),
+        (args.num_workers >= 0, "num_workers", "0 or more"),
+        (0 <= args.seed < 2**63, "seed", "0 or more (below 2^63)"),
+        (0 <= args.eval_fraction < 1, "eval_fraction", "0 or more, below 1"),
+        (args.max_samples >= 0, "max_samples", "0 (all) or more"),
+        (args.max_eval_samples >= 0, "max_eval_samples", "0 (all) or more"),
     ]
-    problems = [message for fine, message in checks if not fine]
+    problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
     try:
         format_columns(args.text_format)
     except ValueError as error:
@@ -112,17 +115,16 @@ def format_columns(text_format: str) -> list[str]:
     where = f"--text_format {text_format!r}"
     if text_format.count("||") != 1:
         raise ValueError(f"{where}: output, alpaca, or a template with one || where the response begins")
-    prompt, response = text_format.split("||")
     try:
-        fields = [field for part in (prompt, response) for field in string.Formatter().parse(part)]
+        prompt, response = (list(string.Formatter().parse(part)) for part in text_format.split("||"))
     except ValueError as error:
         raise ValueError(f"{where}: {error}; a brace of the text itself is written twice") from None
-    for _, name, spec, conversion in fields:
+    for _, name, spec, conversion in prompt + response:
         if name is not None and (not name or name.isdigit() or spec or conversion or set(name) & set(".[]")):
             raise ValueError(f"{where}: a field is a plain column name, such as {{question}}")
-    if not any(name for _, name, *_ in string.Formatter().parse(response)):
+    if not any(name for _, name, *_ in response):
         raise ValueError(f"{where}: no column after the ||, so there is no response to learn")
-    return list(dict.fromkeys(name for _, name, *_ in fields if name))
+    return list(dict.fromkeys(name for _, name, *_ in prompt + response if name))
 
 
 def split_text(text_format: str, row: Mapping[str, str]) -> tuple[str, str]:
@@ -140,8 +142,6 @@ def open_text(dataset_path: str) -> TextIO:
     if dataset_path.startswith(("http://", "https://")):
         with urllib.request.urlopen(dataset_path, timeout=60) as response:
             return io.TextIOWrapper(io.BytesIO(response.read()), encoding="utf-8-sig", newline="")
-    if not Path(dataset_path).is_file():
-        raise ValueError("no such file" if not Path(dataset_path).exists() else "not a file")
     return open(dataset_path, encoding="utf-8-sig", newline="")
 
 
@@ -192,11 +192,8 @@ def check_record(record: object, columns: list[str]) -> None:
             record[column] = ""
         elif not isinstance(value, str):
             raise ValueError(f"{column!r} is {value!r:.40}, not text")
-        elif not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{column!r} holds half a surrogate pair at character {error.start}") from None
+        elif not value.isascii() and (half := re.search("[\ud800-\udfff]", value)):
+            raise ValueError(f"{column!r} holds half a surrogate pair at character {half.start()}")
 
 
 def read_frames(dataset_path: str, columns: list[str]) -> Iterator[pd.DataFrame]:
@@ -210,22 +207,19 @@ def read_frames(dataset_path: str, columns: list[str]) -> Iterator[pd.DataFrame]
         if suffix not in (".json", ".jsonl", ".csv"):
             raise ValueError("expected a .json, .jsonl or .csv file")
         with open_text(dataset_path) as file:
-            chunks, read = read_records(file, suffix), 0
-            records = next(chunks, [])
-            if not records:
-                raise ValueError("holds no rows")
-            while records:
+            chunks, read = filter(None, read_records(file, suffix)), 0
+            for records, following in itertools.pairwise(itertools.chain(chunks, [None])):
                 for number, record in enumerate(records, read + 1):
                     try:
                         check_record(record, columns)
                     except ValueError as error:
                         raise ValueError(f"row {number}: {error}") from None
                 read += len(records)
-                following = next(chunks, [])
                 if not following:
                     logger.info("Dataset loaded successfully with %d entries.", read)
                 yield pd.DataFrame(records)
-                records = following
+            if not read:
+                raise ValueError("holds no rows")
     except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
         raise ValueError(" ".join(f"--dataset_path {dataset_path}: {error}".split())) from None
 
@@ -273,20 +267,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenize
     return tokenizer
 
 
+@dataclass(eq=False)
 class AlpacaDataset(Dataset):
-    """Tokenised rows, kept unpadded: one flat array of tokens and an offset a row.
+    """Tokenised rows, kept unpadded: one flat array of tokens and an offset a row."""
 
-    Attributes:
-        tokens: (total tokens,) uint16, or int32 for vocabularies beyond 65,536.
-        offsets: (rows + 1,) int64; row i is `tokens[offsets[i]:offsets[i + 1]]`.
-        prompt_lengths: (rows,) int32; so many tokens at the row's start carry no label.
-        truncated: (rows,) bool; the row was cut at max_length and so has no end-of-text token.
-    """
-
-    def __init__(
-        self, tokens: np.ndarray, offsets: np.ndarray, prompt_lengths: np.ndarray, truncated: np.ndarray
-    ) -> None:
-        self.tokens, self.offsets, self.prompt_lengths, self.truncated = tokens, offsets, prompt_lengths, truncated
+    tokens: np.ndarray  # (total tokens,) uint16, or int32 for vocabularies beyond 65,536
+    offsets: np.ndarray  # (rows + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]]
+    prompt_lengths: np.ndarray  # (rows,) int32; so many tokens at the row's start carry no label
+    truncated: np.ndarray  # (rows,) bool; the row was cut at max_length and so has no end-of-text token
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -312,11 +300,9 @@ class AlpacaDataset(Dataset):
 
     def select(self, keep: np.ndarray) -> "AlpacaDataset":
         """The rows where `keep` (rows,) bool is true, in their order."""
-        lengths = self.lengths
-        offsets = np.concatenate([[0], np.cumsum(lengths[keep])])
-        return AlpacaDataset(
-            self.tokens[np.repeat(keep, lengths)], offsets, self.prompt_lengths[keep], self.truncated[keep]
-        )
+        tokens = self.tokens[np.repeat(keep, self.lengths)]
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
+        return AlpacaDataset(tokens, offsets, self.prompt_lengths[keep], self.truncated[keep])
 
     def first(self, number: int) -> "AlpacaDataset":
         """The first `number` rows; 0: all."""
@@ -346,12 +332,7 @@ class EncodedRows:
     prompt_lengths: list[int]
     truncated: list[bool]
     decoded: list[str]  # without the end-of-text token
-
-    @property
-    def exact(self) -> int:
-        """Rows that were not cut and decode to their very text."""
-        rows = zip(self.texts, self.decoded, self.truncated, strict=True)
-        return sum(text == decoded and not cut for text, decoded, cut in rows)
+    exact: int  # rows that were not cut and decode to their very text
 
 
 def encode_rows(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedRows:
@@ -370,15 +351,19 @@ def encode_rows(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase
     truncated = [len(row) + 1 > max_length for row in rows]
     ids = [row[:max_length] if cut else [*row, eos] for row, cut in zip(rows, truncated, strict=True)]
     decoded = backend.decode_batch([row[:max_length] for row in rows], skip_special_tokens=False)
-    return EncodedRows([prompt + response for prompt, response in texts], ids, lengths, truncated, decoded)
+    together = [prompt + response for prompt, response in texts]
+    exact = sum(text == back and not cut for text, back, cut in zip(together, decoded, truncated, strict=True))
+    return EncodedRows(together, ids, lengths, truncated, decoded, exact)
 
 
-def in_background(work: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
-    """work(item) for each, in order, by two threads that are ahead: tokenizers leave Python free meanwhile."""
+def encode_ahead(
+    parts: Iterable[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[EncodedRows]:
+    """encode_rows for each part, in order, by two threads that run ahead: tokenizers leave Python free meanwhile."""
     with ThreadPoolExecutor(2) as pool:
-        pending: deque[Future[U]] = deque()
-        for item in items:
-            pending.append(pool.submit(work, item))
+        pending: deque[Future[EncodedRows]] = deque()
+        for part in parts:
+            pending.append(pool.submit(encode_rows, part, tokenizer, max_length))
             if len(pending) > 10:
                 yield pending.popleft().result()
         while pending:
@@ -400,8 +385,7 @@ def load_dataset(
     """
     tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
     dtype = np.uint16 if len(tokenizer) <= 65_536 else np.int32
-    if tokenizer.is_fast and os.environ.get("TOKENIZERS_PARALLELISM") is None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "true"  # its default, said so that forked DataLoader workers do not warn
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the default, said so that forked workers do not warn
     columns = format_columns(text_format)
 
     def parts() -> Iterator[list[tuple[str, str]]]:
@@ -410,41 +394,31 @@ def load_dataset(
                 logger.info("Dataset columns: %s", list(frame.columns))
                 logger.info("First few rows:\n%s", frame[columns].head().to_string(max_colwidth=40))
                 logger.info("Preprocessing and tokenizing the dataset...")
-            rows = zip(*(frame[column].tolist() for column in columns), strict=True)
+            rows = zip(*(frame[column].tolist() for column in columns), strict=True)  # to_dict takes 8 times as long
             texts = [split_text(text_format, dict(zip(columns, row, strict=True))) for row in rows]
             for start in range(0, len(texts), 1000):  # tokenizers' own records are large: a thousand at a time
                 yield texts[start : start + 1000]
 
     tokens, lengths, prompt_lengths, truncated, exact, samples = [], [], [], [], 0, []
-    for part in in_background(lambda texts: encode_rows(texts, tokenizer, max_length), parts()):
+    for part in encode_ahead(parts(), tokenizer, max_length):
         exact += part.exact
         samples += list(zip(part.texts, part.ids, part.decoded, strict=True))[: 5 - len(samples)]
         tokens.append(np.fromiter(itertools.chain.from_iterable(part.ids), dtype))
         lengths += map(len, part.ids)
         prompt_lengths += part.prompt_lengths
         truncated += part.truncated
-    dataset = AlpacaDataset(
-        np.concatenate(tokens),
-        np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        np.array(prompt_lengths, dtype=np.int32),
-        np.array(truncated),
-    )
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    dataset = AlpacaDataset(np.concatenate(tokens), offsets, np.array(prompt_lengths, np.int32), np.array(truncated))
     if show:
         logger.info("Tokenization complete with shape: %s", torch.Size([len(dataset), max_length]))
         show_samples(samples)
     cut_rows, unlabelled = int(dataset.truncated.sum()), int((dataset.label_counts == 0).sum())
-    logger.info(
-        "Round trip: %s of %s rows decode to their exact text, %s truncated at %d tokens, %s with nothing to learn",
-        f"{exact:,}",
-        f"{len(dataset):,}",
-        f"{cut_rows:,}",
-        max_length,
-        f"{unlabelled:,}",
+    counts = (
+        f"{exact:,} of {len(dataset):,} rows decode to their exact text, {cut_rows:,} truncated at {max_length} tokens"
     )
-    if exact + cut_rows < len(dataset):
-        logger.warning(
-            "%d rows do not survive the round trip: this tokenizer changes their text", len(dataset) - exact - cut_rows
-        )
+    logger.info("Round trip: %s, %s with nothing to learn", counts, f"{unlabelled:,}")
+    if changed := len(dataset) - exact - cut_rows:
+        logger.warning("%d rows do not survive the round trip: this tokenizer changes their text", changed)
     return dataset
 
 
@@ -457,6 +431,7 @@ def show_samples(samples: list[tuple[str, list[int], str]]) -> None:
         logger.info("Detokenized Text: %s", decoded)
 
 
+@dataclass(eq=False)
 class GlobalBatches(Sampler[list[int]]):
     """Row numbers of one process's micro-batches, an epoch a pass.
 
@@ -467,31 +442,26 @@ class GlobalBatches(Sampler[list[int]]):
     that finds no row left for it gets an empty micro-batch, so that all take the same number of passes.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        batch_size: int,
-        *,
-        shuffle: bool = True,
-        group_by_length: bool = False,
-        accumulation_steps: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = SEED,
-    ) -> None:
-        self.lengths, self.batch_size, self.shuffle, self.group_by_length = (
-            lengths,
-            batch_size,
-            shuffle,
-            group_by_length,
-        )
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.global_size = batch_size * accumulation_steps * world_size
-        self.set_epoch(0)
+    lengths: np.ndarray  # (rows,) in tokens
+    batch_size: int
+    _: KW_ONLY
+    shuffle: bool = True
+    group_by_length: bool = False
+    accumulation_steps: int = 1
+    rank: int = 0
+    world_size: int = 1
+    seed: int = SEED
+    epoch: int = 0
+    first_step: int = 0
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """The next pass is of `epoch`, from its global batch `first_step` on."""
         self.epoch, self.first_step = epoch, first_step
+
+    @property
+    def global_size(self) -> int:
+        """Rows in a global batch."""
+        return self.batch_size * self.accumulation_steps * self.world_size
 
     @property
     def steps(self) -> int:
@@ -527,6 +497,7 @@ class GlobalBatches(Sampler[list[int]]):
         return full * (self.global_size // micro_batch) + math.ceil(rest / micro_batch)
 
 
+@dataclass
 class PadBatch:
     """Collates rows of AlpacaDataset into int64 `input_ids`, `attention_mask` and `labels`, each (batch, width).
 
@@ -534,8 +505,8 @@ class PadBatch:
     model whose true end-of-text is masked never learns to stop. (A class, since spawned workers pickle it.)
     """
 
-    def __init__(self, pad_token_id: int, width: int | None) -> None:
-        self.pad_token_id, self.width = pad_token_id, width  # width None: the longest row of the batch
+    pad_token_id: int
+    width: int | None  # None: the longest row of the batch
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         if not rows:  # a process without rows in the last short global batch still takes part
@@ -551,24 +522,12 @@ class PadBatch:
 
 
 def final_dataset_loader(
-    dataset_path: str | Path | AlpacaDataset = BUNDLED_SAMPLE,
-    *,
-    text_format: str = "output",
-    split: str | None = None,
-    eval_fraction: float = 0.05,
-    padding: str = "max_length",
-    max_length: int = MAX_LENGTH,
-    batch_size: int = BATCH_SIZE,
-    num_workers: int = NUM_WORKERS,
-    shuffle: bool = True,
-    group_by_length: bool = False,
-    accumulation_steps: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = SEED,
-    tokenizer: PreTrainedTokenizerBase | str | None = None,
-    pin_memory: bool = False,
-) -> DataLoader:
+    dataset_path: str | Path | AlpacaDataset = BUNDLED_SAMPLE, *, text_format: str = "output",
+    split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length", max_length: int = MAX_LENGTH,
+    batch_size: int = BATCH_SIZE, num_workers: int = NUM_WORKERS, shuffle: bool = True, group_by_length: bool = False,
+    accumulation_steps: int = 1, rank: int = 0, world_size: int = 1, seed: int = SEED,
+    tokenizer: PreTrainedTokenizerBase | str | None = None, pin_memory: bool = False,
+) -> DataLoader:  # fmt: skip
     """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch_size, length).
 
     dataset_path: a file or URL, or rows already tokenised. split: None for all rows, "train" or "eval" for either side
@@ -590,15 +549,9 @@ def final_dataset_loader(
     if split:
         dataset = dataset.split(eval_fraction, seed)[split == "eval"]
     batches = GlobalBatches(
-        dataset.lengths,
-        batch_size,
-        shuffle=shuffle,
-        group_by_length=group_by_length,
-        accumulation_steps=accumulation_steps,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-    )
+        dataset.lengths, batch_size, shuffle=shuffle, group_by_length=group_by_length,
+        accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=seed,
+    )  # fmt: skip
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -636,12 +589,14 @@ def set_up_logging() -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="data_pipeline.py",
-        description="Tokenise and check instruction rows, show samples, and build a DataLoader of (8, 512) batches.",
+        description="Tokenise and check instruction rows, show samples, build a DataLoader.",
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         parents=[data_flags()],
+        formatter_class=HelpFormat,
+        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:6]),
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the token lengths")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the token lengths (none)")
     args = parser.parse_args(argv)
     if problems := data_problems(args):
         parser.error("; ".join(problems))
@@ -664,14 +619,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.plot:
             plot_lengths(lengths, args.max_length, args.plot)
             logger.info("Token lengths drawn in %s", args.plot)
-        loader = final_dataset_loader(
-            dataset,
-            tokenizer=tokenizer,
-            max_length=args.max_length,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            seed=args.seed,
-        )
+        sizes = {"max_length": args.max_length, "batch_size": args.batch_size, "num_workers": args.num_workers}
+        loader = final_dataset_loader(dataset, tokenizer=tokenizer, seed=args.seed, **sizes)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     logger.info("DataLoader created with batch size %d and %d workers.", args.batch_size, args.num_workers)

@@ -40,12 +40,9 @@ PLACEMENTS, PREFIX_TYPES = ("pfeiffer", "houlsby"), ("embedding", "key_value")
 PLAIN = ("selective", "full")  # saved as plain Hugging Face models
 # layers, hidden size, heads: enough to count parameters with no weights at hand
 GPT2_SIZES = {
-    "distilgpt2": (6, 768, 12),
-    "gpt2": (12, 768, 12),
-    "gpt2-medium": (24, 1024, 16),
-    "gpt2-large": (36, 1280, 20),
-    "gpt2-xl": (48, 1600, 25),
-}
+    "distilgpt2": (6, 768, 12), "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
+}  # fmt: skip
 WEIGHTS, PEFT_CONFIG, METADATA = "adapter_model.safetensors", "adapter_config.json", "modification.json"
 MANIFEST = "manifest.json"
 PEFT_PREFIX = "base_model.model."
@@ -357,14 +354,9 @@ class LoRALayer(nn.Module):
     """
 
     def __init__(
-        self,
-        original_layer: Conv1D | nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        thirds: str = "",
+        self, original_layer: Conv1D | nn.Linear, rank: int, alpha: float, dropout: float = 0.0, thirds: str = "",
         rslora: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         weight = original_layer.weight
         in_features, out_features = weight.shape if isinstance(original_layer, Conv1D) else weight.shape[::-1]
@@ -446,14 +438,9 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
 
 
 def apply_lora(
-    model: GPT2LMHeadModel,
-    rank: int = 4,
-    alpha: float = 8.0,
-    *,
-    dropout: float = 0.0,
-    target_modules: Iterable[str] = ("c_attn", "c_proj", "c_fc"),
-    trainable_modules: Iterable[str] = (),
-) -> GPT2LMHeadModel:
+    model: GPT2LMHeadModel, rank: int = 4, alpha: float = 8.0, *, dropout: float = 0.0,
+    target_modules: Iterable[str] = ("c_attn", "c_proj", "c_fc"), trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:  # fmt: skip
     """Wraps every Conv1D or Linear layer that a target names in a LoRALayer, in place, and freezes all else.
 
     target_modules: suffixes of layer names. The paper adapts the query and value projections alone (section 4.2):
@@ -517,12 +504,9 @@ class BottleneckAdapter(nn.Module):
 
 
 def apply_adapters(
-    model: GPT2LMHeadModel,
-    adapter_size: int = 64,
-    *,
-    placement: str = "pfeiffer",
+    model: GPT2LMHeadModel, adapter_size: int = 64, *, placement: str = "pfeiffer",
     trainable_modules: Iterable[str] = (),
-) -> GPT2LMHeadModel:
+) -> GPT2LMHeadModel:  # fmt: skip
     """Puts bottleneck adapters into every block, in place, and freezes all else.
 
     placement: "houlsby" has one after the attention and one after the feed-forward sub-layer (Houlsby et al., 2019,
@@ -606,14 +590,10 @@ class PrefixedGPT2(GPT2Model):
     prefix: PromptEmbedding | KeyValuePrefix
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        self, input_ids: Tensor | None = None, past_key_values: DynamicCache | None = None,
+        attention_mask: Tensor | None = None, position_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> BaseModelOutputWithPastAndCrossAttentions:  # fmt: skip
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         batch_size, length, _ = inputs_embeds.shape
@@ -653,14 +633,9 @@ class PrefixedGPT2(GPT2Model):
 
 
 def apply_prefix(
-    model: GPT2LMHeadModel,
-    prefix_length: int = 50,
-    *,
-    prefix_type: str = "embedding",
-    projection_size: int = 0,
-    init_ids: Iterable[int] | None = None,
-    trainable_modules: Iterable[str] = (),
-) -> GPT2LMHeadModel:
+    model: GPT2LMHeadModel, prefix_length: int = 50, *, prefix_type: str = "embedding", projection_size: int = 0,
+    init_ids: Iterable[int] | None = None, trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:  # fmt: skip
     """Puts `prefix_length` trainable virtual tokens before every text, in place, and freezes all else.
 
     prefix_type: "embedding" or "key_value". projection_size: key_value's reparametrisation (0: none).
@@ -673,15 +648,14 @@ def apply_prefix(
     if prefix_length >= config.n_positions:
         raise ValueError(f"--prefix_length {prefix_length}: leaves no room for text in {config.n_positions} positions")
     start_modification(model, "prefix", **settings)
-    ids = torch.tensor(list(init_ids or range(256, 256 + prefix_length)))[:prefix_length] % config.vocab_size
-    ids = ids.repeat(math.ceil(prefix_length / len(ids)))[:prefix_length]
-    wte = model.transformer.wte.weight
+    start, wte = list(init_ids or range(256, 256 + prefix_length)), model.transformer.wte.weight
+    ids = [start[i % len(start)] % config.vocab_size for i in range(prefix_length)]  # too few: over again
     with torch.no_grad():
-        tokens = wte[ids.to(wte.device)].float().clone()
+        tokens = wte[ids].float()  # (prefix length, hidden), a copy
         if prefix_type == "embedding":
             prefix: nn.Module = PromptEmbedding(tokens)
         else:
-            columns = key_value_columns(model, ids.to(wte.device))
+            columns = key_value_columns(model, torch.tensor(ids, device=wte.device))
             tokens += model.transformer.wpe.weight[:prefix_length]  # a token's place tells it from its repetition
             prefix = KeyValuePrefix(columns, tokens, projection_size)
     with torch.device("meta"):  # transformers notes what outputs a class can give when the first one is built
@@ -706,12 +680,9 @@ def key_value_columns(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
 
 
 def apply_selective_freezing(
-    model: GPT2LMHeadModel,
-    freeze_layers: Iterable[int] = (0, 1, 2, 3),
-    *,
-    freeze_head: bool = False,
+    model: GPT2LMHeadModel, freeze_layers: Iterable[int] = (0, 1, 2, 3), *, freeze_head: bool = False,
     trainable_modules: Iterable[str] = (),
-) -> GPT2LMHeadModel:
+) -> GPT2LMHeadModel:  # fmt: skip
     """Trains the blocks that `freeze_layers` leaves, and the head and final LayerNorm unless `freeze_head`.
 
     GPT-2's head is tied to the token embeddings, so these train with it, and the backward pass then reaches the
@@ -976,10 +947,9 @@ def verify_directory(path: Path) -> None:
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("manifest_sha256") != manifest_hash(files):
         raise ValueError(f"{path}: manifest.json is damaged")
+    present = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
     for name, expected in files.items():
-        if Path(name).name != name or name in (".", "..") or "\\" in name or (path / name).is_symlink():
-            raise ValueError(f"{path}: manifest.json names {name!r}, which is no plain file of the checkpoint")
-        if not (path / name).is_file():
+        if name not in present:  # a path that leads elsewhere is not among these names
             raise ValueError(f"{path}: {name} is missing")
         if file_hash(path / name) != expected:
             raise ValueError(f"{path}: {name} is damaged (its checksum differs)")
@@ -1089,13 +1059,13 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace,
     thirds = match_targets(model, targets)
     if thirds.keys() != wrapped:
         raise ValueError(f"{path}: its LoRA for {min(thirds.keys() ^ wrapped)} does not match the settings")
-    own = {name: getattr(args, name) for name in SETTINGS["lora"]}
-    start_modification(model, "lora", **own, lora_target_modules=targets)
+    lora_settings = {name: getattr(args, name) for name in SETTINGS["lora"]}
+    start_modification(model, "lora", **lora_settings, lora_target_modules=targets)
     exceptions = config.get("alpha_pattern") or {}  # keys: regular expressions of the end of a layer's name
     for name in sorted(wrapped):
         A, B, parts = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight"), len(thirds[name]) or 1
         alpha = config.get("lora_alpha", 8)
-        alpha = next((own for end, own in exceptions.items() if re.match(rf"(.*\.)?({end})$", name)), alpha) / parts
+        alpha = next((value for end, value in exceptions.items() if re.match(rf"(.*\.)?({end})$", name)), alpha) / parts
         rank, rslora = max(1, len(A) // parts), bool(config.get("use_rslora"))
         layer = LoRALayer(model.get_submodule(name), rank, alpha, args.lora_dropout, thirds[name], rslora)
         if A.shape != layer.lora_A.shape or B.shape != layer.full_B().shape:

@@ -51,7 +51,7 @@ import modify_llm
 from data_pipeline import IGNORED, AlpacaDataset, final_dataset_loader, load_dataset, load_tokenizer, split_text
 from modify_llm import (
     MANIFEST,
-    boolean,
+    SWITCH,
     file_hash,
     final_modify,
     load_trained,
@@ -96,13 +96,6 @@ class Damaged(Exception):
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-class HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """--max_length int instead of --max_length MAX_LENGTH."""
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type, "__name__", "TEXT")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_llm.py",
@@ -110,11 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
         parents=[data_pipeline.data_flags(), modify_llm.model_flags()],
-        formatter_class=HelpFormat,
+        formatter_class=modify_llm.HelpFormat,
         epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:7]),
     )
     parser.set_defaults(text_format="alpaca", eval_fraction=0.05, num_workers=0)
-    switch: dict[str, Any] = {"type": boolean, "nargs": "?", "const": True, "default": False, "metavar": "true|false"}
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=3, help="passes over the training rows; >= 1 (%(default)s)")
     add("--max_steps", type=int, default=0, help="optimizer steps; 0: by --epochs (%(default)s)")
@@ -129,11 +121,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=float, default=0.0, help="where the decay ends; >= 0 (%(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
-    add("--compile", **switch, help="torch.compile the feed-forward layers")
-    add("--gradient_checkpointing", **switch, help="less memory for a third more time")
+    add("--compile", **SWITCH, help="torch.compile the feed-forward layers")
+    add("--gradient_checkpointing", **SWITCH, help="less memory for a third more time")
     add = parser.add_argument_group("evaluation and saving").add_argument
     add("--output_dir", default="./outputs", metavar="DIR", help="(%(default)s)")
-    add("--overwrite_output_dir", **switch, help="remove the run that the directory holds")
+    add("--overwrite_output_dir", **SWITCH, help="remove the run that the directory holds")
     add("--log_interval", type=int, default=10, help="optimizer steps; >= 1 (%(default)s)")
     add("--eval_interval", type=int, default=0, help="optimizer steps; 0: each epoch (%(default)s)")
     add("--save_interval", type=int, default=0, help="optimizer steps; 0: each evaluation (%(default)s)")
@@ -143,12 +135,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--report_to", choices=("none", "tensorboard"), default="none", help="(%(default)s)")
     add = parser.add_argument_group("using a model").add_argument
     add("--adapter_path", metavar="DIR", help="start from, evaluate or prompt what an earlier run saved")
-    add("--eval_only", **switch, help="evaluate on the held-out rows, train nothing")
+    add("--eval_only", **SWITCH, help="evaluate on the held-out rows, train nothing")
     add("--prompt", action="append", default=[], metavar="TEXT", help="answer it; repeatable")
     add("--max_new_tokens", type=int, default=128, help=">= 1 (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0: greedy (%(default)s)")
     add("--num_samples", type=int, default=3, help="held-out prompts answered at each evaluation (%(default)s)")
-    add("--demo", **switch, help="train a tiny GPT-2, then LoRA on it, on the bundled sample")
+    add("--demo", **SWITCH, help="train a tiny GPT-2, then LoRA on it, on the bundled sample")
     return parser
 
 

@@ -1053,6 +1053,16 @@ def test_the_script_says_what_it_did_with_the_bundled_sample(tmp_path):
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        data_pipeline.main(["--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and "examples:\n    python data_pipeline.py" in shown
+    flags = [part.split("\n\n")[0].strip() for part in shown.split("\n  --")[1:]]
+    assert [flag for flag in flags if not flag.endswith(")")] == []
+
+
 def test_a_terminal_that_cannot_show_the_text_gets_it_without(write, tmp_path):
     path = write([alpaca_row(instruction="日本語", output="smile 😀 café")], "naïve.json")
     status, out, err = run_script("--dataset_path", path, "--num_workers", 0, cwd=tmp_path, encoding="cp1252")

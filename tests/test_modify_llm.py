@@ -218,6 +218,12 @@ def test_compare_shows_every_technique_and_plot_writes_a_picture(capsys, tmp_pat
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+@pytest.mark.parametrize("value", [[], ["true"]], ids=["bare", "true"])
+def test_a_switch_may_stand_bare_or_with_its_value(capsys, value):
+    assert main(["--model_name_or_path", "distilgpt2", "--compare", *value]) == 0
+    assert "Houlsby 2019" in capsys.readouterr().out
+
+
 def test_compare_leaves_logging_as_it_was_when_it_is_refused(capsys):
     refused(capsys, ["--compare", "--from_scratch", "--max_position_embeddings", "32"])
     assert logging.getLogger("modify_llm").isEnabledFor(logging.WARNING)
@@ -236,6 +242,16 @@ def test_a_terminal_without_emoji_gets_the_lines_all_the_same(monkeypatch):
     sys.stdout.flush()
     text = written.getvalue().decode("cp1252")
     assert "Final Parameter Statistics:" in text and "transformer.h.0.attn.c_attn.lora_A: Trainable" in text
+
+
+def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and "examples:\n    python modify_llm.py" in shown
+    flags = [part.split("\n\n")[0].strip() for part in shown.split("\n  --")[1:]]
+    assert [flag for flag in flags if not flag.endswith(")")] == []
 
 
 def test_no_peft_at_run_time():
