@@ -907,7 +907,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: {first_line(error)}") from None
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
@@ -963,24 +963,14 @@ def load_trained(
     model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
     """
     directory = Path(directory)
-    if (directory / MANIFEST).exists():
-        try:
-            verify_directory(directory)
-        except ValueError as error:
-            raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
-    if (directory / METADATA).is_file():
-        settings, source = read_json(directory / METADATA), METADATA
-    elif (directory / PEFT_CONFIG).is_file():
-        settings, source = peft_settings(directory), PEFT_CONFIG
-    else:
-        raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
+    settings, source = trained_settings(directory)
     try:
         args = with_defaults(argparse.Namespace(**settings), from_scratch=False, dropout=dropout)
         technique = args.modification_type
         if lacking := [name for name in ("modification_type", *SETTINGS[technique]) if name not in settings]:
             raise ValueError(f"lacks {lacking[0]}")
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{directory / source}: {error}") from None
+        raise ValueError(f"{source}: {error}") from None
     recorded = settings.get("base_model_name_or_path")
     if recorded and recorded.startswith(os.pardir) and (directory / recorded).is_dir():
         recorded = str(directory / recorded)  # it lies beside the result, wherever the two are now
@@ -989,15 +979,7 @@ def load_trained(
         raise ValueError(f"{directory}: does not name its base model; give --model_name_or_path")
     args.model_name_or_path = base
     model = load_base(args)
-    for key, value in settings.get("base_config", {}).items():
-        if (have := getattr(model.config, key, None)) != value:
-            raise ValueError(f"--model_name_or_path {base}: {key} is {have}; {directory} was trained on {value}")
-    trained_on = settings.get("base_fingerprint")
-    if technique not in PLAIN and trained_on and trained_on != model.base_fingerprint:
-        message = f"--model_name_or_path {base}: not the weights that {directory} was trained on"
-        if not model_name_or_path:
-            raise ValueError(f"{message}; they have changed since")
-        logger.warning(message)  # asked for by name: perhaps the same model at another precision
+    check_base(model, settings, directory, asked_for=bool(model_name_or_path))
     if technique == "lora":
         load_lora(model, directory, args, settings)
         return model
@@ -1008,6 +990,35 @@ def load_trained(
     elif technique == "prefix":
         load_prefix(model, directory)
     return model
+
+
+def trained_settings(directory: Path) -> tuple[dict, Path]:
+    """(settings, the file that they stand in) of a directory whose checksums, if it has any, are right."""
+    if (directory / MANIFEST).exists():
+        try:
+            verify_directory(directory)
+        except ValueError as error:
+            raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
+    if (directory / METADATA).is_file():
+        return read_json(directory / METADATA), directory / METADATA
+    if (directory / PEFT_CONFIG).is_file():
+        return peft_settings(directory), directory / PEFT_CONFIG
+    raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
+
+
+def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, asked_for: bool) -> None:
+    """Raises ValueError for another base than the one trained on; for other weights only if it was not asked for."""
+    where = f"--model_name_or_path {model.base_name}"
+    for key, value in settings.get("base_config", {}).items():
+        if (have := getattr(model.config, key, None)) != value:
+            raise ValueError(f"{where}: {key} is {have}; {directory} was trained on {value}")
+    if settings["modification_type"] in PLAIN:  # its own weights are the base
+        return
+    if settings.get("base_fingerprint") not in (None, model.base_fingerprint):
+        message = f"{where}: not the weights that {directory} was trained on"
+        if not asked_for:
+            raise ValueError(f"{message}; they have changed since")
+        logger.warning(message)  # perhaps the same model at another precision
 
 
 def load_prefix(model: GPT2LMHeadModel, directory: Path) -> None:
@@ -1064,9 +1075,9 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace,
     exceptions = config.get("alpha_pattern") or {}  # keys: regular expressions of the end of a layer's name
     for name in sorted(wrapped):
         A, B, parts = tensors.pop(f"{name}.lora_A.weight"), tensors.pop(f"{name}.lora_B.weight"), len(thirds[name]) or 1
-        alpha = config.get("lora_alpha", 8)
-        alpha = next((value for end, value in exceptions.items() if re.match(rf"(.*\.)?({end})$", name)), alpha) / parts
-        rank, rslora = max(1, len(A) // parts), bool(config.get("use_rslora"))
+        own_alpha = [value for end, value in exceptions.items() if re.match(rf"(.*\.)?({end})$", name)]
+        rank, alpha = max(1, len(A) // parts), [*own_alpha, config.get("lora_alpha", 8)][0] / parts
+        rslora = bool(config.get("use_rslora"))
         layer = LoRALayer(model.get_submodule(name), rank, alpha, args.lora_dropout, thirds[name], rslora)
         if A.shape != layer.lora_A.shape or B.shape != layer.full_B().shape:
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
