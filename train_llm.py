@@ -928,7 +928,7 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
         if model.config.activation_function == "gelu_new":  # the same function, fused
             block.mlp.act = nn.GELU(approximate="tanh")
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradients past a frozen input
+        model.activation_checkpointing_enable()
     model.train()
 
 

@@ -407,6 +407,7 @@ def test_weight_decay_spares_parameters_with_one_dimension(flags, tmp_path):
         torch.testing.assert_close(decayed[name], tensor - share * start[name], rtol=0, atol=2e-8 if share else 0)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_trains_a_frozen_base_to_the_same_weights(flags, tmp_path):
     assert run(flags(tmp_path / "without")) == 0
     assert run(flags(tmp_path / "with", gradient_checkpointing="true")) == 0
