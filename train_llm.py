@@ -11,7 +11,7 @@ The loop is one for all techniques: a technique only decides which parameters tr
 
 import argparse
 import hashlib
-import importlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -172,24 +172,50 @@ def train_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of")
     elif not (args.dataset_path or args.demo or args.eval_only or args.prompt):
         problems.append("--dataset_path: needed to train (or --demo)")
+    if args.demo and args.resume_from:
+        problems.append("--resume_from: --demo always starts anew")
+    if args.demo and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        problems.append("--demo: runs in a single process, without torchrun")
+    if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        problems.append("--report_to tensorboard: needs the package: pip install tensorboard")
     if args.resume_from and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: would remove the run that --resume_from continues")
     return problems
 
 
-def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
-    """The rate of optimizer step `step`, counted from 1 to `total`.
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that was given and changes nothing."""
+    lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
+    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
+        lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
+    if args.min_lr and args.scheduler == "constant":
+        lines.append("--min_lr: without effect, --scheduler constant does not decay")
+    return lines
 
-    Warm-up: peak x step / warmup_steps. Decay: from the peak, at the first step after it, to min_lr at the last.
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The checked flags; leaves with status 2, all problems on one line, if any is out of range.
+
+    With --adapter_path, the model's and the text's flags take what it was trained with as their defaults.
     """
-    peak, warmup = args.learning_rate, args.warmup_steps if args.scheduler in ("warmup_cosine", "linear") else 0
-    if step <= warmup:
-        return peak * step / warmup
-    if args.scheduler == "constant":
-        return peak
-    done = (step - warmup - 1) / max(1, total - warmup - 1)
-    share = 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return args.min_lr + (peak - args.min_lr) * share
+    parser, saved, problems = build_parser(), {}, []
+    args = parser.parse_args(argv)
+    if args.adapter_path:
+        with suppress(ValueError):  # PEFT's own directory, or nothing at all: load_trained tells
+            saved = modify_llm.read_json(Path(args.adapter_path) / modify_llm.METADATA)
+        saved = {name: value for name, value in saved.items() if hasattr(args, name)}
+        parser.set_defaults(model_name_or_path=None, **saved)
+        args = parser.parse_args(argv)
+    for name, value in saved.items():
+        if name not in ("text_format", "max_length") and getattr(args, name) != value:
+            problems.append(f"--{name}: {args.adapter_path} was trained with {value}")
+    problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
+    if problems:
+        parser.error("; ".join(problems))
+    if args.learning_rate is None:
+        technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
+        args.learning_rate = LEARNING_RATES[technique]
+    return args
 
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
@@ -889,16 +915,11 @@ def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
     return train.first(args.max_samples), held_out.first(args.max_eval_samples)
 
 
-def given_model(args: argparse.Namespace) -> str | None:
-    """--model_name_or_path, where it says more than its default."""
-    return args.model_name_or_path if args.model_name_or_path != "gpt2" else None
-
-
 def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
     """The model to train: the base with the technique, or what --adapter_path holds."""
     torch.manual_seed(args.seed)
     if args.adapter_path:
-        model = load_trained(args.adapter_path, given_model(args), dropout=args.dropout)
+        model = load_trained(args.adapter_path, args.model_name_or_path, dropout=args.dropout)
     elif args.from_scratch and args.resume_from and (output_dir / "base").is_dir():
         model = final_modify(args, from_scratch=False, model_name_or_path=str(output_dir / "base"))
     else:
@@ -1038,6 +1059,21 @@ def model_card(run: Run) -> str:
         "", "```python", *load, 'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```",
         "", 'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
     ])  # fmt: skip
+
+
+def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
+    """The rate of optimizer step `step`, counted from 1 to `total`.
+
+    Warm-up: peak x step / warmup_steps. Decay: from the peak, at the first step after it, to min_lr at the last.
+    """
+    peak, warmup = args.learning_rate, args.warmup_steps if args.scheduler in ("warmup_cosine", "linear") else 0
+    if step <= warmup:
+        return peak * step / warmup
+    if args.scheduler == "constant":
+        return peak
+    done = (step - warmup - 1) / max(1, total - warmup - 1)
+    share = 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return args.min_lr + (peak - args.min_lr) * share
 
 
 def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) -> tuple[float, float]:
@@ -1216,7 +1252,9 @@ def start_records(run: Run) -> None:
     cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
     run.log_file = open_log_file(output_dir)
     if args.report_to == "tensorboard":
-        run.writer = torch.utils.tensorboard.SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
     total, trainable = modify_llm.parameter_counts(run.model)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
@@ -1236,11 +1274,6 @@ def clear_directory(output_dir: Path) -> None:
 def prepare(run: Run) -> None:
     """Everything that can be found wrong before the first step, in memory: nothing is written yet."""
     args, runtime = run.args, run.runtime
-    if args.report_to == "tensorboard":
-        try:
-            importlib.import_module("torch.utils.tensorboard")
-        except ImportError:
-            raise ValueError("--report_to tensorboard: needs the package: pip install tensorboard") from None
     if not (args.adapter_path or args.from_scratch):
         modify_llm.locate(args.model_name_or_path)  # weights out of reach are told before the rows are read
     run.tokenizer = tokenizer_for(args)
@@ -1288,7 +1321,7 @@ def summary(run: Run) -> str:
     packed = f"{1 - tokens / (len(rows) * args.max_length):.0%} padding saved of {args.max_length} a row"
     batch = f"{args.batch_size} x {args.gradient_accumulation_steps} x {runtime.world_size}"
     rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
-    name = "random weights" if args.from_scratch else args.model_name_or_path
+    name = run.model.base_name or "random weights"
     lines = {
         "Device": f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world_size}",
         "Model": f"{name}, {run.model.modification['modification_type']}: {trainable / total:.2%} trains",
@@ -1389,7 +1422,10 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
     try:
         tokenizer = tokenizer_for(args)
         torch.manual_seed(args.seed)
-        model = load_trained(args.adapter_path, given_model(args)) if args.adapter_path else modify_llm.load_base(args)
+        if args.adapter_path:
+            model = load_trained(args.adapter_path, args.model_name_or_path)
+        else:
+            model = modify_llm.load_base(args)
         prepare_model(model.requires_grad_(False), args, runtime)
         if args.eval_only:
             _, held_out = load_rows(args, tokenizer)
@@ -1468,49 +1504,6 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> int:
     question = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
     prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", question]
     return use_model(parse([*prompt, *own]), runtime)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The checked flags; leaves with status 2, all problems on one line, if any is out of range.
-
-    With --adapter_path, the model's and the text's flags take what it was trained with as their defaults.
-    """
-    parser, problems = build_parser(), []
-    args = parser.parse_args(argv)
-    if args.adapter_path:
-        saved = saved_settings(args.adapter_path, args)
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        changed = [
-            name for name in saved if saved[name] != getattr(args, name) and name not in ("text_format", "max_length")
-        ]
-        problems += [f"--{name}: {args.adapter_path} was trained with {saved[name]}" for name in changed]
-    problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
-    if problems:
-        parser.error("; ".join(problems))
-    if args.learning_rate is None:
-        technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
-        args.learning_rate = LEARNING_RATES[technique]
-    return args
-
-
-def idle_flags(args: argparse.Namespace) -> list[str]:
-    """A line for each flag that was given and changes nothing."""
-    lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
-    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
-        lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
-    if args.min_lr and args.scheduler == "constant":
-        lines.append("--min_lr: without effect, --scheduler constant does not decay")
-    return lines
-
-
-def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that --adapter_path was trained with, as far as its modification.json tells."""
-    try:
-        saved = modify_llm.read_json(Path(adapter_path) / modify_llm.METADATA)
-    except ValueError:
-        return {}  # PEFT's own directory, or nothing at all: load_trained tells
-    return {name: value for name, value in saved.items() if hasattr(args, name)}
 
 
 def main(argv: list[str] | None = None) -> int:

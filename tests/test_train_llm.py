@@ -602,6 +602,11 @@ def test_adapter_path_goes_on_from_what_an_earlier_run_saved(technique_runs, fla
     assert snapshot(source) == before
 
 
+def test_a_base_given_by_name_is_taken_even_where_the_name_is_the_flags_default(technique_runs, capsys):
+    argv = ["--adapter_path", str(technique_runs / "lora" / "best"), "--model_name_or_path=gpt2", "--prompt=x"]
+    assert "--model_name_or_path gpt2: " in refused(argv, capsys)
+
+
 def test_an_adapters_own_technique_decides_the_learning_rate(technique_runs, flags, tmp_path):
     argv = flags(tmp_path, adapter_path=technique_runs / "prefix" / "best", learning_rate=None, max_steps=1)
     assert run([*argv, "--scheduler=constant"]) == 0
@@ -792,7 +797,7 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(flags, tmp_path):
 
 
 def test_report_to_tensorboard_without_the_package_is_refused(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "tensorboard" in refused(flags(tmp_path / "out", report_to="tensorboard"), capsys)
 
 
@@ -1183,7 +1188,7 @@ def test_an_output_directory_that_holds_a_run_is_refused_and_overwritten_only_wh
 def test_overwriting_destroys_nothing_when_the_new_run_cannot_start(
     flags, half, tmp_path, capsys, monkeypatch, changes
 ):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     (tmp_path / "empty").mkdir()
     changes = {key: str(tmp_path / "empty") if value == "EMPTY" else value for key, value in changes.items()}
     before = snapshot(half)
@@ -1498,6 +1503,7 @@ def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_l
         (["--resume_from", "auto", "--overwrite_output_dir"], "--overwrite_output_dir"),
         (["--gradient_checkpointing", "--modification_type=prefix", "--prefix_type=key_value"], "--gradient_check"),
         (["--precision", "fp16"], "--precision fp16"),
+        (["--demo", "--resume_from", "auto"], "--resume_from"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_loads, bad, said):
@@ -1790,6 +1796,11 @@ def test_when_one_rank_is_told_to_stop_all_stop_in_that_step_and_resume_to_the_s
     assert step in ("step_00000003", "step_00000004")
     assert two_ranks(tmp_path / "stopped", *RESUME)[0] == [0, 0]
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_the_demo_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--demo" in refused(["--demo", "--output_dir", str(tmp_path / "out")], capsys)
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
