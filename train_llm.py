@@ -23,8 +23,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from logging.handlers import MemoryHandler
@@ -86,7 +86,7 @@ OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
 
 
 class Stopped(Exception):
-    """A signal asked for the end; a checkpoint is written."""
+    """A signal, the argument, asked for the end; a checkpoint is written."""
 
 
 class Damaged(Exception):
@@ -274,6 +274,9 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
     return Runtime(device, dtype, int(os.environ.get("RANK", 0)), world_size)
 
 
+KEEP = logging.CRITICAL + 1  # a MemoryHandler passes on at this level, that is never
+
+
 class LogHandler(logging.Handler):
     """Lines on stdout that do not garble a progress bar on stderr, and survive a closed pipe."""
 
@@ -295,7 +298,7 @@ def set_up_logging(rank: int) -> None:
     """Process 0 alone speaks; what it says before the log file is open is kept for it."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
-    handlers = [LogHandler(), MemoryHandler(10_000, flushLevel=100)] if rank == 0 else [logging.NullHandler()]
+    handlers = [LogHandler(), MemoryHandler(10_000, flushLevel=KEEP)] if rank == 0 else [logging.NullHandler()]
     for handler in handlers:
         handler.setFormatter(LogFormat())
     logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
@@ -303,18 +306,23 @@ def set_up_logging(rank: int) -> None:
     disable_progress_bar()
 
 
-def open_log_file(output_dir: Path) -> logging.Handler:
-    """Directs all that was and will be logged to a file too."""
-    path = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Directs to a file what is logged, and what has been since the start or the file before."""
     file = logging.FileHandler(path, encoding="utf-8", errors="replace")
     file.setFormatter(LogFormat())
-    root = logging.getLogger()
-    for kept in [handler for handler in root.handlers if isinstance(handler, MemoryHandler)]:
-        kept.setTarget(file)
-        kept.close()
-        root.removeHandler(kept)
-    root.addHandler(file)
-    return file
+    kept = [handler for handler in logging.getLogger().handlers if isinstance(handler, MemoryHandler)]
+    for handler in kept:
+        handler.setTarget(file)
+        handler.flushLevel = logging.NOTSET
+        handler.flush()
+    try:
+        yield
+    finally:
+        for handler in kept:
+            handler.setTarget(None)
+            handler.flushLevel = KEEP
+        file.close()
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -878,10 +886,9 @@ class Run:
         self.resumed_from: int | None = None
         self.signal: int | None = None  # what this process was told
         self.stopping = False  # what all processes agreed on
-        self.lock: filelock.FileLock | None = None
-        self.log_file: logging.Handler | None = None
         self.started = time.perf_counter()
-        self.writer: Any = None
+        self.writer: Any = None  # tensorboard's
+        self.closing = ExitStack()  # what ends with the run: lock, log file, signal handlers
 
 
 def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -1144,7 +1151,9 @@ def train(run: Run) -> None:
             clock, tokens = time.perf_counter(), 0
         if stopping:
             save_checkpoint(run)
-            raise Stopped
+            number = signal.Signals(run.signal or signal.SIGTERM)
+            logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, state.step)
+            raise Stopped(number)
         if state.step >= total or state.stopped_early:
             break
         if batches is None or step_of_epoch == 0:
@@ -1172,8 +1181,8 @@ def train(run: Run) -> None:
     bar.close()
 
 
-def finish(run: Run) -> None:
-    """final/, the curves, the predictions and the closing words."""
+def finish(run: Run, point_on: bool) -> None:
+    """final/, the curves, the predictions and the closing words; point_on: with where all lies, and how to use it."""
     state, output_dir = run.progress, run.output_dir
     if run.runtime.rank == 0:
         plot_curves(output_dir)
@@ -1188,13 +1197,11 @@ def finish(run: Run) -> None:
             progress.info("Held-out perplexity: %.2f before, %.2f after %d steps, %s", before, after, state.step, best)
         minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
         progress.info("Time: %d min %02d s", minutes, seconds)
-
-
-def say_where(run: Run) -> None:
-    best = run.output_dir / ("best" if run.progress.best_loss is not None else "final")
-    written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
-    progress.info("Written to %s: %s", run.output_dir, written)
-    progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', best)
+        if point_on:
+            written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
+            progress.info("Written to %s: %s", output_dir, written)
+            use = output_dir / ("best" if state.best_loss is not None else "final")
+            progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
 
 
 def plot_curves(output_dir: Path) -> None:
@@ -1219,27 +1226,26 @@ def plot_curves(output_dir: Path) -> None:
     figure.savefig(output_dir / "training_curves.png", dpi=110)
 
 
-def refuse_used_directory(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir)
+def claim_directory(run: Run, create: bool) -> None:
+    """Makes the output directory this process's own, and puts right what a crash left there.
+
+    create: also one that is not there yet. Raises ValueError for one that is not to be had.
+    """
+    args, output_dir = run.args, run.output_dir
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
     holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
     if holds_run and not args.resume_from and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
-
-
-def lock_output_directory(run: Run) -> None:
-    """Makes the output directory this process's own, and puts right what a crash left there."""
-    if run.lock or run.runtime.rank != 0:
+    if run.runtime.rank != 0 or not (create or output_dir.exists()):
         return
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run.output_dir / ".lock")
-    try:
-        lock.acquire(timeout=10)  # the DataLoader workers of a killed run hold it for some seconds more
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
+    try:  # the DataLoader workers of a killed run hold it for some seconds more
+        run.closing.enter_context(lock.acquire(timeout=10))
     except filelock.Timeout:
-        raise ValueError(f"--output_dir {run.output_dir}: another run is writing there") from None
-    run.lock = lock
-    recover_and_clean(run.output_dir)
+        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
+    recover_and_clean(output_dir)
 
 
 def start_records(run: Run) -> None:
@@ -1250,11 +1256,12 @@ def start_records(run: Run) -> None:
     if args.overwrite_output_dir:
         clear_directory(output_dir)
     cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
-    run.log_file = open_log_file(output_dir)
+    run.closing.enter_context(log_file(output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"))
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+        run.closing.callback(run.writer.close)
     total, trainable = modify_llm.parameter_counts(run.model)
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
@@ -1333,56 +1340,43 @@ def summary(run: Run) -> str:
     return "\n".join(f"   {name + ':':<8} {line}" for name, line in lines.items())
 
 
-def execute(args: argparse.Namespace, runtime: Runtime, point_on: bool = True) -> int:
-    """One training run, from flags that are in range to final/. Returns the exit status.
+def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = True) -> None:
+    """One training run, from flags that are in range to final/.
 
-    point_on: close with where all lies, and what to do with it.
+    Raises ValueError or OSError for bad input, with nothing written; RuntimeError for a failure later on; Stopped.
     """
-    run, status, previous = Run(args, runtime), 2, {}
+    run = Run(args, runtime)
+    with run.closing:
+        claim_directory(run, create=False)
+        if runtime.world_size > 1:
+            dist.barrier()
+        prepare(run)
+        if finished(run):
+            logger.info("The run in %s is finished; nothing to do", run.output_dir)
+            return
+        claim_directory(run, create=True)
+        start_records(run)
+        try:
+            if args.from_scratch:
+                save_scratch_base(run)
+            catch_signals(run)
+            train(run)
+            finish(run, point_on)
+            answer_prompts(run.model, run.tokenizer, args, runtime)
+        except (ValueError, OSError, SafetensorError) as error:  # not the input's fault any more
+            raise RuntimeError(error) from error
+
+
+def catch_signals(run: Run) -> None:
+    """Until the run closes, SIGINT and SIGTERM only leave a note for the training loop."""
 
     def stop(number: int, _frame: object) -> None:
         if run.signal and number == signal.SIGINT:
             os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
         run.signal = number
 
-    try:
-        refuse_used_directory(args)
-        if run.output_dir.is_dir():
-            lock_output_directory(run)
-        if runtime.world_size > 1:
-            dist.barrier()
-        prepare(run)
-        if finished(run):
-            logger.info("The run in %s is finished; nothing to do", run.output_dir)
-            return 0
-        lock_output_directory(run)
-        start_records(run)
-        status = 1  # from here on a failure is the run's
-        if args.from_scratch:
-            save_scratch_base(run)
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        train(run)
-        finish(run)
-        if point_on:
-            say_where(run)
-        answer_prompts(run.model, run.tokenizer, args, runtime)
-        return 0
-    except Stopped:
-        number = signal.Signals(run.signal or signal.SIGTERM)
-        logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, run.progress.step)
-        return 128 + number
-    except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        return fail(error, status)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if run.writer:
-            run.writer.close()
-        if run.log_file:
-            logging.getLogger().removeHandler(run.log_file)
-            run.log_file.close()
-        if run.lock:
-            run.lock.release()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run.closing.callback(signal.signal, number, signal.signal(number, stop))
 
 
 def finished(run: Run) -> bool:
@@ -1408,44 +1402,29 @@ def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args:
         raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
 
 
-def fail(error: BaseException, status: int) -> int:
-    """One line on stderr. status: 2 for bad input, 1 for a failure at run time."""
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
-        reason, status = f"out of memory: lower --batch_size (and raise --gradient_accumulation_steps): {reason}", 1
-    print(f"train_llm.py: error: {reason}", file=sys.stderr)
-    return status
-
-
-def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
+def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     """--eval_only and --prompt without training: what --adapter_path holds, or the untouched base."""
-    try:
-        tokenizer = tokenizer_for(args)
-        torch.manual_seed(args.seed)
-        if args.adapter_path:
-            model = load_trained(args.adapter_path, args.model_name_or_path)
-        else:
-            model = modify_llm.load_base(args)
-        prepare_model(model.requires_grad_(False), args, runtime)
-        if args.eval_only:
-            _, held_out = load_rows(args, tokenizer)
-            if not len(held_out):
-                raise ValueError("--eval_only: no held-out rows; give --eval_fraction or --eval_dataset_path")
-            loader = final_dataset_loader(
-                held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False,
-                batch_size=args.batch_size, num_workers=args.num_workers, rank=runtime.rank,
-                world_size=runtime.world_size,
-            )  # fmt: skip
-            check_fits(model, tokenizer, args)
-            loss, tokens = evaluate(SummedLoss(model), loader, runtime)
-            line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
-            progress.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
-        answer_prompts(model, tokenizer, args, runtime)
-        return 0
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except (RuntimeError, MemoryError) as error:
-        return fail(error, 1)
+    tokenizer = tokenizer_for(args)
+    torch.manual_seed(args.seed)
+    if args.adapter_path:
+        model = load_trained(args.adapter_path, args.model_name_or_path)
+    else:
+        model = modify_llm.load_base(args)
+    prepare_model(model.requires_grad_(False), args, runtime)
+    if args.eval_only:
+        _, held_out = load_rows(args, tokenizer)
+        if not len(held_out):
+            raise ValueError("--eval_only: no held-out rows; give --eval_fraction or --eval_dataset_path")
+        loader = final_dataset_loader(
+            held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False,
+            batch_size=args.batch_size, num_workers=args.num_workers, rank=runtime.rank,
+            world_size=runtime.world_size,
+        )  # fmt: skip
+        check_fits(model, tokenizer, args)
+        loss, tokens = evaluate(SummedLoss(model), loader, runtime)
+        line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
+        progress.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
+    answer_prompts(model, tokenizer, args, runtime)
 
 
 def answer_prompts(
@@ -1457,72 +1436,66 @@ def answer_prompts(
         progress.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
 
 
-def demo(args: argparse.Namespace, runtime: Runtime) -> int:
+def demo(args: argparse.Namespace, runtime: Runtime) -> None:
     """A tiny GPT-2 from scratch on one half of the bundled sample, then LoRA on it with the other half."""
-    output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
-    question = "Q: {instruction} {input}\nA:"
-    own = [f"--{name}={getattr(args, name)}" for name in ("device", "precision", "seed")]
-    common = [
-        "--max_length=160",
-        "--eval_fraction=0.1",
-        "--num_samples=1",
-        "--max_new_tokens=40",
-        "--batch_size=4",
-        *own,
-    ]
-    tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4", "--max_position_embeddings=160"]
-    rows = json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
+    if args.output_dir == "./outputs":
+        args.output_dir = "./outputs/demo"
+    with suppress(ValueError, KeyError, TypeError):  # what an earlier demo wrote is the demo's to overwrite
+        args.overwrite_output_dir |= modify_llm.read_json(Path(args.output_dir) / "run.json")["settings"]["demo"]
+    output_dir, rows = Path(args.output_dir), json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
     rows = [row for row in rows if len(row["output"]) < 200]  # what a model of this size can learn in half a minute
-    try:
-        own_to_overwrite = modify_llm.read_json(output_dir / "run.json")["settings"]["demo"]
-    except (ValueError, KeyError, TypeError):
-        own_to_overwrite = False
-    try:
-        refuse_used_directory(argparse.Namespace(**vars(args) | {
-            "output_dir": output_dir, "overwrite_output_dir": own_to_overwrite or args.overwrite_output_dir,
-        }))  # fmt: skip
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    clear_directory(output_dir)
-    with tempfile.TemporaryDirectory(dir=output_dir) as scratch:
+    own = [f"--{name}={getattr(args, name)}" for name in ("device", "precision", "seed")]
+    common = ["--max_length=160", "--eval_fraction=0.1", "--num_samples=1", "--max_new_tokens=40", "--batch_size=4"]
+    common += own
+    question = "Q: {instruction} {input}\nA:"
+    run = Run(args, runtime)
+    with run.closing, tempfile.TemporaryDirectory() as scratch:
+        claim_directory(run, create=True)
+        clear_directory(output_dir)
         for name, half in (("base", rows[::2]), ("tune", rows[1::2])):
             Path(scratch, f"{name}.json").write_text(json.dumps(half), encoding="utf-8")
         progress.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
-        learn = ["--from_scratch", *tiny, "--modification_type=full", "--epochs=8", "--eval_interval=172"]
+        tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4"]
+        tiny += ["--max_position_embeddings=160"]
+        learn = ["--modification_type=full", "--epochs=8", "--learning_rate=2e-3", "--eval_interval=172"]
         data = [f"--dataset_path={scratch}/base.json", f"--text_format=||{question} {{output}}"]
-        learn += [f"--output_dir={scratch}/run", "--learning_rate=2e-3"]
-        if status := execute(parse([*learn, *data, *common]), runtime, point_on=False):
-            return status
+        base = ["--from_scratch", *tiny, *learn, *data, *common, f"--output_dir={scratch}/run"]
+        train_model(parse(base), runtime, point_on=False)
         shutil.move(f"{scratch}/run/best", output_dir / "base")
         progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
         learn = [f"--model_name_or_path={output_dir}/base", "--epochs=6", "--learning_rate=1e-2", "--eval_interval=129"]
         data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
-        if status := execute(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime):
-            return status
+        train_model(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime)
     progress.info("\nA model of this size learns the form of an answer, not its facts:\n")
     question = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
-    prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", question]
-    return use_model(parse([*prompt, *own]), runtime)
+    use_model(parse(["--adapter_path", str(output_dir / "final"), "--prompt", question, *own]), runtime)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status; what goes wrong is told in one line on stderr."""
     args = parse(argv)
     set_up_logging(int(os.environ.get("RANK", 0)))
     for line in idle_flags(args):
         logger.warning(line)
     try:
-        runtime = choose_runtime(args)
-    except ValueError as error:
-        return fail(error, 2)
-    try:
         if args.demo:
-            return demo(args, runtime)
-        if args.eval_only or (args.prompt and not args.dataset_path):
-            return use_model(args, runtime)
-        return execute(args, runtime)
+            work = demo
+        elif args.eval_only or (args.prompt and not args.dataset_path):
+            work = use_model
+        else:
+            work = train_model
+        work(args, choose_runtime(args))
+        return 0
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
     except KeyboardInterrupt:  # before training has begun there is nothing to save
         return 130
+    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
+            reason = f"out of memory: lower --batch_size (and raise --gradient_accumulation_steps): {reason}"
+        print(f"train_llm.py: error: {reason}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError | MemoryError) else 2  # 2: the input's or the flags' fault
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

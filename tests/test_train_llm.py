@@ -1212,6 +1212,7 @@ def test_a_second_run_in_the_same_directory_is_refused(flags, half, capsys, monk
         monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, *_, **__: acquire(self, timeout=0.1))
         assert "another run" in refused([*flags(half, eval_interval=2), *RESUME], capsys)
         assert "another run" in refused([*flags(half), "--overwrite_output_dir"], capsys)
+        assert "another run" in refused(["--demo", "--output_dir", str(half), "--overwrite_output_dir"], capsys)
     assert snapshot(half) == before
 
 
@@ -1825,6 +1826,9 @@ def test_the_demo_lowers_perplexity_in_both_parts_and_closes_with_a_sample(tmp_p
     losses = held_out_losses(tmp_path / "demo")
     assert losses[max(losses)] < losses[0]
     assert (tmp_path / "demo" / "base" / "model.safetensors").exists()
+    log = next((tmp_path / "demo").glob("training_*.log")).read_text(encoding="utf-8")
+    assert len(re.findall(r"Using device", log)) == 1
+    assert not hidden_leftovers(tmp_path / "demo")
 
 
 if __name__ == "__main__":
