@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -57,7 +57,6 @@ from modify_llm import (
     load_trained,
     manifest_hash,
     save_trained,
-    trainable_state,
     verify_directory,
 )
 
@@ -87,10 +86,6 @@ OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
 
 class Stopped(Exception):
     """A signal, the argument, asked for the end; a checkpoint is written."""
-
-
-class Damaged(Exception):
-    """A checkpoint that is not whole."""
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -647,23 +642,21 @@ def write_predictions(
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def write_directory(path: Path, scratch: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a directory, and puts it in its place only when it is whole, with sha256 sums, and synced.
-
-    scratch: a directory on the same disk for what is not yet, or no longer, in its place.
-    """
-    new, old = scratch / f".new_{path.name}", scratch / f".old_{path.name}"
-    shutil.rmtree(new, ignore_errors=True)
+@contextmanager
+def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
+    """A directory to fill; only when it is whole, with sha256 sums, and synced, does it become output_dir/name."""
+    path = output_dir / name
+    new, old = output_dir / f".new_{path.name}", output_dir / f".old_{path.name}"
     try:
-        new.mkdir(parents=True)
-        write(new)
+        new.mkdir()
+        yield new
         files = {file.name: file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
         modify_llm.write_json(new / MANIFEST, {"files": files, "manifest_sha256": manifest_hash(files)})
         for item in [*new.iterdir(), new]:
             sync(item)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        path.parent.mkdir(exist_ok=True)
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         new.rename(path)
         sync(path.parent)
@@ -726,31 +719,24 @@ def random_states(runtime: Runtime) -> dict[str, Tensor]:
 def save_checkpoint(run: "Run") -> None:
     """checkpoints/step_N: trainable weights, optimizer, random states, progress; what rotates out is removed."""
     runtime, step = run.runtime, run.progress.step
-    states = random_states(runtime)
+    tensors = {"trainable": run.trainable, "random": random_states(runtime)}
     if runtime.rank != 0:
         return
-    parameters = trainable_state(run.model)
-    moments = {
+    tensors["optimizer"] = {
         f"{name}.{key}": value
-        for name, parameter in run.model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in run.trainable.items()
         for key, value in run.optimizer.state[parameter].items()
     }
-
-    def write(directory: Path) -> None:
-        tensors = {"trainable": parameters, "optimizer": moments, "random": states}
+    state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
+    state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
+    state["grad_scaler"] = run.scaler.state_dict()
+    with whole_directory(run.output_dir, f"checkpoints/step_{step:08d}") as directory:
         for name, group in tensors.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, directory / f"{name}.safetensors")
-        state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
-        state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
-        state["grad_scaler"] = run.scaler.state_dict()
         modify_llm.write_json(directory / "state.json", state)
-
-    write_directory(run.checkpoints / f"step_{step:08d}", run.output_dir, write)
-    keep = {step, run.progress.best_step, run.resumed_from}
-    others = [path for path in checkpoint_directories(run.checkpoints) if checkpoint_step(path) != step]
-    for path in others[max(0, run.args.save_total_limit - 1) :]:
-        if checkpoint_step(path) not in keep:
+    others = [path for path in checkpoint_directories(run.output_dir) if checkpoint_step(path) != step]
+    for path in others[run.args.save_total_limit - 1 :]:
+        if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
             try:
                 trash = run.output_dir / f".trash_{path.name}"
                 path.rename(trash)
@@ -763,25 +749,10 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def checkpoint_directories(checkpoints: Path) -> list[Path]:
-    """step_* directories, newest first."""
-    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint, verified; nothing is unpickled. Raises Damaged."""
-    try:
-        verify_directory(path)
-        state = modify_llm.read_json(path / "state.json")
-        for name in ("trainable", "optimizer", "random"):
-            state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
-        state["progress"] = Progress(**state["progress"])
-        if missing := {"settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"} - state.keys():
-            raise ValueError(f"state.json lacks {min(missing)}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(str(error).removeprefix(f"{path}: ")) from None
-    return state
+def checkpoint_directories(output_dir: Path) -> list[Path]:
+    """checkpoints/step_*, newest first."""
+    found = [path for path in output_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=checkpoint_step, reverse=True)
 
 
 def resume(run: "Run") -> None:
@@ -794,16 +765,19 @@ def resume(run: "Run") -> None:
     if wanted != "auto" and not root.is_dir():
         raise ValueError(f"--resume_from {wanted}: no such directory")
     by_path = re.fullmatch(r"step_\d+", root.resolve().name)
-    for path in [root] if by_path else checkpoint_directories(root / "checkpoints"):
+    for path in [root] if by_path else checkpoint_directories(root):
         try:
             state = read_checkpoint(path)
-            check_same_run(run, state, path)
-            check_tensors(run, state)
-        except Damaged as error:
+            if not (another := difference(run, state)):
+                check_tensors(run, state)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
             if by_path:
-                raise ValueError(f"--resume_from {path}: {error}") from None
-            logger.warning("Checkpoint skipped: %s: %s", path, error)
+                raise ValueError(f"--resume_from {path}: {reason}") from None
+            logger.warning("Checkpoint skipped: %s: %s", path, reason)
             continue
+        if another:
+            raise ValueError(f"--resume_from {path}: {another}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)
         return
@@ -812,47 +786,62 @@ def resume(run: "Run") -> None:
     logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
 
 
-def check_same_run(run: "Run", state: dict, path: Path) -> None:
-    """A checkpoint continues only the run that wrote it; raises ValueError that names the difference."""
-    where = f"--resume_from {path}"
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Everything in a checkpoint, verified; nothing is unpickled. Raises ValueError."""
+    verify_directory(path)
+    state = modify_llm.read_json(path / "state.json")
+    for name in ("trainable", "optimizer", "random"):
+        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
+    fields = {"progress", "settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"}
+    if missing := fields - state.keys():
+        raise ValueError(f"state.json lacks {min(missing)}")
+    try:
+        state["progress"] = Progress(**state["progress"])
+    except TypeError as error:
+        raise ValueError(f"state.json: {error}") from None
+    return state
+
+
+def difference(run: "Run", state: dict) -> str:
+    """A checkpoint continues only the run that wrote it: what sets that one apart from this; nothing: ''."""
     for name, now in run.settings.items():
         before = state["settings"].get(name)
         if name not in FREE_TO_CHANGE and before != now:
-            raise ValueError(f"{where}: was trained with --{name} {before}, not {now}")
+            return f"was trained with --{name} {before}, not {now}"
     if state["world_size"] != run.runtime.world_size:
-        raise ValueError(f"{where}: was trained by {state['world_size']} processes, not {run.runtime.world_size}")
+        return f"was trained by {state['world_size']} processes, not {run.runtime.world_size}"
     if state["dataset_sha256"] != run.dataset_hash:
-        raise ValueError(f"{where}: the dataset has changed since (its content hash differs)")
+        return "the dataset has changed since (its content hash differs)"
     if state["base_fingerprint"] != run.model.base_fingerprint:
-        raise ValueError(f"{where}: was trained on another base model")
+        return "was trained on another base model"
+    return ""
 
 
 def check_tensors(run: "Run", state: dict) -> None:
-    """Raises Damaged, naming the tensor, unless the checkpoint holds just what this run trains, in the same shapes."""
-    parameters = trainable_state(run.model)
-    expected = {"trainable": {name: p.shape for name, p in parameters.items()}, "optimizer": {}}
+    """Raises ValueError, naming the tensor, unless all that this run trains is there in its shape, and no more."""
     if missing := {f"cpu.{rank}" for rank in range(run.runtime.world_size)} - state["random"].keys():
-        raise Damaged(f"random.safetensors lacks {min(missing)}")
+        raise ValueError(f"random.safetensors lacks {min(missing)}")
+    expected = {"trainable": {name: p.shape for name, p in run.trainable.items()}, "optimizer": {}}
     if state["progress"].step:
-        for name, p in parameters.items():
+        for name, p in run.trainable.items():
             expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
     for kind, shapes in expected.items():
         if names := state[kind].keys() ^ shapes.keys():
-            raise Damaged(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
+            raise ValueError(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
         for name, shape in shapes.items():
             if state[kind][name].shape != torch.Size(shape):
-                raise Damaged(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
+                raise ValueError(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
 
 
 def restore(run: "Run", state: dict) -> None:
     """Puts a checkpoint's tensors, progress and random state into the run."""
-    modify_llm.put_tensors(run.model, state["trainable"], run.checkpoints)
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad and state["progress"].step:
-            moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-    run.scaler.load_state_dict(state["grad_scaler"])
     run.progress, run.resumed_from = state["progress"], state["progress"].step
+    modify_llm.put_tensors(run.model, state["trainable"], run.output_dir)
+    for name, parameter in run.trainable.items() if run.progress.step else ():
+        moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    if state["grad_scaler"]:  # empty from a run that needed none, say on another device
+        run.scaler.load_state_dict(state["grad_scaler"])
     runtime, states = run.runtime, state["random"]
     torch.set_rng_state(states[f"cpu.{runtime.rank}"])
     if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
@@ -872,6 +861,7 @@ class Run:
     dataset_hash: str
     loader: DataLoader
     eval_loader: DataLoader | None
+    trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
@@ -881,7 +871,6 @@ class Run:
         self.args, self.runtime = args, runtime
         self.settings = dict(vars(args))
         self.output_dir = Path(args.output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
         self.progress = Progress()
         self.resumed_from: int | None = None
         self.signal: int | None = None  # what this process was told
@@ -942,7 +931,8 @@ def save_scratch_base(run: "Run") -> None:
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             base = modify_llm.load_base(args)
-        write_directory(base_dir, run.output_dir, base.save_pretrained)
+        with whole_directory(run.output_dir, "base") as directory:
+            base.save_pretrained(directory)
     run.model.base_path = run.model.base_name = str(base_dir)
 
 
@@ -1021,7 +1011,7 @@ def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
     if progress_.best_loss is None or loss < progress_.best_loss:
         progress_.best_loss, progress_.best_step, progress_.evaluations_without_gain = loss, progress_.step, 0
         if runtime.rank == 0:
-            write_directory(run.output_dir / "best", run.output_dir, lambda path: write_model(run, path))
+            write_model(run, "best")
     else:
         progress_.evaluations_without_gain += 1
         patience = run.args.early_stopping_patience
@@ -1036,10 +1026,12 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def write_model(run: Run, directory: Path) -> None:
-    save_trained(run.model, directory)
-    run.tokenizer.save_pretrained(directory)
-    (directory / CARD).write_text(model_card(run), encoding="utf-8")
+def write_model(run: Run, name: str) -> None:
+    """best/ or final/."""
+    with whole_directory(run.output_dir, name) as directory:
+        save_trained(run.model, directory)
+        run.tokenizer.save_pretrained(directory)
+        (directory / CARD).write_text(model_card(run), encoding="utf-8")
 
 
 def model_card(run: Run) -> str:
@@ -1190,7 +1182,7 @@ def finish(run: Run, point_on: bool) -> None:
             run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl"
         )
         # Last, since a run whose final/ is whole counts as finished.
-        write_directory(output_dir / "final", output_dir, lambda path: write_model(run, path))
+        write_model(run, "final")
         if state.first_loss is not None and state.last_loss is not None:
             before, after = perplexity(state.first_loss), perplexity(state.last_loss)
             best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""
@@ -1296,6 +1288,7 @@ def prepare(run: Run) -> None:
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
     prepare_model(run.model, args, runtime)
+    run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     run.optimizer = make_optimizer(run.model, args)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     shared = {

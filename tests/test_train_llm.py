@@ -1109,6 +1109,12 @@ def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(flags, h
     assert outcome(again) == half_done[1]
 
 
+def test_a_run_goes_on_in_fp16_from_a_checkpoint_written_without_a_gradient_scaler(flags, half, monkeypatch):
+    monkeypatch.setattr(train_llm, "choose_runtime", lambda _: Runtime(torch.device("cpu"), torch.float16))
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    assert checkpoints(half)[-1].name == "step_00000006"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
