@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -49,19 +48,10 @@ from transformers.utils.logging import disable_progress_bar
 import data_pipeline
 import modify_llm
 from data_pipeline import IGNORED, AlpacaDataset, final_dataset_loader, load_dataset, load_tokenizer, split_text
-from modify_llm import (
-    MANIFEST,
-    boolean,
-    file_hash,
-    final_modify,
-    load_trained,
-    manifest_hash,
-    save_trained,
-    verify_directory,
-)
+from modify_llm import boolean, final_modify, load_trained, save_trained, verify_directory
 
 logger = logging.getLogger(__name__)
-progress = logging.getLogger("progress")  # lines without a prefix
+plain = logging.getLogger("plain")  # lines without a prefix
 
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
 LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-1, "selective": 1e-3, "full": 5e-4}
@@ -72,16 +62,11 @@ FREE_TO_CHANGE = {
     "log_interval", "eval_interval", "save_interval", "save_total_limit", "device", "report_to", "prompt", "eval_only",
     "num_samples", "max_new_tokens", "temperature", "model_name_or_path", "tokenizer_name_or_path", "adapter_path",
 }  # fmt: skip
-OWN_FILES = (
-    "run.json",
-    "metrics.jsonl",
-    "metrics.jsonl.new",
-    "training_curves.png",
-    "predictions.jsonl",
-    "training_*.log",
-)
+OWN = (  # what a run writes, and --overwrite_output_dir removes
+    "run.json", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png", "predictions.jsonl", "training_*.log",
+    "checkpoints", "best", "final", "base", "tensorboard",
+)  # fmt: skip
 CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
-OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
 
 
 class Stopped(Exception):
@@ -167,6 +152,8 @@ def train_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of")
     elif not (args.dataset_path or args.demo or args.eval_only or args.prompt):
         problems.append("--dataset_path: needed to train (or --demo)")
+    if args.adapter_path and args.from_scratch:
+        problems.append("--from_scratch: --adapter_path brings the base that it was trained on")
     if args.demo and args.resume_from:
         problems.append("--resume_from: --demo always starts anew")
     if args.demo and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -285,7 +272,7 @@ class LogHandler(logging.Handler):
 
 class LogFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        prefix = "" if record.name == progress.name else f"{record.levelname}:{record.name}:"
+        prefix = "" if record.name == plain.name else f"{record.levelname}:{record.name}:"
         return prefix + record.getMessage()
 
 
@@ -559,18 +546,23 @@ def prompt_text(text: str, text_format: str) -> str:
     """
     if text_format == "output":
         return text
-    columns = data_pipeline.format_columns(text_format)
-    read = (
-        ["instruction"] if text_format == "alpaca" else [n for n in columns if f"{{{n}}}" in text_format.split("||")[0]]
-    )
-    required = [name for name in read if name != "input"]  # an input may be empty, in a prompt as in the data
-    fields = {required[0]: text, "input": ""} if len(required) == 1 else {}
+    columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
+    if text_format == "alpaca":
+        before_response = data_pipeline.PROMPT_WITH_INPUT
+    read = [name for name in columns if f"{{{name}}}" in before_response]
+    required = [name for name in read if name != "input"] or read  # an input may be empty, as in the data
+    fields = {required[0]: text} if len(required) == 1 else {}
     if text.lstrip().startswith("{"):
         with suppress(ValueError, AttributeError):
-            fields = {"input": ""} | {name: str(value) for name, value in json.loads(text).items()}
-    if missing := [name for name in read if name not in fields]:
+            fields = {name: str(value) for name, value in json.loads(text).items()}
+    if missing := [name for name in required if name not in fields]:
         raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
     return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
+
+
+def prefix_length(model: GPT2LMHeadModel) -> int:
+    """How many of the model's positions virtual tokens take."""
+    return len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
 
 
 @torch.no_grad()
@@ -579,23 +571,21 @@ def generate_text(
     runtime: Runtime,
 ) -> tuple[str, bool]:  # fmt: skip
     """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
-    virtual = len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
-    room = model.config.n_positions - virtual - len(prompt_ids)
+    room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
     if room < 1:
         raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # text by text, with a cache
     ids = torch.tensor([prompt_ids], device=runtime.device)
-    sampling = (
-        {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
-    )
+    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
     devices = [runtime.device] if runtime.device.type == "cuda" else []
     with torch.random.fork_rng(devices), runtime.autocast():
         torch.manual_seed(args.seed)
         output = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **sampling,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, do_sample=bool(sampling),
+            **sampling,
         )[0, len(prompt_ids) :].tolist()  # fmt: skip
     model.set_attn_implementation(attention)
     model.train(training)
@@ -629,13 +619,9 @@ def write_predictions(
     prepare_model(base, args, runtime)
     with open(path, "w", encoding="utf-8") as file:
         for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
-            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
-            row |= {
-                "base": generate_text(base, tokenizer, prompt, args, runtime)[0],
-                "tuned": answer,
-                "stopped": stopped,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            untuned, _ = generate_text(base, tokenizer, prompt, args, runtime)
+            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference), "base": untuned}
+            file.write(json.dumps(row | {"tuned": answer, "stopped": stopped}, ensure_ascii=False) + "\n")
     logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
 
 
@@ -650,8 +636,9 @@ def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
-        files = {file.name: file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
-        modify_llm.write_json(new / MANIFEST, {"files": files, "manifest_sha256": manifest_hash(files)})
+        files = {file.name: modify_llm.file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
+        digest = modify_llm.manifest_hash(files)
+        modify_llm.write_json(new / modify_llm.MANIFEST, {"files": files, "manifest_sha256": digest})
         for item in [*new.iterdir(), new]:
             sync(item)
         path.parent.mkdir(exist_ok=True)
@@ -861,6 +848,7 @@ class Run:
     dataset_hash: str
     loader: DataLoader
     eval_loader: DataLoader | None
+    counts: tuple[int, int]  # parameters, those that train
     trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
@@ -894,21 +882,35 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
 
-    def labelled(path: str) -> AlpacaDataset:
+    def labelled(flag: str) -> AlpacaDataset:
+        path = getattr(args, flag)
         dataset = load_dataset(path, tokenizer, text_format=args.text_format, max_length=args.max_length)
         keep = dataset.label_counts > 0
         if not keep.any():
-            raise ValueError(f"--dataset_path {path}: no row is left to learn from")
+            raise ValueError(f"--{flag} {path}: no row is left to learn from")
         if not keep.all():
             logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
         return dataset.select(keep)
 
     if args.eval_dataset_path:
-        held_out = labelled(args.eval_dataset_path)
-        train = held_out.select(np.zeros(len(held_out), dtype=bool)) if args.eval_only else labelled(args.dataset_path)
+        held_out = labelled("eval_dataset_path")
+        train = held_out if args.eval_only else labelled("dataset_path")
     else:
-        train, held_out = labelled(args.dataset_path).split(args.eval_fraction, args.seed)
+        train, held_out = labelled("dataset_path").split(args.eval_fraction, args.seed)
+    if not len(held_out if args.eval_only else train):
+        purpose = "evaluate" if args.eval_only else "train"
+        raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
     return train.first(args.max_samples), held_out.first(args.max_eval_samples)
+
+
+def make_loader(
+    rows: AlpacaDataset, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime, **how: Any
+) -> DataLoader:
+    """This process's micro-batches, each of rows of about one length."""
+    return final_dataset_loader(
+        rows, tokenizer=tokenizer, padding="longest", group_by_length=True, batch_size=args.batch_size,
+        num_workers=args.num_workers, rank=runtime.rank, world_size=runtime.world_size, seed=args.seed, **how,
+    )  # fmt: skip
 
 
 def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
@@ -990,36 +992,32 @@ def cut_metrics(path: Path, state: Progress | None) -> None:
 
 def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
     """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
-    progress_, runtime = run.progress, run.runtime
+    state, runtime = run.progress, run.runtime
     loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
     if not math.isfinite(loss):
-        raise RuntimeError(f"the held-out loss is {loss} at step {progress_.step}")
-    row = {"step": progress_.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
+    row = {"step": state.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
     write_metrics(run, row | {"eval_tokens": tokens})
-    progress.info(
+    plain.info(
         "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
-        epoch, progress_.step, loss, perplexity(loss), f"{tokens:,}",
+        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
     )  # fmt: skip
-    progress_.last_loss = loss
-    if progress_.step == 0:
-        progress_.first_loss = loss
+    state.last_loss = loss
+    if state.step == 0:
+        state.first_loss = loss
         return
     if run.args.num_samples and runtime.rank == 0:
         for prompt, _ in held_out_prompts(run.eval_rows, run.args.num_samples):
             answer, _ = generate_text(run.model, run.tokenizer, prompt, run.args, runtime)
-            logger.info("Sample: %s -> %s", one_line(run.tokenizer.decode(prompt)[-60:]), one_line(answer))
-    if progress_.best_loss is None or loss < progress_.best_loss:
-        progress_.best_loss, progress_.best_step, progress_.evaluations_without_gain = loss, progress_.step, 0
+            logger.info("Sample: %.160r -> %.160r", run.tokenizer.decode(prompt)[-60:], answer)
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
         if runtime.rank == 0:
             write_model(run, "best")
     else:
-        progress_.evaluations_without_gain += 1
+        state.evaluations_without_gain += 1
         patience = run.args.early_stopping_patience
-        progress_.stopped_early = bool(patience) and progress_.evaluations_without_gain >= patience
-
-
-def one_line(text: str) -> str:
-    return repr(text)[:160]
+        state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
 
 
 def perplexity(loss: float) -> float:
@@ -1037,7 +1035,7 @@ def write_model(run: Run, name: str) -> None:
 def model_card(run: Run) -> str:
     """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
     args, state, base = run.args, run.progress, run.model.base_name or "random weights"
-    total, trainable = modify_llm.parameter_counts(run.model)
+    total, trainable = run.counts
     technique = run.model.modification["modification_type"]
     load, library = [f'model = AutoModelForCausalLM.from_pretrained("{base}")'], "peft"
     load.append('model = PeftModel.from_pretrained(model, "DIR")  # peft')
@@ -1080,12 +1078,12 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
 
     Loss: the sum over the labelled tokens of the window, on all processes, over their number, whatever the cut.
     """
-    args, runtime, progress_ = run.args, run.runtime, run.progress
+    args, runtime, state = run.args, run.runtime, run.progress
     inputs = [loss_inputs(batch, runtime) for batch in window]
     own = sum(len(i["targets"]) for i in inputs)
     targets, told_to_stop = runtime.sum_over_ranks(own, run.signal is not None)
     run.stopping = told_to_stop > 0  # one process was told: all stop at the same step
-    rate = learning_rate_at(progress_.step + 1, run.total_steps, args)
+    rate = learning_rate_at(state.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     loss_sum = torch.zeros((), device=runtime.device)
@@ -1104,19 +1102,17 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
         dist.all_reduce(loss_sum)
     loss_value, norm_value = torch.stack([loss_sum, norm.float()]).tolist()  # the one wait for the device in a step
     if not math.isfinite(loss_value):
-        raise RuntimeError(f"the loss is {loss_value} at step {progress_.step + 1}: try a lower --learning_rate")
+        raise RuntimeError(f"the loss is {loss_value} at step {state.step + 1}: try a lower --learning_rate")
     if not math.isfinite(norm_value) and not run.scaler.is_enabled():
-        raise RuntimeError(
-            f"the gradient norm is {norm_value} at step {progress_.step + 1}: try a lower --learning_rate"
-        )
+        raise RuntimeError(f"the gradient norm is {norm_value} at step {state.step + 1}: try a lower --learning_rate")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1e-3:
         raise RuntimeError("fp16 gradients overflow again and again: use --precision fp32 or bf16")
     run.optimizer.zero_grad(set_to_none=True)
-    progress_.step += 1
-    progress_.loss_sum += loss_value
-    progress_.target_count += int(targets)
+    state.step += 1
+    state.loss_sum += loss_value
+    state.target_count += int(targets)
     return rate, norm_value
 
 
@@ -1161,7 +1157,7 @@ def train(run: Run) -> None:
             loss, speed = state.loss_sum / max(1, state.target_count), all_tokens / (time.perf_counter() - clock)
             row = {"step": step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss), "lr": rate}
             write_metrics(run, row | {"grad_norm": norm, "tokens_per_second": speed})
-            progress.info(
+            plain.info(
                 "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
                 epoch, width, step_of_epoch + 1, steps, loss, perplexity(loss), rate, norm, f"{speed:,.0f}",
             )  # fmt: skip
@@ -1176,24 +1172,22 @@ def train(run: Run) -> None:
 def finish(run: Run, point_on: bool) -> None:
     """final/, the curves, the predictions and the closing words; point_on: with where all lies, and how to use it."""
     state, output_dir = run.progress, run.output_dir
-    if run.runtime.rank == 0:
-        plot_curves(output_dir)
-        write_predictions(
-            run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl"
-        )
-        # Last, since a run whose final/ is whole counts as finished.
-        write_model(run, "final")
-        if state.first_loss is not None and state.last_loss is not None:
-            before, after = perplexity(state.first_loss), perplexity(state.last_loss)
-            best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""
-            progress.info("Held-out perplexity: %.2f before, %.2f after %d steps, %s", before, after, state.step, best)
-        minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
-        progress.info("Time: %d min %02d s", minutes, seconds)
-        if point_on:
-            written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
-            progress.info("Written to %s: %s", output_dir, written)
-            use = output_dir / ("best" if state.best_loss is not None else "final")
-            progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
+    if run.runtime.rank != 0:
+        return
+    plot_curves(output_dir)
+    write_predictions(run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl")
+    write_model(run, "final")  # last, since a run whose final/ is whole counts as finished
+    if state.best_loss is not None:
+        before, after, best = (perplexity(loss) for loss in (state.first_loss, state.last_loss, state.best_loss))
+        words = "Held-out perplexity: %.2f before, %.2f after %d steps, best %.2f at step %d"
+        plain.info(words, before, after, state.step, best, state.best_step)
+    minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
+    plain.info("Time: %d min %02d s", minutes, seconds)
+    if point_on:
+        written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
+        plain.info("Written to %s: %s", output_dir, written)
+        use = output_dir / ("best" if state.best_loss is not None else "final")
+        plain.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
 
 
 def plot_curves(output_dir: Path) -> None:
@@ -1254,7 +1248,7 @@ def start_records(run: Run) -> None:
 
         run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
         run.closing.callback(run.writer.close)
-    total, trainable = modify_llm.parameter_counts(run.model)
+    total, trainable = run.counts
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
     record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
@@ -1264,10 +1258,8 @@ def start_records(run: Run) -> None:
 
 def clear_directory(output_dir: Path) -> None:
     """Removes what a run wrote, and nothing else."""
-    for file in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN_FILES):
-        file.unlink()
-    for name in OWN_DIRECTORIES:
-        shutil.rmtree(output_dir / name, ignore_errors=True)
+    for path in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
 
 
 def prepare(run: Run) -> None:
@@ -1277,26 +1269,21 @@ def prepare(run: Run) -> None:
         modify_llm.locate(args.model_name_or_path)  # weights out of reach are told before the rows are read
     run.tokenizer = tokenizer_for(args)
     run.train_rows, run.eval_rows = load_rows(args, run.tokenizer)
-    if not len(run.train_rows):
-        raise ValueError(f"--dataset_path {args.dataset_path}: no row is left to train on")
     hashes = run.train_rows.content_hash() + run.eval_rows.content_hash()
     run.dataset_hash = hashlib.sha256(hashes.encode()).hexdigest()
     logger.info("🔧 Using device: %s", runtime.device)
     run.model = build_model(args, run.output_dir)
     check_fits(run.model, run.tokenizer, args)
-    total, trainable = modify_llm.parameter_counts(run.model)
+    total, trainable = run.counts = modify_llm.parameter_counts(run.model)
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
     prepare_model(run.model, args, runtime)
     run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     run.optimizer = make_optimizer(run.model, args)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    shared = {
-        "tokenizer": run.tokenizer, "padding": "longest", "group_by_length": True, "batch_size": args.batch_size,
-        "num_workers": args.num_workers, "rank": runtime.rank, "world_size": runtime.world_size, "seed": args.seed,
-    }  # fmt: skip
-    run.loader = final_dataset_loader(run.train_rows, accumulation_steps=args.gradient_accumulation_steps, **shared)
-    run.eval_loader = final_dataset_loader(run.eval_rows, shuffle=False, **shared) if len(run.eval_rows) else None
+    loader_of, accumulation = (run.tokenizer, args, runtime), args.gradient_accumulation_steps
+    run.loader = make_loader(run.train_rows, *loader_of, accumulation_steps=accumulation)
+    run.eval_loader = make_loader(run.eval_rows, *loader_of, shuffle=False) if len(run.eval_rows) else None
     run.steps_per_epoch = run.loader.batch_sampler.steps
     run.total_steps = args.max_steps or args.epochs * run.steps_per_epoch
     if args.warmup_steps is None:
@@ -1306,7 +1293,7 @@ def prepare(run: Run) -> None:
             "--warmup_steps %d: the run ends at step %d, still warming up", args.warmup_steps, run.total_steps
         )
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
-    progress.info(summary(run))
+    plain.info(summary(run))
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
@@ -1315,7 +1302,7 @@ def prepare(run: Run) -> None:
 def summary(run: Run) -> str:
     """What is about to happen, in a few lines."""
     args, runtime, rows = run.args, run.runtime, run.train_rows
-    total, trainable = modify_llm.parameter_counts(run.model)
+    total, trainable = run.counts
     stored = sum(p.numel() * p.element_size() for p in run.model.parameters())
     tokens, labels = int(rows.lengths.sum()), int(rows.label_counts.sum())
     packed = f"{1 - tokens / (len(rows) * args.max_length):.0%} padding saved of {args.max_length} a row"
@@ -1386,7 +1373,7 @@ def finished(run: Run) -> bool:
 def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
     """Text, prefix and vocabulary must fit the model."""
     config = model.config
-    virtual = len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
+    virtual = prefix_length(model)
     if args.max_length + virtual > config.n_positions:
         prefix = f" with a prefix of {virtual}" if virtual else ""
         raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
@@ -1406,17 +1393,11 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     prepare_model(model.requires_grad_(False), args, runtime)
     if args.eval_only:
         _, held_out = load_rows(args, tokenizer)
-        if not len(held_out):
-            raise ValueError("--eval_only: no held-out rows; give --eval_fraction or --eval_dataset_path")
-        loader = final_dataset_loader(
-            held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False,
-            batch_size=args.batch_size, num_workers=args.num_workers, rank=runtime.rank,
-            world_size=runtime.world_size,
-        )  # fmt: skip
         check_fits(model, tokenizer, args)
+        loader = make_loader(held_out, tokenizer, args, runtime, shuffle=False)
         loss, tokens = evaluate(SummedLoss(model), loader, runtime)
         line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
-        progress.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
+        plain.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
     answer_prompts(model, tokenizer, args, runtime)
 
 
@@ -1426,7 +1407,7 @@ def answer_prompts(
     for text in args.prompt if runtime.rank == 0 else []:
         ids = tokenizer(prompt_text(text, args.text_format), add_special_tokens=False)["input_ids"]
         answer, stopped = generate_text(model, tokenizer, ids or [tokenizer.eos_token_id], args, runtime)
-        progress.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
+        plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
 
 
 def demo(args: argparse.Namespace, runtime: Runtime) -> None:
@@ -1447,7 +1428,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         clear_directory(output_dir)
         for name, half in (("base", rows[::2]), ("tune", rows[1::2])):
             Path(scratch, f"{name}.json").write_text(json.dumps(half), encoding="utf-8")
-        progress.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
+        plain.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
         tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4"]
         tiny += ["--max_position_embeddings=160"]
         learn = ["--modification_type=full", "--epochs=8", "--learning_rate=2e-3", "--eval_interval=172"]
@@ -1455,11 +1436,11 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         base = ["--from_scratch", *tiny, *learn, *data, *common, f"--output_dir={scratch}/run"]
         train_model(parse(base), runtime, point_on=False)
         shutil.move(f"{scratch}/run/best", output_dir / "base")
-        progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
+        plain.info("\nDemo, part 2 of 2: LoRA on that base\n")
         learn = [f"--model_name_or_path={output_dir}/base", "--epochs=6", "--learning_rate=1e-2", "--eval_interval=129"]
         data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
         train_model(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime)
-    progress.info("\nA model of this size learns the form of an answer, not its facts:\n")
+    plain.info("\nA model of this size learns the form of an answer, not its facts:\n")
     question = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
     use_model(parse(["--adapter_path", str(output_dir / "final"), "--prompt", question, *own]), runtime)
 

@@ -1511,6 +1511,7 @@ def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_l
         (["--gradient_checkpointing", "--modification_type=prefix", "--prefix_type=key_value"], "--gradient_check"),
         (["--precision", "fp16"], "--precision fp16"),
         (["--demo", "--resume_from", "auto"], "--resume_from"),
+        (["--adapter_path", "absent", "--from_scratch"], "--from_scratch"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_loads, bad, said):
@@ -1553,6 +1554,8 @@ def test_a_device_that_is_not_there_is_refused(flags, tmp_path, capsys, nothing_
         ({"dataset_path": "EMPTY"}, "rows.json"),
         ({"dataset_path": "UNLABELLED"}, "unlabelled.json"),
         ({"eval_dataset_path": "absent.json"}, "absent.json"),
+        ({"eval_dataset_path": "UNLABELLED"}, "--eval_dataset_path"),
+        ({"eval_fraction": 0.99}, "--eval_fraction 0.99"),
         ({"resume_from": "absent"}, "--resume_from absent"),
         ({"resume_from": "TMP"}, "no good checkpoint"),
         ({"text_format": "{q}||{absent}"}, "absent"),
@@ -1695,6 +1698,8 @@ def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, sa
         ),
         ("Hi", "Q: {question}\nA:||{answer}", "Q: Hi\nA:"),
         ("{Hi}", "Q: {question}\nA:||{answer}", "Q: {Hi}\nA:"),
+        ("Hi", "Q: {input}\nA:||{answer}", "Q: Hi\nA:"),
+        ('{"q": "Hi"}', "Q: {q} {input}\nA:||{answer}", "Q: Hi \nA:"),
     ],
 )
 def test_a_prompt_is_read_in_the_format_of_the_run(text, text_format, read):
