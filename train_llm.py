@@ -536,7 +536,7 @@ def evaluate(summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime) -> t
     return total / max(1, count), int(count)
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
+# ---- answers ---------------------------------------------------------------------------------------------------------
 
 
 def prompt_text(text: str, text_format: str) -> str:
@@ -595,6 +595,15 @@ def generate_text(
     return tokenizer.decode(output), stopped
 
 
+def answer_prompts(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime
+) -> None:
+    for text in args.prompt if runtime.rank == 0 else []:
+        ids = tokenizer(prompt_text(text, args.text_format), add_special_tokens=False)["input_ids"]
+        answer, stopped = generate_text(model, tokenizer, ids or [tokenizer.eos_token_id], args, runtime)
+        plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
+
+
 def held_out_prompts(dataset: AlpacaDataset, number: int) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its first eight tokens."""
     pairs = []
@@ -605,74 +614,7 @@ def held_out_prompts(dataset: AlpacaDataset, number: int) -> list[tuple[list[int
     return pairs
 
 
-def write_predictions(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, dataset: AlpacaDataset, args: argparse.Namespace,
-    runtime: Runtime, path: Path,
-) -> None:  # fmt: skip
-    """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few rows."""
-    pairs = held_out_prompts(dataset, args.num_samples)
-    if not pairs:
-        return
-    tuned = [generate_text(model, tokenizer, prompt, args, runtime) for prompt, _ in pairs]
-    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
-    base = modify_llm.load_base(chosen).requires_grad_(False)
-    prepare_model(base, args, runtime)
-    with open(path, "w", encoding="utf-8") as file:
-        for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
-            untuned, _ = generate_text(base, tokenizer, prompt, args, runtime)
-            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference), "base": untuned}
-            file.write(json.dumps(row | {"tuned": answer, "stopped": stopped}, ensure_ascii=False) + "\n")
-    logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
-    """A directory to fill; only when it is whole, with sha256 sums, and synced, does it become output_dir/name."""
-    path = output_dir / name
-    new, old = output_dir / f".new_{path.name}", output_dir / f".old_{path.name}"
-    try:
-        new.mkdir()
-        yield new
-        files = {file.name: modify_llm.file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
-        digest = modify_llm.manifest_hash(files)
-        modify_llm.write_json(new / modify_llm.MANIFEST, {"files": files, "manifest_sha256": digest})
-        for item in [*new.iterdir(), new]:
-            sync(item)
-        path.parent.mkdir(exist_ok=True)
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
-        new.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def recover_and_clean(output_dir: Path) -> None:
-    """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
-    for old in output_dir.glob(".old_*"):
-        name = old.name.removeprefix(".old_")
-        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
-        if not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            old.rename(place)
-    for pattern in (".new_*", ".old_*", ".trash_*"):
-        for stale in output_dir.glob(pattern):
-            shutil.rmtree(stale, ignore_errors=True)
+# ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -689,153 +631,6 @@ class Progress:
     stopped_early: bool = False
     loss_sum: float = 0.0  # since the last line of the log
     target_count: int = 0
-
-
-def random_states(runtime: Runtime) -> dict[str, Tensor]:
-    """The state of every process's generators, gathered."""
-    own = {f"cpu.{runtime.rank}": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        own[f"cuda.{runtime.rank}"] = torch.cuda.get_rng_state(runtime.device)
-    if runtime.world_size == 1:
-        return own
-    gathered: list[dict] = [{}] * runtime.world_size
-    dist.all_gather_object(gathered, own)
-    return {name: state for states in gathered for name, state in states.items()}
-
-
-def save_checkpoint(run: "Run") -> None:
-    """checkpoints/step_N: trainable weights, optimizer, random states, progress; what rotates out is removed."""
-    runtime, step = run.runtime, run.progress.step
-    tensors = {"trainable": run.trainable, "random": random_states(runtime)}
-    if runtime.rank != 0:
-        return
-    tensors["optimizer"] = {
-        f"{name}.{key}": value
-        for name, parameter in run.trainable.items()
-        for key, value in run.optimizer.state[parameter].items()
-    }
-    state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
-    state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
-    state["grad_scaler"] = run.scaler.state_dict()
-    with whole_directory(run.output_dir, f"checkpoints/step_{step:08d}") as directory:
-        for name, group in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, directory / f"{name}.safetensors")
-        modify_llm.write_json(directory / "state.json", state)
-    others = [path for path in checkpoint_directories(run.output_dir) if checkpoint_step(path) != step]
-    for path in others[run.args.save_total_limit - 1 :]:
-        if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
-            try:
-                trash = run.output_dir / f".trash_{path.name}"
-                path.rename(trash)
-                shutil.rmtree(trash)
-            except OSError as error:
-                logger.warning("%s: cannot be removed: %s", path, error)
-
-
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def checkpoint_directories(output_dir: Path) -> list[Path]:
-    """checkpoints/step_*, newest first."""
-    found = [path for path in output_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
-    return sorted(filter(Path.is_dir, found), key=checkpoint_step, reverse=True)
-
-
-def resume(run: "Run") -> None:
-    """Goes on from --resume_from: under auto from the newest good checkpoint, with a warning for each bad one.
-
-    Raises ValueError for a checkpoint of another run, or one asked for by its path that is not good.
-    """
-    wanted = run.args.resume_from
-    root = run.output_dir if wanted == "auto" else Path(wanted)
-    if wanted != "auto" and not root.is_dir():
-        raise ValueError(f"--resume_from {wanted}: no such directory")
-    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
-    for path in [root] if by_path else checkpoint_directories(root):
-        try:
-            state = read_checkpoint(path)
-            if not (another := difference(run, state)):
-                check_tensors(run, state)
-        except ValueError as error:
-            reason = str(error).removeprefix(f"{path}: ")
-            if by_path:
-                raise ValueError(f"--resume_from {path}: {reason}") from None
-            logger.warning("Checkpoint skipped: %s: %s", path, reason)
-            continue
-        if another:
-            raise ValueError(f"--resume_from {path}: {another}")
-        restore(run, state)
-        logger.info("Resumed from %s at step %d", path, run.progress.step)
-        return
-    if wanted != "auto":
-        raise ValueError(f"--resume_from {wanted}: holds no good checkpoint")
-    logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint, verified; nothing is unpickled. Raises ValueError."""
-    verify_directory(path)
-    state = modify_llm.read_json(path / "state.json")
-    for name in ("trainable", "optimizer", "random"):
-        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
-    fields = {"progress", "settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"}
-    if missing := fields - state.keys():
-        raise ValueError(f"state.json lacks {min(missing)}")
-    try:
-        state["progress"] = Progress(**state["progress"])
-    except TypeError as error:
-        raise ValueError(f"state.json: {error}") from None
-    return state
-
-
-def difference(run: "Run", state: dict) -> str:
-    """A checkpoint continues only the run that wrote it: what sets that one apart from this; nothing: ''."""
-    for name, now in run.settings.items():
-        before = state["settings"].get(name)
-        if name not in FREE_TO_CHANGE and before != now:
-            return f"was trained with --{name} {before}, not {now}"
-    if state["world_size"] != run.runtime.world_size:
-        return f"was trained by {state['world_size']} processes, not {run.runtime.world_size}"
-    if state["dataset_sha256"] != run.dataset_hash:
-        return "the dataset has changed since (its content hash differs)"
-    if state["base_fingerprint"] != run.model.base_fingerprint:
-        return "was trained on another base model"
-    return ""
-
-
-def check_tensors(run: "Run", state: dict) -> None:
-    """Raises ValueError, naming the tensor, unless all that this run trains is there in its shape, and no more."""
-    if missing := {f"cpu.{rank}" for rank in range(run.runtime.world_size)} - state["random"].keys():
-        raise ValueError(f"random.safetensors lacks {min(missing)}")
-    expected = {"trainable": {name: p.shape for name, p in run.trainable.items()}, "optimizer": {}}
-    if state["progress"].step:
-        for name, p in run.trainable.items():
-            expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
-    for kind, shapes in expected.items():
-        if names := state[kind].keys() ^ shapes.keys():
-            raise ValueError(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
-        for name, shape in shapes.items():
-            if state[kind][name].shape != torch.Size(shape):
-                raise ValueError(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
-
-
-def restore(run: "Run", state: dict) -> None:
-    """Puts a checkpoint's tensors, progress and random state into the run."""
-    run.progress, run.resumed_from = state["progress"], state["progress"].step
-    modify_llm.put_tensors(run.model, state["trainable"], run.output_dir)
-    for name, parameter in run.trainable.items() if run.progress.step else ():
-        moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-    if state["grad_scaler"]:  # empty from a run that needed none, say on another device
-        run.scaler.load_state_dict(state["grad_scaler"])
-    runtime, states = run.runtime, state["random"]
-    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
-    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
-
-
-# ---- a run -----------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -926,16 +721,16 @@ def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
     return model
 
 
-def save_scratch_base(run: "Run") -> None:
-    """Writes the random base that the run starts from (the seed makes it again) to base/, to load the result on."""
-    base_dir, args = run.output_dir / "base", run.args
-    if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            base = modify_llm.load_base(args)
-        with whole_directory(run.output_dir, "base") as directory:
-            base.save_pretrained(directory)
-    run.model.base_path = run.model.base_name = str(base_dir)
+def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
+    """Text, prefix and vocabulary must fit the model."""
+    config = model.config
+    virtual = prefix_length(model)
+    if args.max_length + virtual > config.n_positions:
+        prefix = f" with a prefix of {virtual}" if virtual else ""
+        raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
+    if len(tokenizer) > config.vocab_size:
+        tokens = f"{len(tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
+        raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
 
 
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
@@ -965,15 +760,104 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
     )
 
 
-def write_metrics(run: Run, row: dict[str, Any]) -> None:
+# ---- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def claim_directory(run: Run, create: bool) -> None:
+    """Makes the output directory this process's own, and puts right what a crash left there.
+
+    create: also one that is not there yet. Raises ValueError for one that is not to be had.
+    """
+    args, output_dir = run.args, run.output_dir
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: is a file")
+    holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
+    if holds_run and not args.resume_from and not args.overwrite_output_dir:
+        raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
+    if run.runtime.rank != 0 or not (create or output_dir.exists()):
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
+    try:  # the DataLoader workers of a killed run hold it for some seconds more
+        run.closing.enter_context(lock.acquire(timeout=10))
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
+    recover_and_clean(output_dir)
+
+
+def recover_and_clean(output_dir: Path) -> None:
+    """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
+    for old in output_dir.glob(".old_*"):
+        name = old.name.removeprefix(".old_")
+        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            old.rename(place)
+    for pattern in (".new_*", ".old_*", ".trash_*"):
+        for stale in output_dir.glob(pattern):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def clear_directory(output_dir: Path) -> None:
+    """Removes what a run wrote, and nothing else."""
+    for path in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
+    """A directory to fill; only when it is whole, with sha256 sums, and synced, does it become output_dir/name."""
+    path = output_dir / name
+    new, old = output_dir / f".new_{path.name}", output_dir / f".old_{path.name}"
+    try:
+        new.mkdir()
+        yield new
+        files = {file.name: modify_llm.file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
+        digest = modify_llm.manifest_hash(files)
+        modify_llm.write_json(new / modify_llm.MANIFEST, {"files": files, "manifest_sha256": digest})
+        for item in [*new.iterdir(), new]:
+            sync(item)
+        path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        new.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def start_records(run: Run) -> None:
+    """Clears what --overwrite_output_dir says to clear; then run.json, metrics.jsonl and the log file begin."""
+    args, output_dir = run.args, run.output_dir
     if run.runtime.rank != 0:
         return
-    with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    if run.writer:
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                run.writer.add_scalar(name, value, row["step"])
+    if args.overwrite_output_dir:
+        clear_directory(output_dir)
+    cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
+    run.closing.enter_context(log_file(output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"))
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+        run.closing.callback(run.writer.close)
+    total, trainable = run.counts
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
+    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
+    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
+    modify_llm.write_json(output_dir / "run.json", record)
 
 
 def cut_metrics(path: Path, state: Progress | None) -> None:
@@ -990,38 +874,31 @@ def cut_metrics(path: Path, state: Progress | None) -> None:
     new.replace(path)  # at once: a kill in between must not lose the rows
 
 
-def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
-    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
-    state, runtime = run.progress, run.runtime
-    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
-    if not math.isfinite(loss):
-        raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
-    row = {"step": state.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
-    write_metrics(run, row | {"eval_tokens": tokens})
-    plain.info(
-        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
-        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
-    )  # fmt: skip
-    state.last_loss = loss
-    if state.step == 0:
-        state.first_loss = loss
+def write_metrics(run: Run, row: dict[str, Any]) -> None:
+    if run.runtime.rank != 0:
         return
-    if run.args.num_samples and runtime.rank == 0:
-        for prompt, _ in held_out_prompts(run.eval_rows, run.args.num_samples):
-            answer, _ = generate_text(run.model, run.tokenizer, prompt, run.args, runtime)
-            logger.info("Sample: %.160r -> %.160r", run.tokenizer.decode(prompt)[-60:], answer)
-    if state.best_loss is None or loss < state.best_loss:
-        state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
-        if runtime.rank == 0:
-            write_model(run, "best")
-    else:
-        state.evaluations_without_gain += 1
-        patience = run.args.early_stopping_patience
-        state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
+    with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if run.writer:
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                run.writer.add_scalar(name, value, row["step"])
 
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def save_scratch_base(run: Run) -> None:
+    """Writes the random base that the run starts from (the seed makes it again) to base/, to load the result on."""
+    base_dir, args = run.output_dir / "base", run.args
+    if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            base = modify_llm.load_base(args)
+        with whole_directory(run.output_dir, "base") as directory:
+            base.save_pretrained(directory)
+    run.model.base_path = run.model.base_name = str(base_dir)
 
 
 def write_model(run: Run, name: str) -> None:
@@ -1056,6 +933,209 @@ def model_card(run: Run) -> str:
         "", "```python", *load, 'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```",
         "", 'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
     ])  # fmt: skip
+
+
+def write_predictions(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, dataset: AlpacaDataset, args: argparse.Namespace,
+    runtime: Runtime, path: Path,
+) -> None:  # fmt: skip
+    """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few rows."""
+    pairs = held_out_prompts(dataset, args.num_samples)
+    if not pairs:
+        return
+    tuned = [generate_text(model, tokenizer, prompt, args, runtime) for prompt, _ in pairs]
+    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
+    base = modify_llm.load_base(chosen).requires_grad_(False)
+    prepare_model(base, args, runtime)
+    with open(path, "w", encoding="utf-8") as file:
+        for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
+            untuned, _ = generate_text(base, tokenizer, prompt, args, runtime)
+            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference), "base": untuned}
+            file.write(json.dumps(row | {"tuned": answer, "stopped": stopped}, ensure_ascii=False) + "\n")
+    logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
+
+
+def plot_curves(output_dir: Path) -> None:
+    """training_curves.png: loss, perplexity, learning rate and gradient norm over the optimizer steps."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    training, held_out = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    titles = {"loss": "loss per token", "perplexity": "perplexity", "lr": "learning rate", "grad_norm": "gradient norm"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
+        if held_out and f"eval_{key}" in held_out[0]:
+            points = [r["step"] for r in held_out], [r[f"eval_{key}"] for r in held_out]
+            axes.plot(*points, "o-", color="#c44e52", label="held out")
+            axes.legend()
+        axes.set(xlabel="optimizer step", ylabel=title)
+        axes.grid(alpha=0.3)
+        if key == "perplexity":
+            axes.set_yscale("log")
+    figure.savefig(output_dir / "training_curves.png", dpi=110)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Run) -> None:
+    """checkpoints/step_N: trainable weights, optimizer, random states, progress; what rotates out is removed."""
+    runtime, step = run.runtime, run.progress.step
+    tensors = {"trainable": run.trainable, "random": random_states(runtime)}
+    if runtime.rank != 0:
+        return
+    tensors["optimizer"] = {
+        f"{name}.{key}": value
+        for name, parameter in run.trainable.items()
+        for key, value in run.optimizer.state[parameter].items()
+    }
+    state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
+    state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
+    state["grad_scaler"] = run.scaler.state_dict()
+    with whole_directory(run.output_dir, f"checkpoints/step_{step:08d}") as directory:
+        for name, group in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, directory / f"{name}.safetensors")
+        modify_llm.write_json(directory / "state.json", state)
+    others = [path for path in checkpoint_directories(run.output_dir) if checkpoint_step(path) != step]
+    for path in others[run.args.save_total_limit - 1 :]:
+        if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
+            try:
+                trash = run.output_dir / f".trash_{path.name}"
+                path.rename(trash)
+                shutil.rmtree(trash)
+            except OSError as error:
+                logger.warning("%s: cannot be removed: %s", path, error)
+
+
+def random_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The state of every process's generators, gathered."""
+    own = {f"cpu.{runtime.rank}": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        own[f"cuda.{runtime.rank}"] = torch.cuda.get_rng_state(runtime.device)
+    if runtime.world_size == 1:
+        return own
+    gathered: list[dict] = [{}] * runtime.world_size
+    dist.all_gather_object(gathered, own)
+    return {name: state for states in gathered for name, state in states.items()}
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoint_directories(output_dir: Path) -> list[Path]:
+    """checkpoints/step_*, newest first."""
+    found = [path for path in output_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=checkpoint_step, reverse=True)
+
+
+def resume(run: Run) -> None:
+    """Goes on from --resume_from: under auto from the newest good checkpoint, with a warning for each bad one.
+
+    Raises ValueError for a checkpoint of another run, or one asked for by its path that is not good.
+    """
+    wanted = run.args.resume_from
+    root = run.output_dir if wanted == "auto" else Path(wanted)
+    if wanted != "auto" and not root.is_dir():
+        raise ValueError(f"--resume_from {wanted}: no such directory")
+    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
+    for path in [root] if by_path else checkpoint_directories(root):
+        try:
+            state = read_checkpoint(path)
+            if not (another := difference(run, state)):
+                check_tensors(run, state)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            if by_path:
+                raise ValueError(f"--resume_from {path}: {reason}") from None
+            logger.warning("Checkpoint skipped: %s: %s", path, reason)
+            continue
+        if another:
+            raise ValueError(f"--resume_from {path}: {another}")
+        restore(run, state)
+        logger.info("Resumed from %s at step %d", path, run.progress.step)
+        return
+    if wanted != "auto":
+        raise ValueError(f"--resume_from {wanted}: holds no good checkpoint")
+    logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Everything in a checkpoint, verified; nothing is unpickled. Raises ValueError."""
+    verify_directory(path)
+    state = modify_llm.read_json(path / "state.json")
+    for name in ("trainable", "optimizer", "random"):
+        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
+    fields = {"progress", "settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"}
+    if missing := fields - state.keys():
+        raise ValueError(f"state.json lacks {min(missing)}")
+    try:
+        state["progress"] = Progress(**state["progress"])
+    except TypeError as error:
+        raise ValueError(f"state.json: {error}") from None
+    return state
+
+
+def difference(run: Run, state: dict) -> str:
+    """A checkpoint continues only the run that wrote it: what sets that one apart from this; nothing: ''."""
+    for name, now in run.settings.items():
+        before = state["settings"].get(name)
+        if name not in FREE_TO_CHANGE and before != now:
+            return f"was trained with --{name} {before}, not {now}"
+    if state["world_size"] != run.runtime.world_size:
+        return f"was trained by {state['world_size']} processes, not {run.runtime.world_size}"
+    if state["dataset_sha256"] != run.dataset_hash:
+        return "the dataset has changed since (its content hash differs)"
+    if state["base_fingerprint"] != run.model.base_fingerprint:
+        return "was trained on another base model"
+    return ""
+
+
+def check_tensors(run: Run, state: dict) -> None:
+    """Raises ValueError, naming the tensor, unless all that this run trains is there in its shape, and no more."""
+    if missing := {f"cpu.{rank}" for rank in range(run.runtime.world_size)} - state["random"].keys():
+        raise ValueError(f"random.safetensors lacks {min(missing)}")
+    expected = {"trainable": {name: p.shape for name, p in run.trainable.items()}, "optimizer": {}}
+    if state["progress"].step:
+        for name, p in run.trainable.items():
+            expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
+    for kind, shapes in expected.items():
+        if names := state[kind].keys() ^ shapes.keys():
+            raise ValueError(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
+        for name, shape in shapes.items():
+            if state[kind][name].shape != torch.Size(shape):
+                raise ValueError(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
+
+
+def restore(run: Run, state: dict) -> None:
+    """Puts a checkpoint's tensors, progress and random state into the run."""
+    run.progress, run.resumed_from = state["progress"], state["progress"].step
+    modify_llm.put_tensors(run.model, state["trainable"], run.output_dir)
+    for name, parameter in run.trainable.items() if run.progress.step else ():
+        moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    if state["grad_scaler"]:  # empty from a run that needed none, say on another device
+        run.scaler.load_state_dict(state["grad_scaler"])
+    runtime, states = run.runtime, state["random"]
+    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
+    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
+
+
+def finished(run: Run) -> bool:
+    """Its newest good checkpoint is at the last step, and final/ verifies."""
+    if run.resumed_from is None or (run.progress.step < run.total_steps and not run.progress.stopped_early):
+        return False
+    try:
+        verify_directory(run.output_dir / "final")
+    except ValueError:
+        return False
+    return not run.progress.evaluation_due
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
 def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
@@ -1116,6 +1196,36 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
     return rate, norm_value
 
 
+def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
+    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
+    state, runtime = run.progress, run.runtime
+    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
+    row = {"step": state.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    write_metrics(run, row | {"eval_tokens": tokens})
+    plain.info(
+        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
+        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
+    )  # fmt: skip
+    state.last_loss = loss
+    if state.step == 0:
+        state.first_loss = loss
+        return
+    if run.args.num_samples and runtime.rank == 0:
+        for prompt, _ in held_out_prompts(run.eval_rows, run.args.num_samples):
+            answer, _ = generate_text(run.model, run.tokenizer, prompt, run.args, runtime)
+            logger.info("Sample: %.160r -> %.160r", run.tokenizer.decode(prompt)[-60:], answer)
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+        if runtime.rank == 0:
+            write_model(run, "best")
+    else:
+        state.evaluations_without_gain += 1
+        patience = run.args.early_stopping_patience
+        state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
+
+
 def train(run: Run) -> None:
     """The loop: epochs of windows of micro-batches, an optimizer step each, then whatever is due."""
     args, runtime, state, total, steps = run.args, run.runtime, run.progress, run.total_steps, run.steps_per_epoch
@@ -1169,97 +1279,7 @@ def train(run: Run) -> None:
     bar.close()
 
 
-def finish(run: Run, point_on: bool) -> None:
-    """final/, the curves, the predictions and the closing words; point_on: with where all lies, and how to use it."""
-    state, output_dir = run.progress, run.output_dir
-    if run.runtime.rank != 0:
-        return
-    plot_curves(output_dir)
-    write_predictions(run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl")
-    write_model(run, "final")  # last, since a run whose final/ is whole counts as finished
-    if state.best_loss is not None:
-        before, after, best = (perplexity(loss) for loss in (state.first_loss, state.last_loss, state.best_loss))
-        words = "Held-out perplexity: %.2f before, %.2f after %d steps, best %.2f at step %d"
-        plain.info(words, before, after, state.step, best, state.best_step)
-    minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
-    plain.info("Time: %d min %02d s", minutes, seconds)
-    if point_on:
-        written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
-        plain.info("Written to %s: %s", output_dir, written)
-        use = output_dir / ("best" if state.best_loss is not None else "final")
-        plain.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
-
-
-def plot_curves(output_dir: Path) -> None:
-    """training_curves.png: loss, perplexity, learning rate and gradient norm over the optimizer steps."""
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    training, held_out = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    titles = {"loss": "loss per token", "perplexity": "perplexity", "lr": "learning rate", "grad_norm": "gradient norm"}
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
-        if held_out and f"eval_{key}" in held_out[0]:
-            points = [r["step"] for r in held_out], [r[f"eval_{key}"] for r in held_out]
-            axes.plot(*points, "o-", color="#c44e52", label="held out")
-            axes.legend()
-        axes.set(xlabel="optimizer step", ylabel=title)
-        axes.grid(alpha=0.3)
-        if key == "perplexity":
-            axes.set_yscale("log")
-    figure.savefig(output_dir / "training_curves.png", dpi=110)
-
-
-def claim_directory(run: Run, create: bool) -> None:
-    """Makes the output directory this process's own, and puts right what a crash left there.
-
-    create: also one that is not there yet. Raises ValueError for one that is not to be had.
-    """
-    args, output_dir = run.args, run.output_dir
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir}: is a file")
-    holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
-    if holds_run and not args.resume_from and not args.overwrite_output_dir:
-        raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
-    if run.runtime.rank != 0 or not (create or output_dir.exists()):
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
-    try:  # the DataLoader workers of a killed run hold it for some seconds more
-        run.closing.enter_context(lock.acquire(timeout=10))
-    except filelock.Timeout:
-        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
-    recover_and_clean(output_dir)
-
-
-def start_records(run: Run) -> None:
-    """Clears what --overwrite_output_dir says to clear; then run.json, metrics.jsonl and the log file begin."""
-    args, output_dir = run.args, run.output_dir
-    if run.runtime.rank != 0:
-        return
-    if args.overwrite_output_dir:
-        clear_directory(output_dir)
-    cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
-    run.closing.enter_context(log_file(output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"))
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
-        run.closing.callback(run.writer.close)
-    total, trainable = run.counts
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
-    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
-    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
-    modify_llm.write_json(output_dir / "run.json", record)
-
-
-def clear_directory(output_dir: Path) -> None:
-    """Removes what a run wrote, and nothing else."""
-    for path in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+# ---- from the command line to final/ ---------------------------------------------------------------------------------
 
 
 def prepare(run: Run) -> None:
@@ -1320,6 +1340,39 @@ def summary(run: Run) -> str:
     return "\n".join(f"   {name + ':':<8} {line}" for name, line in lines.items())
 
 
+def catch_signals(run: Run) -> None:
+    """Until the run closes, SIGINT and SIGTERM only leave a note for the training loop."""
+
+    def stop(number: int, _frame: object) -> None:
+        if run.signal and number == signal.SIGINT:
+            os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
+        run.signal = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run.closing.callback(signal.signal, number, signal.signal(number, stop))
+
+
+def finish(run: Run, point_on: bool) -> None:
+    """final/, the curves, the predictions and the closing words; point_on: with where all lies, and how to use it."""
+    state, output_dir = run.progress, run.output_dir
+    if run.runtime.rank != 0:
+        return
+    plot_curves(output_dir)
+    write_predictions(run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl")
+    write_model(run, "final")  # last, since a run whose final/ is whole counts as finished
+    if state.best_loss is not None:
+        before, after, best = (perplexity(loss) for loss in (state.first_loss, state.last_loss, state.best_loss))
+        words = "Held-out perplexity: %.2f before, %.2f after %d steps, best %.2f at step %d"
+        plain.info(words, before, after, state.step, best, state.best_step)
+    minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
+    plain.info("Time: %d min %02d s", minutes, seconds)
+    if point_on:
+        written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
+        plain.info("Written to %s: %s", output_dir, written)
+        use = output_dir / ("best" if state.best_loss is not None else "final")
+        plain.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
+
+
 def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = True) -> None:
     """One training run, from flags that are in range to final/.
 
@@ -1347,41 +1400,6 @@ def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = Tru
             raise RuntimeError(error) from error
 
 
-def catch_signals(run: Run) -> None:
-    """Until the run closes, SIGINT and SIGTERM only leave a note for the training loop."""
-
-    def stop(number: int, _frame: object) -> None:
-        if run.signal and number == signal.SIGINT:
-            os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
-        run.signal = number
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        run.closing.callback(signal.signal, number, signal.signal(number, stop))
-
-
-def finished(run: Run) -> bool:
-    """Its newest good checkpoint is at the last step, and final/ verifies."""
-    if run.resumed_from is None or (run.progress.step < run.total_steps and not run.progress.stopped_early):
-        return False
-    try:
-        verify_directory(run.output_dir / "final")
-    except ValueError:
-        return False
-    return not run.progress.evaluation_due
-
-
-def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
-    """Text, prefix and vocabulary must fit the model."""
-    config = model.config
-    virtual = prefix_length(model)
-    if args.max_length + virtual > config.n_positions:
-        prefix = f" with a prefix of {virtual}" if virtual else ""
-        raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
-    if len(tokenizer) > config.vocab_size:
-        tokens = f"{len(tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
-        raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
-
-
 def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     """--eval_only and --prompt without training: what --adapter_path holds, or the untouched base."""
     tokenizer = tokenizer_for(args)
@@ -1399,15 +1417,6 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
         line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
         plain.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
     answer_prompts(model, tokenizer, args, runtime)
-
-
-def answer_prompts(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime
-) -> None:
-    for text in args.prompt if runtime.rank == 0 else []:
-        ids = tokenizer(prompt_text(text, args.text_format), add_special_tokens=False)["input_ids"]
-        answer, stopped = generate_text(model, tokenizer, ids or [tokenizer.eos_token_id], args, runtime)
-        plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
 
 
 def demo(args: argparse.Namespace, runtime: Runtime) -> None:
