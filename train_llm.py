@@ -12,6 +12,7 @@ The loop is one for all techniques: a technique only decides which parameters tr
 import argparse
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -27,9 +28,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
 import torch
@@ -256,15 +256,18 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
     return Runtime(device, dtype, int(os.environ.get("RANK", 0)), world_size)
 
 
-KEEP = logging.CRITICAL + 1  # a MemoryHandler passes on at this level, that is never
-
-
 class LogHandler(logging.Handler):
-    """Lines on stdout that do not garble a progress bar on stderr, and survive a closed pipe."""
+    """Lines on stdout, past a progress bar on stderr, and in the run's log file, or kept for it until it opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file: TextIO = io.StringIO()
 
     def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        print(line, file=self.file, flush=True)
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -277,34 +280,27 @@ class LogFormat(logging.Formatter):
 
 
 def set_up_logging(rank: int) -> None:
-    """Process 0 alone speaks; what it says before the log file is open is kept for it."""
+    """Process 0 alone speaks."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
-    handlers = [LogHandler(), MemoryHandler(10_000, flushLevel=KEEP)] if rank == 0 else [logging.NullHandler()]
-    for handler in handlers:
-        handler.setFormatter(LogFormat())
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    handler = LogHandler() if rank == 0 else logging.NullHandler()
+    handler.setFormatter(LogFormat())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Directs to a file what is logged, and what has been since the start or the file before."""
-    file = logging.FileHandler(path, encoding="utf-8", errors="replace")
-    file.setFormatter(LogFormat())
-    kept = [handler for handler in logging.getLogger().handlers if isinstance(handler, MemoryHandler)]
-    for handler in kept:
-        handler.setTarget(file)
-        handler.flushLevel = logging.NOTSET
-        handler.flush()
-    try:
-        yield
-    finally:
-        for handler in kept:
-            handler.setTarget(None)
-            handler.flushLevel = KEEP
-        file.close()
+    """Directs to a file what is logged, and what was since the start or the file before."""
+    (handler,) = logging.getLogger().handlers
+    with open(path, "w", encoding="utf-8", errors="replace") as file:
+        file.write(handler.file.getvalue())
+        handler.file = file
+        try:
+            yield
+        finally:
+            handler.file = io.StringIO()
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -536,84 +532,6 @@ def evaluate(summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime) -> t
     return total / max(1, count), int(count)
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
-def prompt_text(text: str, text_format: str) -> str:
-    """What the model reads for a --prompt: the text in the run's own format.
-
-    For formats with several fields before the response, the text may be a JSON object of them.
-    """
-    if text_format == "output":
-        return text
-    columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
-    if text_format == "alpaca":
-        before_response = data_pipeline.PROMPT_WITH_INPUT
-    read = [name for name in columns if f"{{{name}}}" in before_response]
-    required = [name for name in read if name != "input"] or read  # an input may be empty, as in the data
-    fields = {required[0]: text} if len(required) == 1 else {}
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, AttributeError):
-            fields = {name: str(value) for name, value in json.loads(text).items()}
-    if missing := [name for name in required if name not in fields]:
-        raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
-    return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
-
-
-def prefix_length(model: GPT2LMHeadModel) -> int:
-    """How many of the model's positions virtual tokens take."""
-    return len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
-
-
-@torch.no_grad()
-def generate_text(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], args: argparse.Namespace,
-    runtime: Runtime,
-) -> tuple[str, bool]:  # fmt: skip
-    """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
-    room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
-    if room < 1:
-        raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation("sdpa")  # text by text, with a cache
-    ids = torch.tensor([prompt_ids], device=runtime.device)
-    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), runtime.autocast():
-        torch.manual_seed(args.seed)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, do_sample=bool(sampling),
-            **sampling,
-        )[0, len(prompt_ids) :].tolist()  # fmt: skip
-    model.set_attn_implementation(attention)
-    model.train(training)
-    stopped = tokenizer.eos_token_id in output
-    if stopped:
-        output = output[: output.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(output), stopped
-
-
-def answer_prompts(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime
-) -> None:
-    for text in args.prompt if runtime.rank == 0 else []:
-        ids = tokenizer(prompt_text(text, args.text_format), add_special_tokens=False)["input_ids"]
-        answer, stopped = generate_text(model, tokenizer, ids or [tokenizer.eos_token_id], args, runtime)
-        plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
-
-
-def held_out_prompts(dataset: AlpacaDataset, number: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its first eight tokens."""
-    pairs = []
-    for row in range(min(number, len(dataset))):
-        ids = dataset[row]["input_ids"].tolist()
-        end = int(dataset.prompt_lengths[row]) or min(8, len(ids) - 1)
-        pairs.append((ids[:end], ids[end : None if dataset.truncated[row] else -1]))
-    return pairs
-
-
 # ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 
@@ -698,12 +616,11 @@ def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
     return train.first(args.max_samples), held_out.first(args.max_eval_samples)
 
 
-def make_loader(
-    rows: AlpacaDataset, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime, **how: Any
-) -> DataLoader:
+def make_loader(run: Run, rows: AlpacaDataset, **how: Any) -> DataLoader:
     """This process's micro-batches, each of rows of about one length."""
+    args, runtime = run.args, run.runtime
     return final_dataset_loader(
-        rows, tokenizer=tokenizer, padding="longest", group_by_length=True, batch_size=args.batch_size,
+        rows, tokenizer=run.tokenizer, padding="longest", group_by_length=True, batch_size=args.batch_size,
         num_workers=args.num_workers, rank=runtime.rank, world_size=runtime.world_size, seed=args.seed, **how,
     )  # fmt: skip
 
@@ -721,15 +638,19 @@ def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
     return model
 
 
-def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
+def prefix_length(model: GPT2LMHeadModel) -> int:
+    """How many of the model's positions virtual tokens take."""
+    return len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
+
+
+def check_fits(run: Run) -> None:
     """Text, prefix and vocabulary must fit the model."""
-    config = model.config
-    virtual = prefix_length(model)
-    if args.max_length + virtual > config.n_positions:
+    config, length, virtual = run.model.config, run.args.max_length, prefix_length(run.model)
+    if length + virtual > config.n_positions:
         prefix = f" with a prefix of {virtual}" if virtual else ""
-        raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
-    if len(tokenizer) > config.vocab_size:
-        tokens = f"{len(tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
+        raise ValueError(f"--max_length {length}{prefix}: the model has {config.n_positions} positions")
+    if len(run.tokenizer) > config.vocab_size:
+        tokens = f"{len(run.tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
         raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
 
 
@@ -760,6 +681,72 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
     )
 
 
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_text(text: str, text_format: str) -> str:
+    """What the model reads for a --prompt: the text in the run's own format.
+
+    For formats with several fields before the response, the text may be a JSON object of them.
+    """
+    if text_format == "output":
+        return text
+    columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
+    if text_format == "alpaca":
+        before_response = data_pipeline.PROMPT_WITH_INPUT
+    read = [name for name in columns if f"{{{name}}}" in before_response]
+    required = [name for name in read if name != "input"] or read  # an input may be empty, as in the data
+    fields = {required[0]: text} if len(required) == 1 else {}
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError, AttributeError):
+            fields = {name: str(value) for name, value in json.loads(text).items()}
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
+    return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
+
+
+@torch.no_grad()
+def generate_text(run: Run, model: GPT2LMHeadModel, prompt_ids: list[int]) -> tuple[str, bool]:
+    """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
+    args, runtime, eos = run.args, run.runtime, run.tokenizer.eos_token_id
+    room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
+    if room < 1:
+        raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("sdpa")  # text by text, with a cache
+    ids = torch.tensor([prompt_ids], device=runtime.device)
+    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), runtime.autocast():
+        torch.manual_seed(args.seed)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
+            eos_token_id=eos, pad_token_id=eos, do_sample=bool(sampling), **sampling,
+        )[0, len(prompt_ids) :].tolist()  # fmt: skip
+    model.set_attn_implementation(attention)
+    model.train(training)
+    stopped = eos in output
+    return run.tokenizer.decode(output[: output.index(eos)] if stopped else output), stopped
+
+
+def answer_prompts(run: Run) -> None:
+    for text in run.args.prompt if run.runtime.rank == 0 else []:
+        ids = run.tokenizer(prompt_text(text, run.args.text_format), add_special_tokens=False)["input_ids"]
+        answer, stopped = generate_text(run, run.model, ids or [run.tokenizer.eos_token_id])
+        plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
+
+
+def held_out_prompts(run: Run) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its first eight tokens."""
+    pairs, rows = [], run.eval_rows
+    for row in range(min(run.args.num_samples, len(rows))):
+        ids = rows[row]["input_ids"].tolist()
+        end = int(rows.prompt_lengths[row]) or min(8, len(ids) - 1)
+        pairs.append((ids[:end], ids[end : None if rows.truncated[row] else -1]))
+    return pairs
+
+
 # ---- what a run writes -----------------------------------------------------------------------------------------------
 
 
@@ -769,12 +756,14 @@ def claim_directory(run: Run, create: bool) -> None:
     create: also one that is not there yet. Raises ValueError for one that is not to be had.
     """
     args, output_dir = run.args, run.output_dir
+    if run.runtime.rank != 0:
+        return
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
     holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
     if holds_run and not args.resume_from and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
-    if run.runtime.rank != 0 or not (create or output_dir.exists()):
+    if not (create or output_dir.exists()):
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
@@ -935,23 +924,20 @@ def model_card(run: Run) -> str:
     ])  # fmt: skip
 
 
-def write_predictions(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, dataset: AlpacaDataset, args: argparse.Namespace,
-    runtime: Runtime, path: Path,
-) -> None:  # fmt: skip
+def write_predictions(run: Run) -> None:
     """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few rows."""
-    pairs = held_out_prompts(dataset, args.num_samples)
+    pairs, decode = held_out_prompts(run), run.tokenizer.decode
     if not pairs:
         return
-    tuned = [generate_text(model, tokenizer, prompt, args, runtime) for prompt, _ in pairs]
-    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
+    tuned = [generate_text(run, run.model, prompt) for prompt, _ in pairs]
+    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0)
     base = modify_llm.load_base(chosen).requires_grad_(False)
-    prepare_model(base, args, runtime)
-    with open(path, "w", encoding="utf-8") as file:
+    prepare_model(base, run.args, run.runtime)
+    with open(run.output_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
         for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
-            untuned, _ = generate_text(base, tokenizer, prompt, args, runtime)
-            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference), "base": untuned}
-            file.write(json.dumps(row | {"tuned": answer, "stopped": stopped}, ensure_ascii=False) + "\n")
+            untuned, _ = generate_text(run, base, prompt)
+            row = {"prompt": decode(prompt), "reference": decode(reference), "base": untuned, "tuned": answer}
+            file.write(json.dumps(row | {"stopped": stopped}, ensure_ascii=False) + "\n")
     logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
 
 
@@ -1038,8 +1024,6 @@ def resume(run: Run) -> None:
     """
     wanted = run.args.resume_from
     root = run.output_dir if wanted == "auto" else Path(wanted)
-    if wanted != "auto" and not root.is_dir():
-        raise ValueError(f"--resume_from {wanted}: no such directory")
     by_path = re.fullmatch(r"step_\d+", root.resolve().name)
     for path in [root] if by_path else checkpoint_directories(root):
         try:
@@ -1058,7 +1042,7 @@ def resume(run: Run) -> None:
         logger.info("Resumed from %s at step %d", path, run.progress.step)
         return
     if wanted != "auto":
-        raise ValueError(f"--resume_from {wanted}: holds no good checkpoint")
+        raise ValueError(f"--resume_from {wanted}: no such directory, or no good checkpoint in it")
     logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
 
 
@@ -1212,9 +1196,9 @@ def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
     if state.step == 0:
         state.first_loss = loss
         return
-    if run.args.num_samples and runtime.rank == 0:
-        for prompt, _ in held_out_prompts(run.eval_rows, run.args.num_samples):
-            answer, _ = generate_text(run.model, run.tokenizer, prompt, run.args, runtime)
+    if runtime.rank == 0:
+        for prompt, _ in held_out_prompts(run):
+            answer, _ = generate_text(run, run.model, prompt)
             logger.info("Sample: %.160r -> %.160r", run.tokenizer.decode(prompt)[-60:], answer)
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
@@ -1293,7 +1277,7 @@ def prepare(run: Run) -> None:
     run.dataset_hash = hashlib.sha256(hashes.encode()).hexdigest()
     logger.info("🔧 Using device: %s", runtime.device)
     run.model = build_model(args, run.output_dir)
-    check_fits(run.model, run.tokenizer, args)
+    check_fits(run)
     total, trainable = run.counts = modify_llm.parameter_counts(run.model)
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
@@ -1301,9 +1285,8 @@ def prepare(run: Run) -> None:
     run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     run.optimizer = make_optimizer(run.model, args)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    loader_of, accumulation = (run.tokenizer, args, runtime), args.gradient_accumulation_steps
-    run.loader = make_loader(run.train_rows, *loader_of, accumulation_steps=accumulation)
-    run.eval_loader = make_loader(run.eval_rows, *loader_of, shuffle=False) if len(run.eval_rows) else None
+    run.loader = make_loader(run, run.train_rows, accumulation_steps=args.gradient_accumulation_steps)
+    run.eval_loader = make_loader(run, run.eval_rows, shuffle=False) if len(run.eval_rows) else None
     run.steps_per_epoch = run.loader.batch_sampler.steps
     run.total_steps = args.max_steps or args.epochs * run.steps_per_epoch
     if args.warmup_steps is None:
@@ -1358,7 +1341,7 @@ def finish(run: Run, point_on: bool) -> None:
     if run.runtime.rank != 0:
         return
     plot_curves(output_dir)
-    write_predictions(run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl")
+    write_predictions(run)
     write_model(run, "final")  # last, since a run whose final/ is whole counts as finished
     if state.best_loss is not None:
         before, after, best = (perplexity(loss) for loss in (state.first_loss, state.last_loss, state.best_loss))
@@ -1395,28 +1378,28 @@ def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = Tru
             catch_signals(run)
             train(run)
             finish(run, point_on)
-            answer_prompts(run.model, run.tokenizer, args, runtime)
+            answer_prompts(run)
         except (ValueError, OSError, SafetensorError) as error:  # not the input's fault any more
             raise RuntimeError(error) from error
 
 
 def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     """--eval_only and --prompt without training: what --adapter_path holds, or the untouched base."""
-    tokenizer = tokenizer_for(args)
+    run = Run(args, runtime)
+    run.tokenizer = tokenizer_for(args)
     torch.manual_seed(args.seed)
     if args.adapter_path:
-        model = load_trained(args.adapter_path, args.model_name_or_path)
+        run.model = load_trained(args.adapter_path, args.model_name_or_path)
     else:
-        model = modify_llm.load_base(args)
-    prepare_model(model.requires_grad_(False), args, runtime)
+        run.model = modify_llm.load_base(args)
+    prepare_model(run.model.requires_grad_(False), args, runtime)
     if args.eval_only:
-        _, held_out = load_rows(args, tokenizer)
-        check_fits(model, tokenizer, args)
-        loader = make_loader(held_out, tokenizer, args, runtime, shuffle=False)
-        loss, tokens = evaluate(SummedLoss(model), loader, runtime)
+        _, rows = load_rows(args, run.tokenizer)
+        check_fits(run)
+        loss, tokens = evaluate(SummedLoss(run.model), make_loader(run, rows, shuffle=False), runtime)
         line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
-        plain.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
-    answer_prompts(model, tokenizer, args, runtime)
+        plain.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}")
+    answer_prompts(run)
 
 
 def demo(args: argparse.Namespace, runtime: Runtime) -> None:
