@@ -294,7 +294,7 @@ def set_up_logging(rank: int) -> None:
 def log_file(path: Path) -> Iterator[None]:
     """Directs to a file what is logged, and what was since the start or the file before."""
     (handler,) = logging.getLogger().handlers
-    with open(path, "w", encoding="utf-8", errors="replace") as file:
+    with open(path, "a", encoding="utf-8", errors="replace") as file:
         file.write(handler.file.getvalue())
         handler.file = file
         try:

@@ -24,6 +24,7 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager, redirect_stdout
+from datetime import datetime
 from pathlib import Path
 
 import filelock
@@ -932,6 +933,15 @@ def test_a_run_directory_that_was_moved_resumes_to_the_same_bits(flags, tmp_path
     (tmp_path / "here").rename(tmp_path / "there")
     assert run([*flags(tmp_path / "there", **DRAWN), *RESUME]) == 0
     assert outcome(tmp_path / "there") == never_stopped
+
+
+def test_a_run_resumed_within_the_second_adds_to_its_log(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_llm, "datetime", Namespace(now=lambda: datetime(2026, 1, 2)))
+    with stopped_in(1):
+        assert run(flags(tmp_path)) == 143
+    assert run([*flags(tmp_path), *RESUME]) == 0
+    (log,) = tmp_path.glob("training_*.log")
+    assert [word for word in ("Stopped by", "Resumed from") if word not in log.read_text(encoding="utf-8")] == []
 
 
 def test_resume_auto_without_a_checkpoint_warns_and_starts_at_step_0(flags, tmp_path, capsys):
