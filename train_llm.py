@@ -11,7 +11,8 @@ The loop is one for all techniques: a technique only decides which parameters tr
 
 import argparse
 import hashlib
-import importlib
+import importlib.util
+import io
 import itertools
 import json
 import logging
@@ -23,16 +24,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import filelock
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -49,20 +48,10 @@ from transformers.utils.logging import disable_progress_bar
 import data_pipeline
 import modify_llm
 from data_pipeline import IGNORED, AlpacaDataset, final_dataset_loader, load_dataset, load_tokenizer, split_text
-from modify_llm import (
-    MANIFEST,
-    SWITCH,
-    file_hash,
-    final_modify,
-    load_trained,
-    manifest_hash,
-    save_trained,
-    trainable_state,
-    verify_directory,
-)
+from modify_llm import SWITCH, final_modify, load_trained, save_trained, verify_directory
 
 logger = logging.getLogger(__name__)
-progress = logging.getLogger("progress")  # lines without a prefix
+plain = logging.getLogger("plain")  # lines without a prefix
 
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
 LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-1, "selective": 1e-3, "full": 5e-4}
@@ -73,24 +62,15 @@ FREE_TO_CHANGE = {
     "log_interval", "eval_interval", "save_interval", "save_total_limit", "device", "report_to", "prompt", "eval_only",
     "num_samples", "max_new_tokens", "temperature", "model_name_or_path", "tokenizer_name_or_path", "adapter_path",
 }  # fmt: skip
-OWN_FILES = (
-    "run.json",
-    "metrics.jsonl",
-    "metrics.jsonl.new",
-    "training_curves.png",
-    "predictions.jsonl",
-    "training_*.log",
-)
+OWN = (  # what a run writes, and --overwrite_output_dir removes
+    "run.json", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png", "predictions.jsonl", "training_*.log",
+    "checkpoints", "best", "final", "base", "tensorboard",
+)  # fmt: skip
 CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
-OWN_DIRECTORIES = ("checkpoints", "best", "final", "base", "tensorboard")
 
 
 class Stopped(Exception):
-    """A signal asked for the end; a checkpoint is written."""
-
-
-class Damaged(Exception):
-    """A checkpoint that is not whole."""
+    """A signal, the argument, asked for the end; a checkpoint is written."""
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -164,24 +144,52 @@ def train_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of")
     elif not (args.dataset_path or args.demo or args.eval_only or args.prompt):
         problems.append("--dataset_path: needed to train (or --demo)")
+    if args.adapter_path and args.from_scratch:
+        problems.append("--from_scratch: --adapter_path brings the base that it was trained on")
+    if args.demo and args.resume_from:
+        problems.append("--resume_from: --demo always starts anew")
+    if args.demo and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        problems.append("--demo: runs in a single process, without torchrun")
+    if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
+        problems.append("--report_to tensorboard: needs the package: pip install tensorboard")
     if args.resume_from and args.overwrite_output_dir:
         problems.append("--overwrite_output_dir: would remove the run that --resume_from continues")
     return problems
 
 
-def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
-    """The rate of optimizer step `step`, counted from 1 to `total`.
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that was given and changes nothing."""
+    lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
+    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
+        lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
+    if args.min_lr and args.scheduler == "constant":
+        lines.append("--min_lr: without effect, --scheduler constant does not decay")
+    return lines
 
-    Warm-up: peak x step / warmup_steps. Decay: from the peak, at the first step after it, to min_lr at the last.
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The checked flags; leaves with status 2, all problems on one line, if any is out of range.
+
+    With --adapter_path, the model's and the text's flags take what it was trained with as their defaults.
     """
-    peak, warmup = args.learning_rate, args.warmup_steps if args.scheduler in ("warmup_cosine", "linear") else 0
-    if step <= warmup:
-        return peak * step / warmup
-    if args.scheduler == "constant":
-        return peak
-    done = (step - warmup - 1) / max(1, total - warmup - 1)
-    share = 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return args.min_lr + (peak - args.min_lr) * share
+    parser, saved, problems = build_parser(), {}, []
+    args = parser.parse_args(argv)
+    if args.adapter_path:
+        with suppress(ValueError):  # PEFT's own directory, or nothing at all: load_trained tells
+            saved = modify_llm.read_json(Path(args.adapter_path) / modify_llm.METADATA)
+        saved = {name: value for name, value in saved.items() if hasattr(args, name)}
+        parser.set_defaults(model_name_or_path=None, **saved)
+        args = parser.parse_args(argv)
+    for name, value in saved.items():
+        if name not in ("text_format", "max_length") and getattr(args, name) != value:
+            problems.append(f"--{name}: {args.adapter_path} was trained with {value}")
+    problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
+    if problems:
+        parser.error("; ".join(problems))
+    if args.learning_rate is None:
+        technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
+        args.learning_rate = LEARNING_RATES[technique]
+    return args
 
 
 # ---- where it runs ---------------------------------------------------------------------------------------------------
@@ -241,11 +249,17 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
 
 
 class LogHandler(logging.Handler):
-    """Lines on stdout that do not garble a progress bar on stderr, and survive a closed pipe."""
+    """Lines on stdout, past a progress bar on stderr, and in the run's log file, or kept for it until it opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.file: TextIO = io.StringIO()
 
     def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        print(line, file=self.file, flush=True)
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
         except BrokenPipeError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -253,34 +267,32 @@ class LogHandler(logging.Handler):
 
 class LogFormat(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        prefix = "" if record.name == progress.name else f"{record.levelname}:{record.name}:"
+        prefix = "" if record.name == plain.name else f"{record.levelname}:{record.name}:"
         return prefix + record.getMessage()
 
 
 def set_up_logging(rank: int) -> None:
-    """Process 0 alone speaks; what it says before the log file is open is kept for it."""
+    """Process 0 alone speaks."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
-    handlers = [LogHandler(), MemoryHandler(10_000, flushLevel=100)] if rank == 0 else [logging.NullHandler()]
-    for handler in handlers:
-        handler.setFormatter(LogFormat())
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+    handler = LogHandler() if rank == 0 else logging.NullHandler()
+    handler.setFormatter(LogFormat())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     disable_progress_bar()
 
 
-def open_log_file(output_dir: Path) -> logging.Handler:
-    """Directs all that was and will be logged to a file too."""
-    path = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
-    file = logging.FileHandler(path, encoding="utf-8", errors="replace")
-    file.setFormatter(LogFormat())
-    root = logging.getLogger()
-    for kept in [handler for handler in root.handlers if isinstance(handler, MemoryHandler)]:
-        kept.setTarget(file)
-        kept.close()
-        root.removeHandler(kept)
-    root.addHandler(file)
-    return file
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """Directs to a file what is logged, and what was since the start or the file before."""
+    (handler,) = logging.getLogger().handlers
+    with open(path, "a", encoding="utf-8", errors="replace") as file:
+        file.write(handler.file.getvalue())
+        handler.file = file
+        try:
+            yield
+        finally:
+            handler.file = io.StringIO()
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -512,145 +524,7 @@ def evaluate(summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime) -> t
     return total / max(1, count), int(count)
 
 
-# ---- generation ------------------------------------------------------------------------------------------------------
-
-
-def prompt_text(text: str, text_format: str) -> str:
-    """What the model reads for a --prompt: the text in the run's own format.
-
-    For formats with several fields before the response, the text may be a JSON object of them.
-    """
-    if text_format == "output":
-        return text
-    columns = data_pipeline.format_columns(text_format)
-    read = (
-        ["instruction"] if text_format == "alpaca" else [n for n in columns if f"{{{n}}}" in text_format.split("||")[0]]
-    )
-    required = [name for name in read if name != "input"]  # an input may be empty, in a prompt as in the data
-    fields = {required[0]: text, "input": ""} if len(required) == 1 else {}
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, AttributeError):
-            fields = {"input": ""} | {name: str(value) for name, value in json.loads(text).items()}
-    if missing := [name for name in read if name not in fields]:
-        raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
-    return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
-
-
-@torch.no_grad()
-def generate_text(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], args: argparse.Namespace,
-    runtime: Runtime,
-) -> tuple[str, bool]:  # fmt: skip
-    """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
-    virtual = len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
-    room = model.config.n_positions - virtual - len(prompt_ids)
-    if room < 1:
-        raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation("sdpa")  # text by text, with a cache
-    ids = torch.tensor([prompt_ids], device=runtime.device)
-    sampling = (
-        {"do_sample": True, "temperature": args.temperature, "top_k": 0} if args.temperature else {"do_sample": False}
-    )
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), runtime.autocast():
-        torch.manual_seed(args.seed)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id, **sampling,
-        )[0, len(prompt_ids) :].tolist()  # fmt: skip
-    model.set_attn_implementation(attention)
-    model.train(training)
-    stopped = tokenizer.eos_token_id in output
-    if stopped:
-        output = output[: output.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(output), stopped
-
-
-def held_out_prompts(dataset: AlpacaDataset, number: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its first eight tokens."""
-    pairs = []
-    for row in range(min(number, len(dataset))):
-        ids = dataset[row]["input_ids"].tolist()
-        end = int(dataset.prompt_lengths[row]) or min(8, len(ids) - 1)
-        pairs.append((ids[:end], ids[end : None if dataset.truncated[row] else -1]))
-    return pairs
-
-
-def write_predictions(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, dataset: AlpacaDataset, args: argparse.Namespace,
-    runtime: Runtime, path: Path,
-) -> None:  # fmt: skip
-    """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few rows."""
-    pairs = held_out_prompts(dataset, args.num_samples)
-    if not pairs:
-        return
-    tuned = [generate_text(model, tokenizer, prompt, args, runtime) for prompt, _ in pairs]
-    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
-    base = modify_llm.load_base(chosen).requires_grad_(False)
-    prepare_model(base, args, runtime)
-    with open(path, "w", encoding="utf-8") as file:
-        for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
-            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
-            row |= {
-                "base": generate_text(base, tokenizer, prompt, args, runtime)[0],
-                "tuned": answer,
-                "stopped": stopped,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def write_directory(path: Path, scratch: Path, write: Callable[[Path], None]) -> None:
-    """Has `write` fill a directory, and puts it in its place only when it is whole, with sha256 sums, and synced.
-
-    scratch: a directory on the same disk for what is not yet, or no longer, in its place.
-    """
-    new, old = scratch / f".new_{path.name}", scratch / f".old_{path.name}"
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir(parents=True)
-        write(new)
-        files = {file.name: file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
-        modify_llm.write_json(new / MANIFEST, {"files": files, "manifest_sha256": manifest_hash(files)})
-        for item in [*new.iterdir(), new]:
-            sync(item)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        new.rename(path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def recover_and_clean(output_dir: Path) -> None:
-    """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
-    for old in output_dir.glob(".old_*"):
-        name = old.name.removeprefix(".old_")
-        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
-        if not place.exists():
-            place.parent.mkdir(exist_ok=True)
-            old.rename(place)
-    for pattern in (".new_*", ".old_*", ".trash_*"):
-        for stale in output_dir.glob(pattern):
-            shutil.rmtree(stale, ignore_errors=True)
+# ---- the parts of a run ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -669,157 +543,6 @@ class Progress:
     target_count: int = 0
 
 
-def random_states(runtime: Runtime) -> dict[str, Tensor]:
-    """The state of every process's generators, gathered."""
-    own = {f"cpu.{runtime.rank}": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        own[f"cuda.{runtime.rank}"] = torch.cuda.get_rng_state(runtime.device)
-    if runtime.world_size == 1:
-        return own
-    gathered: list[dict] = [{}] * runtime.world_size
-    dist.all_gather_object(gathered, own)
-    return {name: state for states in gathered for name, state in states.items()}
-
-
-def save_checkpoint(run: "Run") -> None:
-    """checkpoints/step_N: trainable weights, optimizer, random states, progress; what rotates out is removed."""
-    runtime, step = run.runtime, run.progress.step
-    states = random_states(runtime)
-    if runtime.rank != 0:
-        return
-    parameters = trainable_state(run.model)
-    moments = {
-        f"{name}.{key}": value
-        for name, parameter in run.model.named_parameters()
-        if parameter.requires_grad
-        for key, value in run.optimizer.state[parameter].items()
-    }
-
-    def write(directory: Path) -> None:
-        tensors = {"trainable": parameters, "optimizer": moments, "random": states}
-        for name, group in tensors.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, directory / f"{name}.safetensors")
-        state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
-        state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
-        state["grad_scaler"] = run.scaler.state_dict()
-        modify_llm.write_json(directory / "state.json", state)
-
-    write_directory(run.checkpoints / f"step_{step:08d}", run.output_dir, write)
-    keep = {step, run.progress.best_step, run.resumed_from}
-    others = [path for path in checkpoint_directories(run.checkpoints) if checkpoint_step(path) != step]
-    for path in others[max(0, run.args.save_total_limit - 1) :]:
-        if checkpoint_step(path) not in keep:
-            try:
-                trash = run.output_dir / f".trash_{path.name}"
-                path.rename(trash)
-                shutil.rmtree(trash)
-            except OSError as error:
-                logger.warning("%s: cannot be removed: %s", path, error)
-
-
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def checkpoint_directories(checkpoints: Path) -> list[Path]:
-    """step_* directories, newest first."""
-    found = [path for path in checkpoints.glob("step_*") if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
-    return sorted(found, key=checkpoint_step, reverse=True)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint, verified; nothing is unpickled. Raises Damaged."""
-    try:
-        verify_directory(path)
-        state = modify_llm.read_json(path / "state.json")
-        for name in ("trainable", "optimizer", "random"):
-            state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
-        state["progress"] = Progress(**state["progress"])
-        if missing := {"settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"} - state.keys():
-            raise ValueError(f"state.json lacks {min(missing)}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(str(error).removeprefix(f"{path}: ")) from None
-    return state
-
-
-def resume(run: "Run") -> None:
-    """Goes on from --resume_from: under auto from the newest good checkpoint, with a warning for each bad one.
-
-    Raises ValueError for a checkpoint of another run, or one asked for by its path that is not good.
-    """
-    wanted = run.args.resume_from
-    root = run.output_dir if wanted == "auto" else Path(wanted)
-    if wanted != "auto" and not root.is_dir():
-        raise ValueError(f"--resume_from {wanted}: no such directory")
-    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
-    for path in [root] if by_path else checkpoint_directories(root / "checkpoints"):
-        try:
-            state = read_checkpoint(path)
-            check_same_run(run, state, path)
-            check_tensors(run, state)
-        except Damaged as error:
-            if by_path:
-                raise ValueError(f"--resume_from {path}: {error}") from None
-            logger.warning("Checkpoint skipped: %s: %s", path, error)
-            continue
-        restore(run, state)
-        logger.info("Resumed from %s at step %d", path, run.progress.step)
-        return
-    if wanted != "auto":
-        raise ValueError(f"--resume_from {wanted}: holds no good checkpoint")
-    logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
-
-
-def check_same_run(run: "Run", state: dict, path: Path) -> None:
-    """A checkpoint continues only the run that wrote it; raises ValueError that names the difference."""
-    where = f"--resume_from {path}"
-    for name, now in run.settings.items():
-        before = state["settings"].get(name)
-        if name not in FREE_TO_CHANGE and before != now:
-            raise ValueError(f"{where}: was trained with --{name} {before}, not {now}")
-    if state["world_size"] != run.runtime.world_size:
-        raise ValueError(f"{where}: was trained by {state['world_size']} processes, not {run.runtime.world_size}")
-    if state["dataset_sha256"] != run.dataset_hash:
-        raise ValueError(f"{where}: the dataset has changed since (its content hash differs)")
-    if state["base_fingerprint"] != run.model.base_fingerprint:
-        raise ValueError(f"{where}: was trained on another base model")
-
-
-def check_tensors(run: "Run", state: dict) -> None:
-    """Raises Damaged, naming the tensor, unless the checkpoint holds just what this run trains, in the same shapes."""
-    parameters = trainable_state(run.model)
-    expected = {"trainable": {name: p.shape for name, p in parameters.items()}, "optimizer": {}}
-    if missing := {f"cpu.{rank}" for rank in range(run.runtime.world_size)} - state["random"].keys():
-        raise Damaged(f"random.safetensors lacks {min(missing)}")
-    if state["progress"].step:
-        for name, p in parameters.items():
-            expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
-    for kind, shapes in expected.items():
-        if names := state[kind].keys() ^ shapes.keys():
-            raise Damaged(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
-        for name, shape in shapes.items():
-            if state[kind][name].shape != torch.Size(shape):
-                raise Damaged(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
-
-
-def restore(run: "Run", state: dict) -> None:
-    """Puts a checkpoint's tensors, progress and random state into the run."""
-    modify_llm.put_tensors(run.model, state["trainable"], run.checkpoints)
-    for name, parameter in run.model.named_parameters():
-        if parameter.requires_grad and state["progress"].step:
-            moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
-    run.scaler.load_state_dict(state["grad_scaler"])
-    run.progress, run.resumed_from = state["progress"], state["progress"].step
-    runtime, states = run.runtime, state["random"]
-    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
-    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
-
-
-# ---- a run -----------------------------------------------------------------------------------------------------------
-
-
 class Run:
     """The parts of one training run, for the functions below; `prepare` makes what is only declared here."""
 
@@ -830,6 +553,8 @@ class Run:
     dataset_hash: str
     loader: DataLoader
     eval_loader: DataLoader | None
+    counts: tuple[int, int]  # parameters, those that train
+    trainable: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
@@ -839,15 +564,13 @@ class Run:
         self.args, self.runtime = args, runtime
         self.settings = dict(vars(args))
         self.output_dir = Path(args.output_dir)
-        self.checkpoints = self.output_dir / "checkpoints"
         self.progress = Progress()
         self.resumed_from: int | None = None
         self.signal: int | None = None  # what this process was told
         self.stopping = False  # what all processes agreed on
-        self.lock: filelock.FileLock | None = None
-        self.log_file: logging.Handler | None = None
         self.started = time.perf_counter()
-        self.writer: Any = None
+        self.writer: Any = None  # tensorboard's
+        self.closing = ExitStack()  # what ends with the run: lock, log file, signal handlers
 
 
 def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -864,33 +587,41 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
 def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
 
-    def labelled(path: str) -> AlpacaDataset:
+    def labelled(flag: str) -> AlpacaDataset:
+        path = getattr(args, flag)
         dataset = load_dataset(path, tokenizer, text_format=args.text_format, max_length=args.max_length)
         keep = dataset.label_counts > 0
         if not keep.any():
-            raise ValueError(f"--dataset_path {path}: no row is left to learn from")
+            raise ValueError(f"--{flag} {path}: no row is left to learn from")
         if not keep.all():
             logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
         return dataset.select(keep)
 
     if args.eval_dataset_path:
-        held_out = labelled(args.eval_dataset_path)
-        train = held_out.select(np.zeros(len(held_out), dtype=bool)) if args.eval_only else labelled(args.dataset_path)
+        held_out = labelled("eval_dataset_path")
+        train = held_out if args.eval_only else labelled("dataset_path")
     else:
-        train, held_out = labelled(args.dataset_path).split(args.eval_fraction, args.seed)
+        train, held_out = labelled("dataset_path").split(args.eval_fraction, args.seed)
+    if not len(held_out if args.eval_only else train):
+        purpose = "evaluate" if args.eval_only else "train"
+        raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
     return train.first(args.max_samples), held_out.first(args.max_eval_samples)
 
 
-def given_model(args: argparse.Namespace) -> str | None:
-    """--model_name_or_path, where it says more than its default."""
-    return args.model_name_or_path if args.model_name_or_path != "gpt2" else None
+def make_loader(run: Run, rows: AlpacaDataset, **how: Any) -> DataLoader:
+    """This process's micro-batches, each of rows of about one length."""
+    args, runtime = run.args, run.runtime
+    return final_dataset_loader(
+        rows, tokenizer=run.tokenizer, padding="longest", group_by_length=True, batch_size=args.batch_size,
+        num_workers=args.num_workers, rank=runtime.rank, world_size=runtime.world_size, seed=args.seed, **how,
+    )  # fmt: skip
 
 
 def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
     """The model to train: the base with the technique, or what --adapter_path holds."""
     torch.manual_seed(args.seed)
     if args.adapter_path:
-        model = load_trained(args.adapter_path, given_model(args), dropout=args.dropout)
+        model = load_trained(args.adapter_path, args.model_name_or_path, dropout=args.dropout)
     elif args.from_scratch and args.resume_from and (output_dir / "base").is_dir():
         model = final_modify(args, from_scratch=False, model_name_or_path=str(output_dir / "base"))
     else:
@@ -899,15 +630,20 @@ def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
     return model
 
 
-def save_scratch_base(run: "Run") -> None:
-    """Writes the random base that the run starts from (the seed makes it again) to base/, to load the result on."""
-    base_dir, args = run.output_dir / "base", run.args
-    if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
-        with torch.random.fork_rng():
-            torch.manual_seed(args.seed)
-            base = modify_llm.load_base(args)
-        write_directory(base_dir, run.output_dir, base.save_pretrained)
-    run.model.base_path = run.model.base_name = str(base_dir)
+def prefix_length(model: GPT2LMHeadModel) -> int:
+    """How many of the model's positions virtual tokens take."""
+    return len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
+
+
+def check_fits(run: Run) -> None:
+    """Text, prefix and vocabulary must fit the model."""
+    config, length, virtual = run.model.config, run.args.max_length, prefix_length(run.model)
+    if length + virtual > config.n_positions:
+        prefix = f" with a prefix of {virtual}" if virtual else ""
+        raise ValueError(f"--max_length {length}{prefix}: the model has {config.n_positions} positions")
+    if len(run.tokenizer) > config.vocab_size:
+        tokens = f"{len(run.tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
+        raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
 
 
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
@@ -920,7 +656,7 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
         if model.config.activation_function == "gelu_new":  # the same function, fused
             block.mlp.act = nn.GELU(approximate="tanh")
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # reentrant: no gradients past a frozen input
+        model.activation_checkpointing_enable()
     model.train()
 
 
@@ -937,15 +673,172 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
     )
 
 
-def write_metrics(run: Run, row: dict[str, Any]) -> None:
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_text(text: str, text_format: str) -> str:
+    """What the model reads for a --prompt: the text in the run's own format.
+
+    For formats with several fields before the response, the text may be a JSON object of them.
+    """
+    if text_format == "output":
+        return text
+    columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
+    if text_format == "alpaca":
+        before_response = data_pipeline.PROMPT_WITH_INPUT
+    read = [name for name in columns if f"{{{name}}}" in before_response]
+    required = [name for name in read if name != "input"] or read  # an input may be empty, as in the data
+    fields = {required[0]: text} if len(required) == 1 else {}
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError, AttributeError):
+            fields = {name: str(value) for name, value in json.loads(text).items()}
+    if missing := [name for name in required if name not in fields]:
+        raise ValueError(f"--prompt: the format reads {read}; give a JSON object, {missing[0]!r} is missing")
+    return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
+
+
+@torch.no_grad()
+def generate_text(run: Run, model: GPT2LMHeadModel, prompt_ids: list[int]) -> tuple[str, bool]:
+    """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
+    args, runtime, eos = run.args, run.runtime, run.tokenizer.eos_token_id
+    room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
+    if room < 1:
+        raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
+    training, attention = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("sdpa")  # text by text, with a cache
+    ids = torch.tensor([prompt_ids], device=runtime.device)
+    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
+    devices = [runtime.device] if runtime.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), runtime.autocast():
+        torch.manual_seed(args.seed)
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=min(args.max_new_tokens, room), use_cache=True,
+            eos_token_id=eos, pad_token_id=eos, do_sample=bool(sampling), **sampling,
+        )[0, len(prompt_ids) :].tolist()  # fmt: skip
+    model.set_attn_implementation(attention)
+    model.train(training)
+    stopped = eos in output
+    return run.tokenizer.decode(output[: output.index(eos)] if stopped else output), stopped
+
+
+def answer_prompts(run: Run) -> None:
+    for text in run.args.prompt if run.runtime.rank == 0 else []:
+        ids = run.tokenizer(prompt_text(text, run.args.text_format), add_special_tokens=False)["input_ids"]
+        answer, stopped = generate_text(run, run.model, ids or [run.tokenizer.eos_token_id])
+        plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
+
+
+def held_out_prompts(run: Run) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its first eight tokens."""
+    pairs, rows = [], run.eval_rows
+    for row in range(min(run.args.num_samples, len(rows))):
+        ids = rows[row]["input_ids"].tolist()
+        end = int(rows.prompt_lengths[row]) or min(8, len(ids) - 1)
+        pairs.append((ids[:end], ids[end : None if rows.truncated[row] else -1]))
+    return pairs
+
+
+# ---- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def claim_directory(run: Run, create: bool) -> None:
+    """Makes the output directory this process's own, and puts right what a crash left there.
+
+    create: also one that is not there yet. Raises ValueError for one that is not to be had.
+    """
+    args, output_dir = run.args, run.output_dir
     if run.runtime.rank != 0:
         return
-    with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    if run.writer:
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                run.writer.add_scalar(name, value, row["step"])
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir}: is a file")
+    holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
+    if holds_run and not args.resume_from and not args.overwrite_output_dir:
+        raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
+    if not (create or output_dir.exists()):
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
+    try:  # the DataLoader workers of a killed run hold it for some seconds more
+        run.closing.enter_context(lock.acquire(timeout=10))
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
+    recover_and_clean(output_dir)
+
+
+def recover_and_clean(output_dir: Path) -> None:
+    """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
+    for old in output_dir.glob(".old_*"):
+        name = old.name.removeprefix(".old_")
+        place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
+        if not place.exists():
+            place.parent.mkdir(exist_ok=True)
+            old.rename(place)
+    for pattern in (".new_*", ".old_*", ".trash_*"):
+        for stale in output_dir.glob(pattern):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def clear_directory(output_dir: Path) -> None:
+    """Removes what a run wrote, and nothing else."""
+    for path in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
+    """A directory to fill; only when it is whole, with sha256 sums, and synced, does it become output_dir/name."""
+    path = output_dir / name
+    new, old = output_dir / f".new_{path.name}", output_dir / f".old_{path.name}"
+    try:
+        new.mkdir()
+        yield new
+        files = {file.name: modify_llm.file_hash(file) for file in sorted(new.iterdir()) if file.name != CARD}
+        digest = modify_llm.manifest_hash(files)
+        modify_llm.write_json(new / modify_llm.MANIFEST, {"files": files, "manifest_sha256": digest})
+        for item in [*new.iterdir(), new]:
+            sync(item)
+        path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        new.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def start_records(run: Run) -> None:
+    """Clears what --overwrite_output_dir says to clear; then run.json, metrics.jsonl and the log file begin."""
+    args, output_dir = run.args, run.output_dir
+    if run.runtime.rank != 0:
+        return
+    if args.overwrite_output_dir:
+        clear_directory(output_dir)
+    cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
+    run.closing.enter_context(log_file(output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"))
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+        run.closing.callback(run.writer.close)
+    total, trainable = run.counts
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
+    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
+    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
+    modify_llm.write_json(output_dir / "run.json", record)
 
 
 def cut_metrics(path: Path, state: Progress | None) -> None:
@@ -962,54 +855,45 @@ def cut_metrics(path: Path, state: Progress | None) -> None:
     new.replace(path)  # at once: a kill in between must not lose the rows
 
 
-def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
-    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
-    progress_, runtime = run.progress, run.runtime
-    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
-    if not math.isfinite(loss):
-        raise RuntimeError(f"the held-out loss is {loss} at step {progress_.step}")
-    row = {"step": progress_.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
-    write_metrics(run, row | {"eval_tokens": tokens})
-    progress.info(
-        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
-        epoch, progress_.step, loss, perplexity(loss), f"{tokens:,}",
-    )  # fmt: skip
-    progress_.last_loss = loss
-    if progress_.step == 0:
-        progress_.first_loss = loss
+def write_metrics(run: Run, row: dict[str, Any]) -> None:
+    if run.runtime.rank != 0:
         return
-    if run.args.num_samples and runtime.rank == 0:
-        for prompt, _ in held_out_prompts(run.eval_rows, run.args.num_samples):
-            answer, _ = generate_text(run.model, run.tokenizer, prompt, run.args, runtime)
-            logger.info("Sample: %s -> %s", one_line(run.tokenizer.decode(prompt)[-60:]), one_line(answer))
-    if progress_.best_loss is None or loss < progress_.best_loss:
-        progress_.best_loss, progress_.best_step, progress_.evaluations_without_gain = loss, progress_.step, 0
-        if runtime.rank == 0:
-            write_directory(run.output_dir / "best", run.output_dir, lambda path: write_model(run, path))
-    else:
-        progress_.evaluations_without_gain += 1
-        patience = run.args.early_stopping_patience
-        progress_.stopped_early = bool(patience) and progress_.evaluations_without_gain >= patience
-
-
-def one_line(text: str) -> str:
-    return repr(text)[:160]
+    with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if run.writer:
+        for name, value in row.items():
+            if name not in ("step", "epoch"):
+                run.writer.add_scalar(name, value, row["step"])
 
 
 def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def write_model(run: Run, directory: Path) -> None:
-    save_trained(run.model, directory)
-    run.tokenizer.save_pretrained(directory)
-    (directory / CARD).write_text(model_card(run), encoding="utf-8")
+def save_scratch_base(run: Run) -> None:
+    """Writes the random base that the run starts from (the seed makes it again) to base/, to load the result on."""
+    base_dir, args = run.output_dir / "base", run.args
+    if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            base = modify_llm.load_base(args)
+        with whole_directory(run.output_dir, "base") as directory:
+            base.save_pretrained(directory)
+    run.model.base_path = run.model.base_name = str(base_dir)
+
+
+def write_model(run: Run, name: str) -> None:
+    """best/ or final/."""
+    with whole_directory(run.output_dir, name) as directory:
+        save_trained(run.model, directory)
+        run.tokenizer.save_pretrained(directory)
+        (directory / CARD).write_text(model_card(run), encoding="utf-8")
 
 
 def model_card(run: Run) -> str:
     """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
     args, state, base = run.args, run.progress, run.model.base_name or "random weights"
-    total, trainable = modify_llm.parameter_counts(run.model)
+    total, trainable = run.counts
     technique = run.model.modification["modification_type"]
     load, library = [f'model = AutoModelForCausalLM.from_pretrained("{base}")'], "peft"
     load.append('model = PeftModel.from_pretrained(model, "DIR")  # peft')
@@ -1032,17 +916,230 @@ def model_card(run: Run) -> str:
     ])  # fmt: skip
 
 
+def write_predictions(run: Run) -> None:
+    """predictions.jsonl: the reference, the untouched base's answer and the tuned model's for a few rows."""
+    pairs, decode = held_out_prompts(run), run.tokenizer.decode
+    if not pairs:
+        return
+    tuned = [generate_text(run, run.model, prompt) for prompt, _ in pairs]
+    chosen = argparse.Namespace(from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0)
+    base = modify_llm.load_base(chosen).requires_grad_(False)
+    prepare_model(base, run.args, run.runtime)
+    with open(run.output_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
+        for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
+            untuned, _ = generate_text(run, base, prompt)
+            row = {"prompt": decode(prompt), "reference": decode(reference), "base": untuned, "tuned": answer}
+            file.write(json.dumps(row | {"stopped": stopped}, ensure_ascii=False) + "\n")
+    logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
+
+
+def plot_curves(output_dir: Path) -> None:
+    """training_curves.png: loss, perplexity, learning rate and gradient norm over the optimizer steps."""
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    training, held_out = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    titles = {"loss": "loss per token", "perplexity": "perplexity", "lr": "learning rate", "grad_norm": "gradient norm"}
+    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+        axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
+        if held_out and f"eval_{key}" in held_out[0]:
+            points = [r["step"] for r in held_out], [r[f"eval_{key}"] for r in held_out]
+            axes.plot(*points, "o-", color="#c44e52", label="held out")
+            axes.legend()
+        axes.set(xlabel="optimizer step", ylabel=title)
+        axes.grid(alpha=0.3)
+        if key == "perplexity":
+            axes.set_yscale("log")
+    figure.savefig(output_dir / "training_curves.png", dpi=110)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(run: Run) -> None:
+    """checkpoints/step_N: trainable weights, optimizer, random states, progress; what rotates out is removed."""
+    runtime, step = run.runtime, run.progress.step
+    tensors = {"trainable": run.trainable, "random": random_states(runtime)}
+    if runtime.rank != 0:
+        return
+    tensors["optimizer"] = {
+        f"{name}.{key}": value
+        for name, parameter in run.trainable.items()
+        for key, value in run.optimizer.state[parameter].items()
+    }
+    state = {"progress": asdict(run.progress), "settings": run.settings, "world_size": runtime.world_size}
+    state |= {"dataset_sha256": run.dataset_hash, "base_fingerprint": run.model.base_fingerprint}
+    state["grad_scaler"] = run.scaler.state_dict()
+    with whole_directory(run.output_dir, f"checkpoints/step_{step:08d}") as directory:
+        for name, group in tensors.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in group.items()}, directory / f"{name}.safetensors")
+        modify_llm.write_json(directory / "state.json", state)
+    others = [path for path in checkpoint_directories(run.output_dir) if checkpoint_step(path) != step]
+    for path in others[run.args.save_total_limit - 1 :]:
+        if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
+            try:
+                trash = run.output_dir / f".trash_{path.name}"
+                path.rename(trash)
+                shutil.rmtree(trash)
+            except OSError as error:
+                logger.warning("%s: cannot be removed: %s", path, error)
+
+
+def random_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The state of every process's generators, gathered."""
+    own = {f"cpu.{runtime.rank}": torch.get_rng_state()}
+    if runtime.device.type == "cuda":
+        own[f"cuda.{runtime.rank}"] = torch.cuda.get_rng_state(runtime.device)
+    if runtime.world_size == 1:
+        return own
+    gathered: list[dict] = [{}] * runtime.world_size
+    dist.all_gather_object(gathered, own)
+    return {name: state for states in gathered for name, state in states.items()}
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoint_directories(output_dir: Path) -> list[Path]:
+    """checkpoints/step_*, newest first."""
+    found = [path for path in output_dir.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(filter(Path.is_dir, found), key=checkpoint_step, reverse=True)
+
+
+def resume(run: Run) -> None:
+    """Goes on from --resume_from: under auto from the newest good checkpoint, with a warning for each bad one.
+
+    Raises ValueError for a checkpoint of another run, or one asked for by its path that is not good.
+    """
+    wanted = run.args.resume_from
+    root = run.output_dir if wanted == "auto" else Path(wanted)
+    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
+    for path in [root] if by_path else checkpoint_directories(root):
+        try:
+            state = read_checkpoint(path)
+            if not (another := difference(run, state)):
+                check_tensors(run, state)
+        except ValueError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            if by_path:
+                raise ValueError(f"--resume_from {path}: {reason}") from None
+            logger.warning("Checkpoint skipped: %s: %s", path, reason)
+            continue
+        if another:
+            raise ValueError(f"--resume_from {path}: {another}")
+        restore(run, state)
+        logger.info("Resumed from %s at step %d", path, run.progress.step)
+        return
+    if wanted != "auto":
+        raise ValueError(f"--resume_from {wanted}: no such directory, or no good checkpoint in it")
+    logger.warning("--resume_from auto: no good checkpoint in %s, starting at step 0", run.output_dir)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Everything in a checkpoint, verified; nothing is unpickled. Raises ValueError."""
+    verify_directory(path)
+    state = modify_llm.read_json(path / "state.json")
+    for name in ("trainable", "optimizer", "random"):
+        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
+    fields = {"progress", "settings", "world_size", "dataset_sha256", "base_fingerprint", "grad_scaler"}
+    if missing := fields - state.keys():
+        raise ValueError(f"state.json lacks {min(missing)}")
+    try:
+        state["progress"] = Progress(**state["progress"])
+    except TypeError as error:
+        raise ValueError(f"state.json: {error}") from None
+    return state
+
+
+def difference(run: Run, state: dict) -> str:
+    """A checkpoint continues only the run that wrote it: what sets that one apart from this; nothing: ''."""
+    for name, now in run.settings.items():
+        before = state["settings"].get(name)
+        if name not in FREE_TO_CHANGE and before != now:
+            return f"was trained with --{name} {before}, not {now}"
+    if state["world_size"] != run.runtime.world_size:
+        return f"was trained by {state['world_size']} processes, not {run.runtime.world_size}"
+    if state["dataset_sha256"] != run.dataset_hash:
+        return "the dataset has changed since (its content hash differs)"
+    if state["base_fingerprint"] != run.model.base_fingerprint:
+        return "was trained on another base model"
+    return ""
+
+
+def check_tensors(run: Run, state: dict) -> None:
+    """Raises ValueError, naming the tensor, unless all that this run trains is there in its shape, and no more."""
+    if missing := {f"cpu.{rank}" for rank in range(run.runtime.world_size)} - state["random"].keys():
+        raise ValueError(f"random.safetensors lacks {min(missing)}")
+    expected = {"trainable": {name: p.shape for name, p in run.trainable.items()}, "optimizer": {}}
+    if state["progress"].step:
+        for name, p in run.trainable.items():
+            expected["optimizer"] |= {f"{name}.step": (), f"{name}.exp_avg": p.shape, f"{name}.exp_avg_sq": p.shape}
+    for kind, shapes in expected.items():
+        if names := state[kind].keys() ^ shapes.keys():
+            raise ValueError(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
+        for name, shape in shapes.items():
+            if state[kind][name].shape != torch.Size(shape):
+                raise ValueError(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
+
+
+def restore(run: Run, state: dict) -> None:
+    """Puts a checkpoint's tensors, progress and random state into the run."""
+    run.progress, run.resumed_from = state["progress"], state["progress"].step
+    modify_llm.put_tensors(run.model, state["trainable"], run.output_dir)
+    for name, parameter in run.trainable.items() if run.progress.step else ():
+        moments = {key: state["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        run.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+    if state["grad_scaler"]:  # empty from a run that needed none, say on another device
+        run.scaler.load_state_dict(state["grad_scaler"])
+    runtime, states = run.runtime, state["random"]
+    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
+    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
+
+
+def finished(run: Run) -> bool:
+    """Its newest good checkpoint is at the last step, and final/ verifies."""
+    if run.resumed_from is None or (run.progress.step < run.total_steps and not run.progress.stopped_early):
+        return False
+    try:
+        verify_directory(run.output_dir / "final")
+    except ValueError:
+        return False
+    return not run.progress.evaluation_due
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
+    """The rate of optimizer step `step`, counted from 1 to `total`.
+
+    Warm-up: peak x step / warmup_steps. Decay: from the peak, at the first step after it, to min_lr at the last.
+    """
+    peak, warmup = args.learning_rate, args.warmup_steps if args.scheduler in ("warmup_cosine", "linear") else 0
+    if step <= warmup:
+        return peak * step / warmup
+    if args.scheduler == "constant":
+        return peak
+    done = (step - warmup - 1) / max(1, total - warmup - 1)
+    share = 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return args.min_lr + (peak - args.min_lr) * share
+
+
 def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) -> tuple[float, float]:
     """One optimizer step over the micro-batches of a window. Returns (learning rate, gradient norm).
 
     Loss: the sum over the labelled tokens of the window, on all processes, over their number, whatever the cut.
     """
-    args, runtime, progress_ = run.args, run.runtime, run.progress
+    args, runtime, state = run.args, run.runtime, run.progress
     inputs = [loss_inputs(batch, runtime) for batch in window]
     own = sum(len(i["targets"]) for i in inputs)
     targets, told_to_stop = runtime.sum_over_ranks(own, run.signal is not None)
     run.stopping = told_to_stop > 0  # one process was told: all stop at the same step
-    rate = learning_rate_at(progress_.step + 1, run.total_steps, args)
+    rate = learning_rate_at(state.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     loss_sum = torch.zeros((), device=runtime.device)
@@ -1061,20 +1158,48 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
         dist.all_reduce(loss_sum)
     loss_value, norm_value = torch.stack([loss_sum, norm.float()]).tolist()  # the one wait for the device in a step
     if not math.isfinite(loss_value):
-        raise RuntimeError(f"the loss is {loss_value} at step {progress_.step + 1}: try a lower --learning_rate")
+        raise RuntimeError(f"the loss is {loss_value} at step {state.step + 1}: try a lower --learning_rate")
     if not math.isfinite(norm_value) and not run.scaler.is_enabled():
-        raise RuntimeError(
-            f"the gradient norm is {norm_value} at step {progress_.step + 1}: try a lower --learning_rate"
-        )
+        raise RuntimeError(f"the gradient norm is {norm_value} at step {state.step + 1}: try a lower --learning_rate")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1e-3:
         raise RuntimeError("fp16 gradients overflow again and again: use --precision fp32 or bf16")
     run.optimizer.zero_grad(set_to_none=True)
-    progress_.step += 1
-    progress_.loss_sum += loss_value
-    progress_.target_count += int(targets)
+    state.step += 1
+    state.loss_sum += loss_value
+    state.target_count += int(targets)
     return rate, norm_value
+
+
+def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
+    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
+    state, runtime = run.progress, run.runtime
+    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
+    if not math.isfinite(loss):
+        raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
+    row = {"step": state.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
+    write_metrics(run, row | {"eval_tokens": tokens})
+    plain.info(
+        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
+        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
+    )  # fmt: skip
+    state.last_loss = loss
+    if state.step == 0:
+        state.first_loss = loss
+        return
+    if runtime.rank == 0:
+        for prompt, _ in held_out_prompts(run):
+            answer, _ = generate_text(run, run.model, prompt)
+            logger.info("Sample: %.160r -> %.160r", run.tokenizer.decode(prompt)[-60:], answer)
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
+        if runtime.rank == 0:
+            write_model(run, "best")
+    else:
+        state.evaluations_without_gain += 1
+        patience = run.args.early_stopping_patience
+        state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
 
 
 def train(run: Run) -> None:
@@ -1100,7 +1225,9 @@ def train(run: Run) -> None:
             clock, tokens = time.perf_counter(), 0
         if stopping:
             save_checkpoint(run)
-            raise Stopped
+            number = signal.Signals(run.signal or signal.SIGTERM)
+            logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, state.step)
+            raise Stopped(number)
         if state.step >= total or state.stopped_early:
             break
         if batches is None or step_of_epoch == 0:
@@ -1116,7 +1243,7 @@ def train(run: Run) -> None:
             loss, speed = state.loss_sum / max(1, state.target_count), all_tokens / (time.perf_counter() - clock)
             row = {"step": step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss), "lr": rate}
             write_metrics(run, row | {"grad_norm": norm, "tokens_per_second": speed})
-            progress.info(
+            plain.info(
                 "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
                 epoch, width, step_of_epoch + 1, steps, loss, perplexity(loss), rate, norm, f"{speed:,.0f}",
             )  # fmt: skip
@@ -1128,134 +1255,30 @@ def train(run: Run) -> None:
     bar.close()
 
 
-def finish(run: Run) -> None:
-    """final/, the curves, the predictions and the closing words."""
-    state, output_dir = run.progress, run.output_dir
-    if run.runtime.rank == 0:
-        plot_curves(output_dir)
-        write_predictions(
-            run.model, run.tokenizer, run.eval_rows, run.args, run.runtime, output_dir / "predictions.jsonl"
-        )
-        # Last, since a run whose final/ is whole counts as finished.
-        write_directory(output_dir / "final", output_dir, lambda path: write_model(run, path))
-        if state.first_loss is not None and state.last_loss is not None:
-            before, after = perplexity(state.first_loss), perplexity(state.last_loss)
-            best = f"best {perplexity(state.best_loss):.2f} at step {state.best_step}" if state.best_loss else ""
-            progress.info("Held-out perplexity: %.2f before, %.2f after %d steps, %s", before, after, state.step, best)
-        minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
-        progress.info("Time: %d min %02d s", minutes, seconds)
-
-
-def say_where(run: Run) -> None:
-    best = run.output_dir / ("best" if run.progress.best_loss is not None else "final")
-    written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
-    progress.info("Written to %s: %s", run.output_dir, written)
-    progress.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', best)
-
-
-def plot_curves(output_dir: Path) -> None:
-    """training_curves.png: loss, perplexity, learning rate and gradient norm over the optimizer steps."""
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    training, held_out = [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    titles = {"loss": "loss per token", "perplexity": "perplexity", "lr": "learning rate", "grad_norm": "gradient norm"}
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
-        axes.plot([r["step"] for r in training], [r[key] for r in training], color="#4c72b0", label="training")
-        if held_out and f"eval_{key}" in held_out[0]:
-            points = [r["step"] for r in held_out], [r[f"eval_{key}"] for r in held_out]
-            axes.plot(*points, "o-", color="#c44e52", label="held out")
-            axes.legend()
-        axes.set(xlabel="optimizer step", ylabel=title)
-        axes.grid(alpha=0.3)
-        if key == "perplexity":
-            axes.set_yscale("log")
-    figure.savefig(output_dir / "training_curves.png", dpi=110)
-
-
-def refuse_used_directory(args: argparse.Namespace) -> None:
-    output_dir = Path(args.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir}: is a file")
-    holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
-    if holds_run and not args.resume_from and not args.overwrite_output_dir:
-        raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
-
-
-def lock_output_directory(run: Run) -> None:
-    """Makes the output directory this process's own, and puts right what a crash left there."""
-    if run.lock or run.runtime.rank != 0:
-        return
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(run.output_dir / ".lock")
-    try:
-        lock.acquire(timeout=10)  # the DataLoader workers of a killed run hold it for some seconds more
-    except filelock.Timeout:
-        raise ValueError(f"--output_dir {run.output_dir}: another run is writing there") from None
-    run.lock = lock
-    recover_and_clean(run.output_dir)
-
-
-def start_records(run: Run) -> None:
-    """Clears what --overwrite_output_dir says to clear; then run.json, metrics.jsonl and the log file begin."""
-    args, output_dir = run.args, run.output_dir
-    if run.runtime.rank != 0:
-        return
-    if args.overwrite_output_dir:
-        clear_directory(output_dir)
-    cut_metrics(output_dir / "metrics.jsonl", run.progress if run.resumed_from is not None else None)
-    run.log_file = open_log_file(output_dir)
-    if args.report_to == "tensorboard":
-        run.writer = torch.utils.tensorboard.SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
-    total, trainable = modify_llm.parameter_counts(run.model)
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    record = {"settings": run.settings, "versions": versions, "dataset_sha256": run.dataset_hash}
-    record |= {"parameters": {"total": total, "trainable": trainable}, "world_size": run.runtime.world_size}
-    record |= {"device": str(run.runtime.device), "dtype": str(run.runtime.dtype)}
-    modify_llm.write_json(output_dir / "run.json", record)
-
-
-def clear_directory(output_dir: Path) -> None:
-    """Removes what a run wrote, and nothing else."""
-    for file in itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OWN_FILES):
-        file.unlink()
-    for name in OWN_DIRECTORIES:
-        shutil.rmtree(output_dir / name, ignore_errors=True)
+# ---- from the command line to final/ ---------------------------------------------------------------------------------
 
 
 def prepare(run: Run) -> None:
     """Everything that can be found wrong before the first step, in memory: nothing is written yet."""
     args, runtime = run.args, run.runtime
-    if args.report_to == "tensorboard":
-        try:
-            importlib.import_module("torch.utils.tensorboard")
-        except ImportError:
-            raise ValueError("--report_to tensorboard: needs the package: pip install tensorboard") from None
     if not (args.adapter_path or args.from_scratch):
         modify_llm.locate(args.model_name_or_path)  # weights out of reach are told before the rows are read
     run.tokenizer = tokenizer_for(args)
     run.train_rows, run.eval_rows = load_rows(args, run.tokenizer)
-    if not len(run.train_rows):
-        raise ValueError(f"--dataset_path {args.dataset_path}: no row is left to train on")
     hashes = run.train_rows.content_hash() + run.eval_rows.content_hash()
     run.dataset_hash = hashlib.sha256(hashes.encode()).hexdigest()
     logger.info("🔧 Using device: %s", runtime.device)
     run.model = build_model(args, run.output_dir)
-    check_fits(run.model, run.tokenizer, args)
-    total, trainable = modify_llm.parameter_counts(run.model)
+    check_fits(run)
+    total, trainable = run.counts = modify_llm.parameter_counts(run.model)
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
     prepare_model(run.model, args, runtime)
+    run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     run.optimizer = make_optimizer(run.model, args)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    shared = {
-        "tokenizer": run.tokenizer, "padding": "longest", "group_by_length": True, "batch_size": args.batch_size,
-        "num_workers": args.num_workers, "rank": runtime.rank, "world_size": runtime.world_size, "seed": args.seed,
-    }  # fmt: skip
-    run.loader = final_dataset_loader(run.train_rows, accumulation_steps=args.gradient_accumulation_steps, **shared)
-    run.eval_loader = final_dataset_loader(run.eval_rows, shuffle=False, **shared) if len(run.eval_rows) else None
+    run.loader = make_loader(run, run.train_rows, accumulation_steps=args.gradient_accumulation_steps)
+    run.eval_loader = make_loader(run, run.eval_rows, shuffle=False) if len(run.eval_rows) else None
     run.steps_per_epoch = run.loader.batch_sampler.steps
     run.total_steps = args.max_steps or args.epochs * run.steps_per_epoch
     if args.warmup_steps is None:
@@ -1265,7 +1288,7 @@ def prepare(run: Run) -> None:
             "--warmup_steps %d: the run ends at step %d, still warming up", args.warmup_steps, run.total_steps
         )
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
-    progress.info(summary(run))
+    plain.info(summary(run))
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
@@ -1274,13 +1297,13 @@ def prepare(run: Run) -> None:
 def summary(run: Run) -> str:
     """What is about to happen, in a few lines."""
     args, runtime, rows = run.args, run.runtime, run.train_rows
-    total, trainable = modify_llm.parameter_counts(run.model)
+    total, trainable = run.counts
     stored = sum(p.numel() * p.element_size() for p in run.model.parameters())
     tokens, labels = int(rows.lengths.sum()), int(rows.label_counts.sum())
     packed = f"{1 - tokens / (len(rows) * args.max_length):.0%} padding saved of {args.max_length} a row"
     batch = f"{args.batch_size} x {args.gradient_accumulation_steps} x {runtime.world_size}"
     rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
-    name = "random weights" if args.from_scratch else args.model_name_or_path
+    name = run.model.base_name or "random weights"
     lines = {
         "Device": f"{runtime.device}, {str(runtime.dtype).removeprefix('torch.')}, processes: {runtime.world_size}",
         "Model": f"{name}, {run.model.modification['modification_type']}: {trainable / total:.2%} trains",
@@ -1292,236 +1315,145 @@ def summary(run: Run) -> str:
     return "\n".join(f"   {name + ':':<8} {line}" for name, line in lines.items())
 
 
-def execute(args: argparse.Namespace, runtime: Runtime, point_on: bool = True) -> int:
-    """One training run, from flags that are in range to final/. Returns the exit status.
-
-    point_on: close with where all lies, and what to do with it.
-    """
-    run, status, previous = Run(args, runtime), 2, {}
+def catch_signals(run: Run) -> None:
+    """Until the run closes, SIGINT and SIGTERM only leave a note for the training loop."""
 
     def stop(number: int, _frame: object) -> None:
         if run.signal and number == signal.SIGINT:
             os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
         run.signal = number
 
-    try:
-        refuse_used_directory(args)
-        if run.output_dir.is_dir():
-            lock_output_directory(run)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        run.closing.callback(signal.signal, number, signal.signal(number, stop))
+
+
+def finish(run: Run, point_on: bool) -> None:
+    """final/, the curves, the predictions and the closing words; point_on: with where all lies, and how to use it."""
+    state, output_dir = run.progress, run.output_dir
+    if run.runtime.rank != 0:
+        return
+    plot_curves(output_dir)
+    write_predictions(run)
+    write_model(run, "final")  # last, since a run whose final/ is whole counts as finished
+    if state.best_loss is not None:
+        before, after, best = (perplexity(loss) for loss in (state.first_loss, state.last_loss, state.best_loss))
+        words = "Held-out perplexity: %.2f before, %.2f after %d steps, best %.2f at step %d"
+        plain.info(words, before, after, state.step, best, state.best_step)
+    minutes, seconds = divmod(round(time.perf_counter() - run.started), 60)
+    plain.info("Time: %d min %02d s", minutes, seconds)
+    if point_on:
+        written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
+        plain.info("Written to %s: %s", output_dir, written)
+        use = output_dir / ("best" if state.best_loss is not None else "final")
+        plain.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
+
+
+def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = True) -> None:
+    """One training run, from flags that are in range to final/.
+
+    Raises ValueError or OSError for bad input, with nothing written; RuntimeError for a failure later on; Stopped.
+    """
+    run = Run(args, runtime)
+    with run.closing:
+        claim_directory(run, create=False)
         if runtime.world_size > 1:
             dist.barrier()
         prepare(run)
         if finished(run):
             logger.info("The run in %s is finished; nothing to do", run.output_dir)
-            return 0
-        lock_output_directory(run)
+            return
+        claim_directory(run, create=True)
         start_records(run)
-        status = 1  # from here on a failure is the run's
-        if args.from_scratch:
-            save_scratch_base(run)
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        train(run)
-        finish(run)
-        if point_on:
-            say_where(run)
-        answer_prompts(run.model, run.tokenizer, args, runtime)
-        return 0
-    except Stopped:
-        number = signal.Signals(run.signal or signal.SIGTERM)
-        logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, run.progress.step)
-        return 128 + number
-    except (ValueError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
-        return fail(error, status)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if run.writer:
-            run.writer.close()
-        if run.log_file:
-            logging.getLogger().removeHandler(run.log_file)
-            run.log_file.close()
-        if run.lock:
-            run.lock.release()
+        try:
+            if args.from_scratch:
+                save_scratch_base(run)
+            catch_signals(run)
+            train(run)
+            finish(run, point_on)
+            answer_prompts(run)
+        except (ValueError, OSError, SafetensorError) as error:  # not the input's fault any more
+            raise RuntimeError(error) from error
 
 
-def finished(run: Run) -> bool:
-    """Its newest good checkpoint is at the last step, and final/ verifies."""
-    if run.resumed_from is None or (run.progress.step < run.total_steps and not run.progress.stopped_early):
-        return False
-    try:
-        verify_directory(run.output_dir / "final")
-    except ValueError:
-        return False
-    return not run.progress.evaluation_due
-
-
-def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> None:
-    """Text, prefix and vocabulary must fit the model."""
-    config = model.config
-    virtual = len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
-    if args.max_length + virtual > config.n_positions:
-        prefix = f" with a prefix of {virtual}" if virtual else ""
-        raise ValueError(f"--max_length {args.max_length}{prefix}: the model has {config.n_positions} positions")
-    if len(tokenizer) > config.vocab_size:
-        tokens = f"{len(tokenizer)} tokens, the model has embeddings for {config.vocab_size}"
-        raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
-
-
-def fail(error: BaseException, status: int) -> int:
-    """One line on stderr. status: 2 for bad input, 1 for a failure at run time."""
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
-        reason, status = f"out of memory: lower --batch_size (and raise --gradient_accumulation_steps): {reason}", 1
-    print(f"train_llm.py: error: {reason}", file=sys.stderr)
-    return status
-
-
-def use_model(args: argparse.Namespace, runtime: Runtime) -> int:
+def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     """--eval_only and --prompt without training: what --adapter_path holds, or the untouched base."""
-    try:
-        tokenizer = tokenizer_for(args)
-        torch.manual_seed(args.seed)
-        model = load_trained(args.adapter_path, given_model(args)) if args.adapter_path else modify_llm.load_base(args)
-        prepare_model(model.requires_grad_(False), args, runtime)
-        if args.eval_only:
-            _, held_out = load_rows(args, tokenizer)
-            if not len(held_out):
-                raise ValueError("--eval_only: no held-out rows; give --eval_fraction or --eval_dataset_path")
-            loader = final_dataset_loader(
-                held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False,
-                batch_size=args.batch_size, num_workers=args.num_workers, rank=runtime.rank,
-                world_size=runtime.world_size,
-            )  # fmt: skip
-            check_fits(model, tokenizer, args)
-            loss, tokens = evaluate(SummedLoss(model), loader, runtime)
-            line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
-            progress.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(held_out):,}")
-        answer_prompts(model, tokenizer, args, runtime)
-        return 0
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    except (RuntimeError, MemoryError) as error:
-        return fail(error, 1)
+    run = Run(args, runtime)
+    run.tokenizer = tokenizer_for(args)
+    torch.manual_seed(args.seed)
+    if args.adapter_path:
+        run.model = load_trained(args.adapter_path, args.model_name_or_path)
+    else:
+        run.model = modify_llm.load_base(args)
+    prepare_model(run.model.requires_grad_(False), args, runtime)
+    if args.eval_only:
+        _, rows = load_rows(args, run.tokenizer)
+        check_fits(run)
+        loss, tokens = evaluate(SummedLoss(run.model), make_loader(run, rows, shuffle=False), runtime)
+        line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
+        plain.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}")
+    answer_prompts(run)
 
 
-def answer_prompts(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace, runtime: Runtime
-) -> None:
-    for text in args.prompt if runtime.rank == 0 else []:
-        ids = tokenizer(prompt_text(text, args.text_format), add_special_tokens=False)["input_ids"]
-        answer, stopped = generate_text(model, tokenizer, ids or [tokenizer.eos_token_id], args, runtime)
-        progress.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
-
-
-def demo(args: argparse.Namespace, runtime: Runtime) -> int:
+def demo(args: argparse.Namespace, runtime: Runtime) -> None:
     """A tiny GPT-2 from scratch on one half of the bundled sample, then LoRA on it with the other half."""
-    output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
-    question = "Q: {instruction} {input}\nA:"
-    own = [f"--{name}={getattr(args, name)}" for name in ("device", "precision", "seed")]
-    common = [
-        "--max_length=160",
-        "--eval_fraction=0.1",
-        "--num_samples=1",
-        "--max_new_tokens=40",
-        "--batch_size=4",
-        *own,
-    ]
-    tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4", "--max_position_embeddings=160"]
-    rows = json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
+    if args.output_dir == "./outputs":
+        args.output_dir = "./outputs/demo"
+    with suppress(ValueError, KeyError, TypeError):  # what an earlier demo wrote is the demo's to overwrite
+        args.overwrite_output_dir |= modify_llm.read_json(Path(args.output_dir) / "run.json")["settings"]["demo"]
+    output_dir, rows = Path(args.output_dir), json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
     rows = [row for row in rows if len(row["output"]) < 200]  # what a model of this size can learn in half a minute
-    try:
-        own_to_overwrite = modify_llm.read_json(output_dir / "run.json")["settings"]["demo"]
-    except (ValueError, KeyError, TypeError):
-        own_to_overwrite = False
-    try:
-        refuse_used_directory(argparse.Namespace(**vars(args) | {
-            "output_dir": output_dir, "overwrite_output_dir": own_to_overwrite or args.overwrite_output_dir,
-        }))  # fmt: skip
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        return fail(error, 2)
-    clear_directory(output_dir)
-    with tempfile.TemporaryDirectory(dir=output_dir) as scratch:
+    own = [f"--{name}={getattr(args, name)}" for name in ("device", "precision", "seed")]
+    common = ["--max_length=160", "--eval_fraction=0.1", "--num_samples=1", "--max_new_tokens=40", "--batch_size=4"]
+    common += own
+    question = "Q: {instruction} {input}\nA:"
+    run = Run(args, runtime)
+    with run.closing, tempfile.TemporaryDirectory() as scratch:
+        claim_directory(run, create=True)
+        clear_directory(output_dir)
         for name, half in (("base", rows[::2]), ("tune", rows[1::2])):
             Path(scratch, f"{name}.json").write_text(json.dumps(half), encoding="utf-8")
-        progress.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
-        learn = ["--from_scratch", *tiny, "--modification_type=full", "--epochs=8", "--eval_interval=172"]
+        plain.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
+        tiny = ["--hidden_size=128", "--num_hidden_layers=2", "--num_attention_heads=4"]
+        tiny += ["--max_position_embeddings=160"]
+        learn = ["--modification_type=full", "--epochs=8", "--learning_rate=2e-3", "--eval_interval=172"]
         data = [f"--dataset_path={scratch}/base.json", f"--text_format=||{question} {{output}}"]
-        learn += [f"--output_dir={scratch}/run", "--learning_rate=2e-3"]
-        if status := execute(parse([*learn, *data, *common]), runtime, point_on=False):
-            return status
+        base = ["--from_scratch", *tiny, *learn, *data, *common, f"--output_dir={scratch}/run"]
+        train_model(parse(base), runtime, point_on=False)
         shutil.move(f"{scratch}/run/best", output_dir / "base")
-        progress.info("\nDemo, part 2 of 2: LoRA on that base\n")
+        plain.info("\nDemo, part 2 of 2: LoRA on that base\n")
         learn = [f"--model_name_or_path={output_dir}/base", "--epochs=6", "--learning_rate=1e-2", "--eval_interval=129"]
         data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
-        if status := execute(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime):
-            return status
-    progress.info("\nA model of this size learns the form of an answer, not its facts:\n")
+        train_model(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime)
+    plain.info("\nA model of this size learns the form of an answer, not its facts:\n")
     question = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
-    prompt = ["--adapter_path", str(output_dir / "final"), "--prompt", question]
-    return use_model(parse([*prompt, *own]), runtime)
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The checked flags; leaves with status 2, all problems on one line, if any is out of range.
-
-    With --adapter_path, the model's and the text's flags take what it was trained with as their defaults.
-    """
-    parser, problems = build_parser(), []
-    args = parser.parse_args(argv)
-    if args.adapter_path:
-        saved = saved_settings(args.adapter_path, args)
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        changed = [
-            name for name in saved if saved[name] != getattr(args, name) and name not in ("text_format", "max_length")
-        ]
-        problems += [f"--{name}: {args.adapter_path} was trained with {saved[name]}" for name in changed]
-    problems += data_pipeline.data_problems(args) + modify_llm.model_problems(args) + train_problems(args)
-    if problems:
-        parser.error("; ".join(problems))
-    if args.learning_rate is None:
-        technique = args.prefix_type if args.modification_type == "prefix" else args.modification_type
-        args.learning_rate = LEARNING_RATES[technique]
-    return args
-
-
-def idle_flags(args: argparse.Namespace) -> list[str]:
-    """A line for each flag that was given and changes nothing."""
-    lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
-    if args.warmup_steps and args.scheduler in ("cosine", "constant"):
-        lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
-    if args.min_lr and args.scheduler == "constant":
-        lines.append("--min_lr: without effect, --scheduler constant does not decay")
-    return lines
-
-
-def saved_settings(adapter_path: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that --adapter_path was trained with, as far as its modification.json tells."""
-    try:
-        saved = modify_llm.read_json(Path(adapter_path) / modify_llm.METADATA)
-    except ValueError:
-        return {}  # PEFT's own directory, or nothing at all: load_trained tells
-    return {name: value for name, value in saved.items() if hasattr(args, name)}
+    use_model(parse(["--adapter_path", str(output_dir / "final"), "--prompt", question, *own]), runtime)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status; what goes wrong is told in one line on stderr."""
     args = parse(argv)
     set_up_logging(int(os.environ.get("RANK", 0)))
     for line in idle_flags(args):
         logger.warning(line)
     try:
-        runtime = choose_runtime(args)
-    except ValueError as error:
-        return fail(error, 2)
-    try:
         if args.demo:
-            return demo(args, runtime)
-        if args.eval_only or (args.prompt and not args.dataset_path):
-            return use_model(args, runtime)
-        return execute(args, runtime)
+            work = demo
+        elif args.eval_only or (args.prompt and not args.dataset_path):
+            work = use_model
+        else:
+            work = train_model
+        work(args, choose_runtime(args))
+        return 0
+    except Stopped as stopped:
+        return 128 + stopped.args[0]
     except KeyboardInterrupt:  # before training has begun there is nothing to save
         return 130
+    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
+            reason = f"out of memory: lower --batch_size (and raise --gradient_accumulation_steps): {reason}"
+        print(f"train_llm.py: error: {reason}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError | MemoryError) else 2  # 2: the input's or the flags' fault
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

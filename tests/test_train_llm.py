@@ -24,6 +24,7 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import contextmanager, redirect_stdout
+from datetime import datetime
 from pathlib import Path
 
 import filelock
@@ -407,6 +408,7 @@ def test_weight_decay_spares_parameters_with_one_dimension(flags, tmp_path):
         torch.testing.assert_close(decayed[name], tensor - share * start[name], rtol=0, atol=2e-8 if share else 0)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_trains_a_frozen_base_to_the_same_weights(flags, tmp_path):
     assert run(flags(tmp_path / "without")) == 0
     assert run(flags(tmp_path / "with", gradient_checkpointing="true")) == 0
@@ -601,6 +603,11 @@ def test_adapter_path_goes_on_from_what_an_earlier_run_saved(technique_runs, fla
     assert snapshot(source) == before
 
 
+def test_a_base_given_by_name_is_taken_even_where_the_name_is_the_flags_default(technique_runs, capsys):
+    argv = ["--adapter_path", str(technique_runs / "lora" / "best"), "--model_name_or_path=gpt2", "--prompt=x"]
+    assert "--model_name_or_path gpt2: " in refused(argv, capsys)
+
+
 def test_an_adapters_own_technique_decides_the_learning_rate(technique_runs, flags, tmp_path):
     argv = flags(tmp_path, adapter_path=technique_runs / "prefix" / "best", learning_rate=None, max_steps=1)
     assert run([*argv, "--scheduler=constant"]) == 0
@@ -791,7 +798,7 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(flags, tmp_path):
 
 
 def test_report_to_tensorboard_without_the_package_is_refused(flags, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "tensorboard" in refused(flags(tmp_path / "out", report_to="tensorboard"), capsys)
 
 
@@ -926,6 +933,15 @@ def test_a_run_directory_that_was_moved_resumes_to_the_same_bits(flags, tmp_path
     (tmp_path / "here").rename(tmp_path / "there")
     assert run([*flags(tmp_path / "there", **DRAWN), *RESUME]) == 0
     assert outcome(tmp_path / "there") == never_stopped
+
+
+def test_a_run_resumed_within_the_second_adds_to_its_log(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_llm, "datetime", Namespace(now=lambda: datetime(2026, 1, 2)))
+    with stopped_in(1):
+        assert run(flags(tmp_path)) == 143
+    assert run([*flags(tmp_path), *RESUME]) == 0
+    (log,) = tmp_path.glob("training_*.log")
+    assert [word for word in ("Stopped by", "Resumed from") if word not in log.read_text(encoding="utf-8")] == []
 
 
 def test_resume_auto_without_a_checkpoint_warns_and_starts_at_step_0(flags, tmp_path, capsys):
@@ -1103,6 +1119,12 @@ def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(flags, h
     assert outcome(again) == half_done[1]
 
 
+def test_a_run_goes_on_in_fp16_from_a_checkpoint_written_without_a_gradient_scaler(flags, half, monkeypatch):
+    monkeypatch.setattr(train_llm, "choose_runtime", lambda _: Runtime(torch.device("cpu"), torch.float16))
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    assert checkpoints(half)[-1].name == "step_00000006"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -1182,7 +1204,7 @@ def test_an_output_directory_that_holds_a_run_is_refused_and_overwritten_only_wh
 def test_overwriting_destroys_nothing_when_the_new_run_cannot_start(
     flags, half, tmp_path, capsys, monkeypatch, changes
 ):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     (tmp_path / "empty").mkdir()
     changes = {key: str(tmp_path / "empty") if value == "EMPTY" else value for key, value in changes.items()}
     before = snapshot(half)
@@ -1206,6 +1228,7 @@ def test_a_second_run_in_the_same_directory_is_refused(flags, half, capsys, monk
         monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, *_, **__: acquire(self, timeout=0.1))
         assert "another run" in refused([*flags(half, eval_interval=2), *RESUME], capsys)
         assert "another run" in refused([*flags(half), "--overwrite_output_dir"], capsys)
+        assert "another run" in refused(["--demo", "--output_dir", str(half), "--overwrite_output_dir"], capsys)
     assert snapshot(half) == before
 
 
@@ -1497,6 +1520,8 @@ def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_l
         (["--resume_from", "auto", "--overwrite_output_dir"], "--overwrite_output_dir"),
         (["--gradient_checkpointing", "--modification_type=prefix", "--prefix_type=key_value"], "--gradient_check"),
         (["--precision", "fp16"], "--precision fp16"),
+        (["--demo", "--resume_from", "auto"], "--resume_from"),
+        (["--adapter_path", "absent", "--from_scratch"], "--from_scratch"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_loads, bad, said):
@@ -1539,6 +1564,8 @@ def test_a_device_that_is_not_there_is_refused(flags, tmp_path, capsys, nothing_
         ({"dataset_path": "EMPTY"}, "rows.json"),
         ({"dataset_path": "UNLABELLED"}, "unlabelled.json"),
         ({"eval_dataset_path": "absent.json"}, "absent.json"),
+        ({"eval_dataset_path": "UNLABELLED"}, "--eval_dataset_path"),
+        ({"eval_fraction": 0.99}, "--eval_fraction 0.99"),
         ({"resume_from": "absent"}, "--resume_from absent"),
         ({"resume_from": "TMP"}, "no good checkpoint"),
         ({"text_format": "{q}||{absent}"}, "absent"),
@@ -1681,6 +1708,8 @@ def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, sa
         ),
         ("Hi", "Q: {question}\nA:||{answer}", "Q: Hi\nA:"),
         ("{Hi}", "Q: {question}\nA:||{answer}", "Q: {Hi}\nA:"),
+        ("Hi", "Q: {input}\nA:||{answer}", "Q: Hi\nA:"),
+        ('{"q": "Hi"}', "Q: {q} {input}\nA:||{answer}", "Q: Hi \nA:"),
     ],
 )
 def test_a_prompt_is_read_in_the_format_of_the_run(text, text_format, read):
@@ -1791,6 +1820,11 @@ def test_when_one_rank_is_told_to_stop_all_stop_in_that_step_and_resume_to_the_s
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
+def test_the_demo_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "--demo" in refused(["--demo", "--output_dir", str(tmp_path / "out")], capsys)
+
+
 # ---- the demo --------------------------------------------------------------------------------------------------------
 
 
@@ -1813,6 +1847,9 @@ def test_the_demo_lowers_perplexity_in_both_parts_and_closes_with_a_sample(tmp_p
     losses = held_out_losses(tmp_path / "demo")
     assert losses[max(losses)] < losses[0]
     assert (tmp_path / "demo" / "base" / "model.safetensors").exists()
+    log = next((tmp_path / "demo").glob("training_*.log")).read_text(encoding="utf-8")
+    assert len(re.findall(r"Using device", log)) == 1
+    assert not hidden_leftovers(tmp_path / "demo")
 
 
 if __name__ == "__main__":
