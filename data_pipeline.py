@@ -150,6 +150,8 @@ def parse_json(text: str, first_line: int = 1) -> object:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {first_line + error.lineno - 1}: invalid JSON: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"line {first_line}: {error}") from None
     except RecursionError:
         raise ValueError(f"line {first_line}: nested too deeply") from None
 
@@ -217,7 +219,7 @@ def read_frames(dataset_path: str, columns: list[str]) -> Iterator[pd.DataFrame]
                 read += len(records)
                 if not following:
                     logger.info("Dataset loaded successfully with %d entries.", read)
-                yield pd.DataFrame(records)
+                yield pd.DataFrame(records, dtype=object)  # any text in a column that is not read, half a pair too
             if not read:
                 raise ValueError("holds no rows")
     except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
