@@ -1022,7 +1022,7 @@ def resume(run: Run) -> None:
             state = read_checkpoint(path)
             if not (another := difference(run, state)):
                 check_tensors(run, state)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             reason = str(error).removeprefix(f"{path}: ")
             if by_path:
                 raise ValueError(f"--resume_from {path}: {reason}") from None
@@ -1051,6 +1051,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         state["progress"] = Progress(**state["progress"])
     except TypeError as error:
         raise ValueError(f"state.json: {error}") from None
+    for name, initial in asdict(Progress()).items():
+        value = getattr(state["progress"], name)
+        if type(value) is not type(initial) and not (initial is None and type(value) is float):
+            raise ValueError(f"state.json: {name} is {value!r:.40}")
+    if not isinstance(state["settings"], dict):
+        raise ValueError("state.json: settings is no object")
     return state
 
 
@@ -1081,8 +1087,15 @@ def check_tensors(run: Run, state: dict) -> None:
         if names := state[kind].keys() ^ shapes.keys():
             raise ValueError(f"{min(names)} is {'missing' if min(names) in shapes else 'not part of this run'}")
         for name, shape in shapes.items():
-            if state[kind][name].shape != torch.Size(shape):
-                raise ValueError(f"{name} has shape {tuple(state[kind][name].shape)}, not {tuple(shape)}")
+            tensor = state[kind][name]
+            if tensor.shape != torch.Size(shape) or tensor.dtype != torch.float32:
+                raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not torch.float32 {tuple(shape)}")
+            if name.endswith(".step") and not 0 <= tensor <= state["progress"].step:
+                raise ValueError(f"{name} is {tensor.item():g} at step {state['progress'].step}")
+    try:
+        torch.Generator().set_state(state["random"][f"cpu.{run.runtime.rank}"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"random.safetensors: {error}") from None
 
 
 def restore(run: Run, state: dict) -> None:

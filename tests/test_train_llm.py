@@ -1068,6 +1068,43 @@ def lose_a_field(checkpoint):
     sign(checkpoint)
 
 
+def change_progress(checkpoint, **changes):
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["progress"] |= changes
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    sign(checkpoint)
+
+
+def write_the_step_as_text(checkpoint):
+    change_progress(checkpoint, step="5")
+
+
+def go_back_a_step(checkpoint):
+    change_progress(checkpoint, step=3)
+
+
+def make_settings_a_list(checkpoint):
+    state = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(json.dumps(state | {"settings": []}))
+    sign(checkpoint)
+
+
+def shorten_the_random_state(checkpoint):
+    change_tensors(checkpoint, lambda ts: ts.update({name: t[:10].clone() for name, t in ts.items()}), "random")
+
+
+def put_another_type_into_the_random_state(checkpoint):
+    change_tensors(checkpoint, lambda ts: ts.update({name: t.float() for name, t in ts.items()}), "random")
+
+
+def round_to_whole_numbers(checkpoint):
+    change_tensors(checkpoint, lambda ts: ts.update({name: t.to(torch.int64) for name, t in ts.items()}))
+
+
+def name_a_file_that_no_disk_can_hold(checkpoint):
+    sign(checkpoint, **{"n" * 300: "0"})
+
+
 class Payload:
     def __init__(self, mark):
         self.mark = mark
@@ -1084,7 +1121,9 @@ def plant_a_pickle(checkpoint):
 DAMAGES = (
     flip_a_byte, truncate, drop_a_file, empty_the_manifest, edit_the_manifest, name_a_file_outside,
     name_an_absolute_file, link_a_file, put_nan, put_nan_into_the_optimizer, add_a_tensor, lose_a_tensor,
-    misshape_a_tensor, lose_a_moment, lose_the_random_state, lose_a_field, plant_a_pickle,
+    misshape_a_tensor, lose_a_moment, lose_the_random_state, lose_a_field, plant_a_pickle, write_the_step_as_text,
+    go_back_a_step, make_settings_a_list, shorten_the_random_state, put_another_type_into_the_random_state,
+    round_to_whole_numbers, name_a_file_that_no_disk_can_hold,
 )  # fmt: skip
 
 
