@@ -56,6 +56,7 @@ plain = logging.getLogger("plain")  # lines without a prefix
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
 LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-1, "selective": 1e-3, "full": 5e-4}
 ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
+OUT_OF_MEMORY = "not enough memory|[Cc]annot allocate memory|can't allocate memory|ALLOC_FAILED"  # what PyTorch says
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
     "dataset_path", "eval_dataset_path", "output_dir", "overwrite_output_dir", "resume_from", "num_workers", "demo",
@@ -1463,8 +1464,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in reason:
-            reason = f"out of memory: lower --batch_size (and raise --gradient_accumulation_steps): {reason}"
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or re.search(OUT_OF_MEMORY, reason):
+            hint = "lower --batch_size (and raise --gradient_accumulation_steps) or --max_length, or --precision bf16"
+            reason = f"out of memory: {hint}: {reason}"
         print(f"train_llm.py: error: {reason}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError | MemoryError) else 2  # 2: the input's or the flags' fault
     finally:

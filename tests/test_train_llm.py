@@ -1434,8 +1434,16 @@ def out_of_memory(loss):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
 
 
+def out_of_memory_on_a_cpu(loss):
+    torch.empty(2**50)
+
+
+NO_MEMORY = (out_of_memory, out_of_memory_on_a_cpu)
+
+
 @pytest.mark.parametrize(
-    ("fault", "said"), [(nan_loss, "loss is nan"), (infinite_gradient, "norm"), (out_of_memory, "--batch_size")]
+    ("fault", "said"),
+    [(nan_loss, "loss is nan"), (infinite_gradient, "norm"), *((fault, "--batch_size") for fault in NO_MEMORY)],
 )
 def test_a_fault_in_a_step_ends_in_one_line_with_earlier_checkpoints_intact(flags, tmp_path, capsys, fault, said):
     argv = flags(tmp_path, save_interval=2)
