@@ -580,11 +580,19 @@ def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+class LogHandler(logging.StreamHandler):
+    """Lines on stdout; when it is gone (`data_pipeline.py | head`), they are dropped."""
+
+    def handleError(self, _record: logging.LogRecord) -> None:
+        self.stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
 def set_up_logging() -> None:
     """Logs to stdout as LEVEL:name:message. A terminal that cannot show a character (cp1252) drops it."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout, force=True)
+    handlers = [LogHandler(sys.stdout)]
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", handlers=handlers, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 

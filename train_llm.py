@@ -258,11 +258,12 @@ class LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
-        print(line, file=self.file, flush=True)
+        with suppress(OSError):  # on a full disk, what fails next tells it in one line
+            print(line, file=self.file, flush=True)
         try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
+        except OSError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -274,6 +275,9 @@ class LogFormat(logging.Formatter):
 
 def set_up_logging(rank: int) -> None:
     """Process 0 alone speaks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets the lines without the emoji
     handler = LogHandler() if rank == 0 else logging.NullHandler()
@@ -287,13 +291,15 @@ def set_up_logging(rank: int) -> None:
 def log_file(path: Path) -> Iterator[None]:
     """Directs to a file what is logged, and what was since the start or the file before."""
     (handler,) = logging.getLogger().handlers
-    with open(path, "a", encoding="utf-8", errors="replace") as file:
-        file.write(handler.file.getvalue())
-        handler.file = file
-        try:
-            yield
-        finally:
-            handler.file = io.StringIO()
+    file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
+    file.write(handler.file.getvalue())
+    handler.file = file
+    try:
+        yield
+    finally:
+        handler.file = io.StringIO()
+        with suppress(OSError):  # a full disk is told already
+            file.close()
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------

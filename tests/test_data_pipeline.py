@@ -1072,6 +1072,15 @@ def test_a_terminal_that_cannot_show_the_text_gets_it_without(write, tmp_path):
     assert "smile  café" in out and "Batch - input_ids shape: torch.Size([1, 512])" in out
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell's pipes")
+def test_output_that_nobody_reads_ends_without_a_word_of_complaint(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--num_workers", "0"]
+    pipeline = ["sh", "-c", '{ "$@"; echo "status $?" >&2; } | head -1', "sh", *command]
+    done = subprocess.run(pipeline, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.stdout == "INFO:root:Dataset loaded successfully with 400 entries.\n"
+    assert done.stderr == "status 0\n"
+
+
 def test_the_process_leaves_with_2_and_one_line(tmp_path):
     status, out, err = run_script("--dataset_path", "missing.json", "--plot", "a.png", cwd=tmp_path)
     assert (status, out) == (2, "") and list(tmp_path.iterdir()) == []

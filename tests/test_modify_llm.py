@@ -13,9 +13,11 @@ import dataclasses
 import io
 import logging
 import math
+import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -252,6 +254,14 @@ def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, mo
     assert max(map(len, shown.splitlines())) <= 80 and "examples:\n    python modify_llm.py" in shown
     flags = [part.split("\n\n")[0].strip() for part in shown.split("\n  --")[1:]]
     assert [flag for flag in flags if not flag.endswith(")")] == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell's pipes")
+def test_output_that_nobody_reads_ends_without_a_word_of_complaint():
+    pipeline = ["sh", "-c", '"$@" | head -1', "sh", sys.executable, modify_llm.__file__]
+    done = subprocess.run(pipeline, capture_output=True, text=True, timeout=120)
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_no_peft_at_run_time():

@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -1488,6 +1489,19 @@ def test_a_full_disk_ends_in_exit_1_with_no_leftovers_and_the_older_checkpoint_g
     assert outcome(half) == half_done[1]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_log_file_on_a_full_disk_adds_no_second_line(flags, tmp_path, capsys):
+    def fill_the_disk(_):
+        (log,) = (h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler))
+        log.setStream(open("/dev/full", "w"))  # noqa: SIM115
+        logging.getLogger().info("what no disk holds")
+        log.stream.write("nor this")
+        raise OSError(28, "No space left on device")
+
+    with in_micro_step(3, fill_the_disk):
+        assert "No space left" in refused(flags(tmp_path), capsys, status=1)
+
+
 def test_a_closed_stdout_does_not_end_the_run(flags, tmp_path):
     process = script(flags(tmp_path, num_samples=1, max_new_tokens=2))
     process.stdout.readline()
@@ -1497,6 +1511,22 @@ def test_a_closed_stdout_does_not_end_the_run(flags, tmp_path):
     assert process.wait(120) == 0, error
     assert (tmp_path / "final" / "adapter_model.safetensors").exists()
     assert re.search(r"^Epoch 0 \| Step    6/6 ", next(tmp_path.glob("*.log")).read_text(encoding="utf-8"), re.M)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_a_run_without_stdout_and_stderr_trains(flags, tmp_path):
+    command = [sys.executable, str(ROOT / "train_llm.py"), *flags(tmp_path, max_steps=1, eval_fraction=0)]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=120).returncode == 0
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_full_disk_below_stdout_does_not_end_the_run(flags, tmp_path):
+    command = [sys.executable, str(ROOT / "train_llm.py"), *flags(tmp_path, max_steps=1, eval_fraction=0)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()
 
 
 def test_control_c_stops_the_script_with_130_and_a_checkpoint(flags, tmp_path):
