@@ -127,17 +127,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def train_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the flags, a line each; nothing is loaded."""
-    checks = [(getattr(args, n) >= 1, n, "at least 1") for n in (
+    checks = [(1 <= getattr(args, n) < 2**31, n, "at least 1") for n in (
         "epochs", "gradient_accumulation_steps", "log_interval", "save_total_limit", "max_new_tokens",
     )]  # fmt: skip
-    checks += [(getattr(args, n) >= 0, n, "0 or more") for n in (
+    checks += [(0 <= getattr(args, n) < 2**31, n, "0 or more") for n in (
         "max_steps", "eval_interval", "save_interval", "early_stopping_patience", "num_samples",
     )]  # fmt: skip
     checks += [(0 <= getattr(args, n) < math.inf, n, "0 or more, finite") for n in (
         "weight_decay", "max_grad_norm", "min_lr", "temperature",
     )]  # fmt: skip
     checks += [(args.learning_rate is None or 0 < args.learning_rate < math.inf, "learning_rate", "above 0")]
-    checks += [(args.warmup_steps is None or args.warmup_steps >= 0, "warmup_steps", "0 or more")]
+    checks += [(args.warmup_steps is None or 0 <= args.warmup_steps < 2**31, "warmup_steps", "0 or more")]
+    checks += [(args.output_dir != "", "output_dir", "an empty name")]
     problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
     if args.gradient_checkpointing and args.modification_type == "prefix" and args.prefix_type == "key_value":
         problems.append("--gradient_checkpointing: drops the cache that carries a key_value prefix")
@@ -757,20 +758,31 @@ def claim_directory(run: Run, create: bool) -> None:
     args, output_dir = run.args, run.output_dir
     if run.runtime.rank != 0:
         return
+    refuse_used_directory(args)
+    if not (create or output_dir.exists()):
+        return
+    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        run.closing.enter_context(lock.acquire(timeout=10))  # a killed run's DataLoader workers hold it for seconds
+    except filelock.Timeout:
+        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir}: cannot be written to: {error.strerror}") from None
+    refuse_used_directory(args)  # another run may have come and gone meanwhile
+    recover_and_clean(output_dir)
+
+
+def refuse_used_directory(args: argparse.Namespace) -> None:
+    """A run is never written over by accident, nor continued in the directory of another one."""
+    output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
     holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
-    if holds_run and not args.resume_from and not args.overwrite_output_dir:
+    root = Path(args.resume_from or os.devnull).resolve()
+    goes_on = args.resume_from == "auto" or output_dir.resolve() in (root, *root.parents)
+    if holds_run and not goes_on and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
-    if not (create or output_dir.exists()):
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)  # this process may take it more than once
-    try:  # the DataLoader workers of a killed run hold it for some seconds more
-        run.closing.enter_context(lock.acquire(timeout=10))
-    except filelock.Timeout:
-        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
-    recover_and_clean(output_dir)
 
 
 def recover_and_clean(output_dir: Path) -> None:

@@ -1200,6 +1200,24 @@ def test_another_base_model_is_refused_on_resuming(flags, half, capsys, tmp_path
     assert snapshot(half) == before
 
 
+def test_stale_temporary_directories_are_ignored_and_removed(flags, half, half_done):
+    for name in (".new_step_00000009", ".trash_step_00000001", ".old_best", ".new_best"):
+        shutil.copytree(half / "best", half / name)
+    (half / ".new_step_00000009" / "manifest.json").write_text("{")
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    assert outcome(half) == half_done[1]
+    assert not hidden_leftovers(half)
+
+
+def test_a_run_is_not_continued_in_a_directory_that_holds_another(flags, half, tmp_path, capsys):
+    assert run(flags(tmp_path / "other", max_steps=1)) == 0
+    before = snapshot(tmp_path)
+    for start in (half, checkpoints(half)[0]):
+        argv = [*flags(tmp_path / "other", eval_interval=2), "--resume_from", str(start)]
+        assert "holds a run" in refused(argv, capsys)
+    assert snapshot(tmp_path) == before
+
+
 def test_a_finished_run_resumes_to_exit_0_and_changes_nothing(finished, flags):
     directory = finished[0]
     argv = flags(directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
@@ -1270,6 +1288,19 @@ def test_a_second_run_in_the_same_directory_is_refused(flags, half, capsys, monk
         assert "another run" in refused([*flags(half), "--overwrite_output_dir"], capsys)
         assert "another run" in refused(["--demo", "--output_dir", str(half), "--overwrite_output_dir"], capsys)
     assert snapshot(half) == before
+
+
+def test_a_run_that_came_and_went_while_another_waited_is_not_written_over(flags, tmp_path, capsys, monkeypatch):
+    acquire = filelock.FileLock.acquire
+
+    def finish_another_run_first(self, *args, **kwargs):
+        monkeypatch.undo()
+        assert run(flags(tmp_path, max_steps=1)) == 0
+        return acquire(self, *args, **kwargs)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", finish_another_run_first)
+    assert "holds a run" in refused(flags(tmp_path), capsys)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001"]
 
 
 def test_a_lock_file_without_an_owner_stops_nobody(flags, tmp_path):
@@ -1552,7 +1583,7 @@ BAD_NUMBERS = {
     "lora_rank": ["0", "-4", "nan"], "lora_alpha": ["0", "-1", "nan", "inf"], "lora_dropout": ["1", "-1", "nan"],
     "adapter_size": ["0"], "prefix_length": ["0"], "prefix_projection_size": ["-1", "8"], "epochs": ["0", "-1"],
     "max_steps": ["-1"], "learning_rate": ["0", "-0.1", "nan", "inf"], "weight_decay": ["-0.1", "nan", "inf"],
-    "max_grad_norm": ["-1", "nan", "inf"], "gradient_accumulation_steps": ["0"], "warmup_steps": ["-1"],
+    "max_grad_norm": ["-1", "nan", "inf"], "gradient_accumulation_steps": ["0", "4294967296"], "warmup_steps": ["-1"],
     "min_lr": ["-1", "nan", "inf"], "log_interval": ["0"], "eval_interval": ["-1"], "save_interval": ["-1"],
     "save_total_limit": ["0"], "early_stopping_patience": ["-1"], "max_new_tokens": ["0"],
     "temperature": ["-1", "nan", "inf"], "num_samples": ["-1"],
@@ -1599,6 +1630,7 @@ def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_l
         (["--precision", "fp16"], "--precision fp16"),
         (["--demo", "--resume_from", "auto"], "--resume_from"),
         (["--adapter_path", "absent", "--from_scratch"], "--from_scratch"),
+        (["--output_dir="], "--output_dir"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_loads, bad, said):
@@ -1672,6 +1704,7 @@ def test_an_output_dir_that_is_a_file_is_refused(flags, tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     for more in ([], ["--overwrite_output_dir"], RESUME):
         assert "--output_dir" in refused([*flags(tmp_path / "out"), *more], capsys)
+        assert "--output_dir" in refused([*flags(tmp_path / "out" / "below"), *more], capsys)
     assert (tmp_path / "out").read_text() == "mine"
 
 
