@@ -834,6 +834,20 @@ def test_without_an_intervening_best_only_the_newest_checkpoints_stay(flags, tmp
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000005", "step_00000006"]
 
 
+def test_a_checkpoint_that_cannot_be_removed_is_a_warning(flags, tmp_path, capsys, monkeypatch):
+    rename = Path.rename
+
+    def held(path, target):
+        if Path(target).name == ".trash_step_00000002":
+            raise PermissionError(13, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", held)
+    assert run(flags(tmp_path, save_interval=1, save_total_limit=1, eval_fraction=0)) == 0
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000006"]
+    assert re.search(r"^WARNING:.*step_00000002: cannot be removed: .*denied", capsys.readouterr().out, re.M)
+
+
 def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(worse_and_worse, tmp_path):
     argv = worse_and_worse(tmp_path, max_steps=40, early_stopping_patience=3)
     assert run(argv) == 0
@@ -1908,6 +1922,18 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(two_processes, flags, caps
     before = snapshot(two_processes[0])
     assert "2 processes, not 1" in refused([*flags(two_processes[0], **TWO_BY_FOUR), *RESUME], capsys)
     assert snapshot(two_processes[0]) == before
+
+
+def test_two_processes_train_on_one_row(flags, in_new_processes, tmp_path, rows):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    argv = flags(tmp_path, max_samples=1, eval_dataset_path=rows, max_eval_samples=1, max_steps=2)
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    asked = [{"argv": argv, "output_dir": tmp_path, "environment": rank} for rank in ranks]
+    statuses, error = in_new_processes(*asked)
+    assert statuses == [0, 0], error
+    assert run(flags(tmp_path / "alone", max_samples=1, eval_dataset_path=rows, max_eval_samples=1, max_steps=2)) == 0
+    assert training_losses(tmp_path) == pytest.approx(training_losses(tmp_path / "alone"), rel=1e-5)
 
 
 def test_when_one_rank_is_told_to_stop_all_stop_in_that_step_and_resume_to_the_same_bits(
