@@ -1168,9 +1168,10 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
     """
     args, runtime, state = run.args, run.runtime, run.progress
     inputs = [loss_inputs(batch, runtime) for batch in window]
-    own = sum(len(i["targets"]) for i in inputs)
-    targets, told_to_stop = runtime.sum_over_ranks(own, run.signal is not None)
-    run.stopping = told_to_stop > 0  # one process was told: all stop at the same step
+    own = sum(len(i["targets"]) for i in inputs), run.signal is not None
+    counts = torch.tensor(own, dtype=torch.float32).to(runtime.device, non_blocking=True)  # labels, told to stop
+    if runtime.world_size > 1:
+        dist.all_reduce(counts)
     rate = learning_rate_at(state.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -1181,14 +1182,16 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
             with runtime.autocast():
                 loss = wrapped(**micro_batch)
             # DistributedDataParallel averages over the processes; the loss is their sum
-            run.scaler.scale(loss * (runtime.world_size / max(1, targets))).backward()
+            run.scaler.scale(loss * (runtime.world_size / counts[0].clamp(min=1))).backward()
         loss_sum += loss.detach()
     run.scaler.unscale_(run.optimizer)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
     if runtime.world_size > 1:
         dist.all_reduce(loss_sum)
-    loss_value, norm_value = torch.stack([loss_sum, norm.float()]).tolist()  # the one wait for the device in a step
+    # The one wait for the device in a step.
+    loss_value, norm_value, targets, told_to_stop = torch.stack([loss_sum, norm.float(), *counts]).tolist()
+    run.stopping = told_to_stop > 0  # one process was told: all stop at the same step
     if not math.isfinite(loss_value):
         raise RuntimeError(f"the loss is {loss_value} at step {state.step + 1}: try a lower --learning_rate")
     if not math.isfinite(norm_value) and not run.scaler.is_enabled():
