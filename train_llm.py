@@ -1,10 +1,10 @@
 """Fine-tune GPT-2 on instruction rows with LoRA, adapters, prefixes, selective freezing or in full.
 
-    python train_llm.py --demo                                              # no download, a minute or two on a CPU
+    python train_llm.py --demo    # no download, a minute or two on a CPU
     python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
-    python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs --resume_from auto
-    python train_llm.py --adapter_path outputs/best --prompt "Name three primary colours."
-    torchrun --nproc_per_node=2 train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
+    python train_llm.py --dataset_path alpaca_data.json --resume_from auto
+    python train_llm.py --adapter_path outputs/best --prompt "Name a colour."
+    torchrun --nproc_per_node=2 train_llm.py --dataset_path alpaca_data.json
 
 The loop is one for all techniques: a technique only decides which parameters train.
 """
@@ -102,26 +102,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=float, default=0.0, help="where the decay ends; >= 0 (%(default)s)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
-    add("--compile", **SWITCH, help="torch.compile the feed-forward layers")
-    add("--gradient_checkpointing", **SWITCH, help="less memory for a third more time")
+    add("--compile", **SWITCH, help="torch.compile the feed-forward layers (false)")
+    add("--gradient_checkpointing", **SWITCH, help="less memory for a third more time (false)")
     add = parser.add_argument_group("evaluation and saving").add_argument
     add("--output_dir", default="./outputs", metavar="DIR", help="(%(default)s)")
-    add("--overwrite_output_dir", **SWITCH, help="remove the run that the directory holds")
+    add("--overwrite_output_dir", **SWITCH, help="remove the run that the directory holds (false)")
     add("--log_interval", type=int, default=10, help="optimizer steps; >= 1 (%(default)s)")
     add("--eval_interval", type=int, default=0, help="optimizer steps; 0: each epoch (%(default)s)")
     add("--save_interval", type=int, default=0, help="optimizer steps; 0: each evaluation (%(default)s)")
     add("--save_total_limit", type=int, default=3, help="checkpoints kept; >= 1 (%(default)s)")
     add("--early_stopping_patience", type=int, default=0, help="evaluations without gain; 0: off (%(default)s)")
-    add("--resume_from", metavar="PATH", help="auto, a run directory or a checkpoint directory")
+    add("--resume_from", metavar="PATH", help="auto, a run directory or a checkpoint (none: start)")
     add("--report_to", choices=("none", "tensorboard"), default="none", help="(%(default)s)")
     add = parser.add_argument_group("using a model").add_argument
-    add("--adapter_path", metavar="DIR", help="start from, evaluate or prompt what an earlier run saved")
-    add("--eval_only", **SWITCH, help="evaluate on the held-out rows, train nothing")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="answer it; repeatable")
-    add("--max_new_tokens", type=int, default=128, help=">= 1 (%(default)s)")
-    add("--temperature", type=float, default=0.0, help="0: greedy (%(default)s)")
+    add("--adapter_path", metavar="DIR", help="start from, evaluate or prompt what a run saved (none)")
+    add("--eval_only", **SWITCH, help="evaluate on the held-out rows, train nothing (false)")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="answer it; repeatable (none)")
+    add("--max_new_tokens", type=int, default=128, help="of an answer; >= 1 (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="of sampling; 0: greedy (%(default)s)")
     add("--num_samples", type=int, default=3, help="held-out prompts answered at each evaluation (%(default)s)")
-    add("--demo", **SWITCH, help="train a tiny GPT-2, then LoRA on it, on the bundled sample")
+    add("--demo", **SWITCH, help="train a tiny GPT-2, then LoRA on it, on the bundled sample (false)")
     return parser
 
 
