@@ -1537,10 +1537,10 @@ def test_a_full_disk_ends_in_exit_1_with_no_leftovers_and_the_older_checkpoint_g
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 def test_a_log_file_on_a_full_disk_adds_no_second_line(flags, tmp_path, capsys):
     def fill_the_disk(_):
-        (log,) = (h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler))
-        log.setStream(open("/dev/full", "w"))  # noqa: SIM115
+        (log,) = (h for h in logging.getLogger().handlers if isinstance(h, train_llm.LogHandler))
+        os.dup2(os.open("/dev/full", os.O_WRONLY), log.file.fileno())
         logging.getLogger().info("what no disk holds")
-        log.stream.write("nor this")
+        log.file.write("nor this")
         raise OSError(28, "No space left on device")
 
     with in_micro_step(3, fill_the_disk):
