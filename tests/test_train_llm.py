@@ -1632,6 +1632,29 @@ def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_l
 
 
 @pytest.mark.parametrize(
+    "machine, device, dtype",
+    [
+        ({"cuda": True, "bf16": True}, "cuda:0", torch.bfloat16),
+        ({"cuda": True, "bf16": False}, "cuda:0", torch.float16),  # a T4, whose bf16 is emulated
+        ({"mps": True}, "mps", torch.float32),
+        ({"cpu": {"avx512_bf16": True}}, "cpu", torch.bfloat16),
+        ({"cpu": {"avx2": True}}, "cpu", torch.float32),
+    ],
+)
+def test_auto_takes_the_best_device_and_no_emulated_precision(machine, device, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in machine)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: (
+        including_emulation or machine["bf16"]
+    ))  # fmt: skip
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: machine.get("cpu", {}))
+    runtime = train_llm.choose_runtime(train_llm.parse(["--dataset_path=-"]))
+    assert (str(runtime.device), runtime.dtype) == (device, dtype)
+
+
+@pytest.mark.parametrize(
     ("bad", "said"),
     [
         (["--learning", "1"], "--learning"),
