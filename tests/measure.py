@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 ROOT = Path(__file__).parent.parent
@@ -125,9 +126,10 @@ def results(args: argparse.Namespace) -> None:
 
 
 def train_with_peft(
-    model_path: str, rows: data_pipeline.AlpacaDataset, output_dir: Path, dropout: float = 0.0, **settings: Any
-) -> nn.Module:
-    """Hugging Face's Trainer with PEFT's LoRA: one pass over the rows, as train_llm.py's defaults do it."""
+    model_path: str, rows: data_pipeline.AlpacaDataset, output_dir: Path, dropout: float = 0.0,
+    loader: DataLoader | None = None, **settings: Any,
+) -> nn.Module:  # fmt: skip
+    """Hugging Face's Trainer with PEFT's LoRA: one pass over the rows, in its own batches or the loader's."""
     import peft
 
     base = GPT2LMHeadModel.from_pretrained(model_path, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout)
@@ -140,12 +142,15 @@ def train_with_peft(
     )  # fmt: skip
     data = [dict(rows[i], length=int(n)) for i, n in enumerate(rows.lengths)]
     collate = data_pipeline.PadBatch(data_pipeline.load_tokenizer().pad_token_id, None)
-    Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
+    if loader:
+        trainer.get_train_dataloader = lambda: loader
+    trainer.train()
     return model
 
 
 def beside_peft(args: argparse.Namespace) -> None:
-    """Held-out perplexity of our LoRA and PEFT's, same rows and hyperparameters, over three seeds."""
+    """Held-out perplexity of our LoRA and PEFT's, same batches and hyperparameters, over three seeds."""
     print("| seed | ours | PEFT |\n| ---: | ---: | ---: |")
     for seed in range(3):
         ours = train(args, f"peft ours {seed}", "--seed", str(seed))
@@ -162,15 +167,14 @@ def peft_loss(args: argparse.Namespace, seed: int) -> float:
     runtime, tokenizer = train_llm.choose_runtime(flags), data_pipeline.load_tokenizer()
     rows, held_out = train_llm.load_rows(flags, tokenizer)
     set_seed(seed)
+    grouped = {"tokenizer": tokenizer, "padding": "longest", "group_by_length": True, "num_workers": 0, "seed": seed}
+    loader = data_pipeline.final_dataset_loader(rows, **grouped)  # Trainer's own order, long to short, learns less
     model = train_with_peft(
-        modify_llm.locate(args.model_name_or_path), rows, args.work_dir / "peft", seed=seed,
+        modify_llm.locate(args.model_name_or_path), rows, args.work_dir / "peft", loader=loader, seed=seed,
         learning_rate=flags.learning_rate, weight_decay=flags.weight_decay, lr_scheduler_type="cosine",
         warmup_steps=min(100, len(rows) // 80), bf16=runtime.dtype == torch.bfloat16,
-        train_sampling_strategy="group_by_length",
     )  # fmt: skip
-    loader = data_pipeline.final_dataset_loader(
-        held_out, tokenizer=tokenizer, padding="longest", group_by_length=True, shuffle=False
-    )
+    loader = data_pipeline.final_dataset_loader(held_out, shuffle=False, **grouped)
     return train_llm.evaluate(train_llm.SummedLoss(model.base_model.model), loader, runtime)[0]
 
 
