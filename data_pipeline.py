@@ -198,7 +198,7 @@ def check_record(record: object, columns: list[str]) -> None:
             raise ValueError(f"{column!r} holds half a surrogate pair at character {half.start()}")
 
 
-def read_frames(dataset_path: str, columns: list[str]) -> Iterator[pd.DataFrame]:
+def read_frames(dataset_path: str, columns: list[str], flag: str = "dataset_path") -> Iterator[pd.DataFrame]:
     """The dataset as one or more DataFrames of checked rows.
 
     Raises ValueError that names the file, the row (from 1) and what to put right.
@@ -223,7 +223,7 @@ def read_frames(dataset_path: str, columns: list[str]) -> Iterator[pd.DataFrame]
             if not read:
                 raise ValueError("holds no rows")
     except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--dataset_path {dataset_path}: {error}".split())) from None
+        raise ValueError(" ".join(f"--{flag} {dataset_path}: {error}".split())) from None
 
 
 def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
@@ -379,10 +379,11 @@ def load_dataset(
     text_format: str = "output",
     max_length: int = MAX_LENGTH,
     show: bool = False,
+    flag: str = "dataset_path",
 ) -> AlpacaDataset:
     """Reads, tokenises and checks a dataset; logs how many rows decode to their very text, are cut, or carry no label.
 
-    show: also log the columns, the first rows, and five samples as text, ids and decoded text.
+    show: also log the columns, the first rows, and five samples as text, ids and decoded text. flag: named in errors.
     Raises ValueError that names the file and row.
     """
     tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
@@ -391,7 +392,7 @@ def load_dataset(
     columns = format_columns(text_format)
 
     def parts() -> Iterator[list[tuple[str, str]]]:
-        for number, frame in enumerate(read_frames(dataset_path, columns)):
+        for number, frame in enumerate(read_frames(dataset_path, columns, flag)):
             if show and number == 0:
                 logger.info("Dataset columns: %s", list(frame.columns))
                 logger.info("First few rows:\n%s", frame[columns].head().to_string(max_colwidth=40))
@@ -583,7 +584,9 @@ def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
 class LogHandler(logging.StreamHandler):
     """Lines on stdout; when it is gone (`data_pipeline.py | head`), they are dropped."""
 
-    def handleError(self, _record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            return super().handleError(record)
         self.stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
@@ -618,7 +621,7 @@ def main(argv: list[str] | None = None) -> int:
         dataset = load_dataset(args.dataset_path or BUNDLED_SAMPLE, tokenizer, show=True, **kinds)
         lengths = dataset.lengths
         if args.eval_dataset_path:
-            held_out = load_dataset(args.eval_dataset_path, tokenizer, **kinds)
+            held_out = load_dataset(args.eval_dataset_path, tokenizer, flag="eval_dataset_path", **kinds)
         else:
             dataset, held_out = dataset.split(args.eval_fraction, args.seed)
         dataset, held_out = dataset.first(args.max_samples), held_out.first(args.max_eval_samples)

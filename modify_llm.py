@@ -943,7 +943,7 @@ def manifest_hash(files: dict) -> str:
 
 
 def verify_directory(path: Path) -> None:
-    """Raises ValueError unless every file is there as its manifest says, and nothing else is named in it."""
+    """Raises ValueError unless every file is there as its manifest says."""
     manifest = read_json(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("manifest_sha256") != manifest_hash(files):
@@ -974,7 +974,7 @@ def load_trained(
         raise ValueError(f"{source}: {error}") from None
     recorded = settings.get("base_model_name_or_path")
     if recorded and recorded.startswith(os.pardir) and (directory / recorded).is_dir():
-        recorded = str(directory / recorded)  # it lies beside the result, wherever the two are now
+        recorded = os.path.normpath(directory / recorded)  # it lies beside the result, wherever the two are now
     base = str(directory) if technique in PLAIN else model_name_or_path or recorded
     if not base:
         raise ValueError(f"{directory}: does not name its base model; give --model_name_or_path")

@@ -24,7 +24,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -294,6 +294,7 @@ def log_file(path: Path) -> Iterator[None]:
     (handler,) = logging.getLogger().handlers
     file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
     file.write(handler.file.getvalue())
+    file.flush()
     handler.file = file
     try:
         yield
@@ -343,7 +344,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
-        hidden_grad = None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype)
+        hidden_grad = None if hidden_grad is None else (hidden_grad.float() * scale).to(hidden_grad.dtype)
         return hidden_grad, None if weight_grad is None else weight_grad * scale, None, None
 
 
@@ -491,9 +492,10 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
     position_ids, labels = torch.arange(real.shape[1]).expand_as(real)[real], labels[real]
     positions = (labels != IGNORED).nonzero().squeeze(1)
     # A CPU builds kernels for each new shape, which takes longer than to use them once: widths are rounded up, and the
-    # number of tokens to eight values an octave, by a row that has no labels.
+    # number of tokens to eight values an octave, by rows that have no labels.
     filler = -len(input_ids) % max(ROUND_TO, 2 ** (len(input_ids).bit_length() - 4))
-    lengths = lengths.tolist() + [filler] * (filler > 0)
+    lengths, full = lengths.tolist(), max(ROUND_TO, int(lengths[0]))  # the filler's rows are no longer than the others
+    lengths += [full] * (filler // full) + [filler % full] * (filler % full > 0)
     grids, starts = [], []
     for length in lengths:
         width = -(-length // ROUND_TO) * ROUND_TO
@@ -517,12 +519,19 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def evaluate(summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime) -> tuple[float, int]:
-    """(mean loss over the labelled tokens of all held-out rows, their number), over all processes."""
+def evaluate(
+    summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime, stop: Callable[[], bool] = lambda: False
+) -> tuple[float, int]:
+    """(mean loss over the labelled tokens of all held-out rows, their number), over all processes.
+
+    stop: asked before each batch; once it says so, the rest is left out.
+    """
     training = summed_loss.training
     summed_loss.eval()
-    losses, tokens = [], 0
+    losses, tokens = [torch.zeros((), device=runtime.device)], 0
     for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if runtime.rank == 0 else True):
+        if stop():
+            break
         inputs = loss_inputs(batch, runtime)
         with runtime.autocast():
             losses.append(summed_loss(**inputs))
@@ -575,10 +584,14 @@ class Run:
         self.progress = Progress()
         self.resumed_from: int | None = None
         self.signal: int | None = None  # what this process was told
-        self.stopping = False  # what all processes agreed on
+        self.stopping = False  # what all processes agreed on after a step
         self.started = time.perf_counter()
         self.writer: Any = None  # tensorboard's
         self.closing = ExitStack()  # what ends with the run: lock, log file, signal handlers
+
+    def told_to_stop(self) -> bool:
+        """By a signal: a single process at any moment, several where all have heard of it."""
+        return self.stopping or (self.runtime.world_size == 1 and self.signal is not None)
 
 
 def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
@@ -597,7 +610,7 @@ def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> t
 
     def labelled(flag: str) -> AlpacaDataset:
         path = getattr(args, flag)
-        dataset = load_dataset(path, tokenizer, text_format=args.text_format, max_length=args.max_length)
+        dataset = load_dataset(path, tokenizer, text_format=args.text_format, max_length=args.max_length, flag=flag)
         keep = dataset.label_counts > 0
         if not keep.any():
             raise ValueError(f"--{flag} {path}: no row is left to learn from")
@@ -780,7 +793,7 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {output_dir}: is a file")
     holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
     root = Path(args.resume_from or os.devnull).resolve()
-    goes_on = args.resume_from == "auto" or output_dir.resolve() in (root, *root.parents)
+    goes_on = args.resume_from == "auto" or output_dir.resolve() in (root, root.parent.parent)
     if holds_run and not goes_on and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir {output_dir}: holds a run; --resume_from auto, or --overwrite_output_dir")
 
@@ -913,10 +926,10 @@ def model_card(run: Run) -> str:
     """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
     args, state, base = run.args, run.progress, run.model.base_name or "random weights"
     total, trainable = run.counts
-    technique = run.model.modification["modification_type"]
+    technique, chosen = run.model.modification["modification_type"], vars(args) | run.model.modification
     load, library = [f'model = AutoModelForCausalLM.from_pretrained("{base}")'], "peft"
     load.append('model = PeftModel.from_pretrained(model, "DIR")  # peft')
-    if technique in ("full", "selective"):
+    if technique in modify_llm.PLAIN:
         load, library = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers'], "transformers"
     elif technique == "adapter":
         load, library = [], ""
@@ -929,7 +942,7 @@ def model_card(run: Run) -> str:
         f"- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {state.step:,} steps",
         f"- Data: {len(run.train_rows):,} rows of {Path(args.dataset_path).name}, format {args.text_format!r}",
         f"- Held-out perplexity, {len(run.eval_rows):,} rows: {' -> '.join(perplexities) or 'not evaluated'}",
-        "", "| setting | value |", "| --- | --- |", *(f"| {name} | {getattr(args, name)} |" for name in settings),
+        "", "| setting | value |", "| --- | --- |", *(f"| {name} | {chosen[name]} |" for name in settings),
         "", "```python", *load, 'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```",
         "", 'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
     ])  # fmt: skip
@@ -1207,10 +1220,15 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
     return rate, norm_value
 
 
-def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
-    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping."""
+def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> bool:
+    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early stopping.
+
+    Returns whether it came to its end: it breaks off when the run is told to stop.
+    """
     state, runtime = run.progress, run.runtime
-    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime)
+    loss, tokens = evaluate(summed_loss, run.eval_loader, runtime, run.told_to_stop)
+    if run.told_to_stop():
+        return False
     if not math.isfinite(loss):
         raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
     row = {"step": state.step, "epoch": epoch, "eval_loss": loss, "eval_perplexity": perplexity(loss)}
@@ -1222,7 +1240,7 @@ def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
     state.last_loss = loss
     if state.step == 0:
         state.first_loss = loss
-        return
+        return True
     if runtime.rank == 0:
         for prompt, _ in held_out_prompts(run):
             answer, _ = generate_text(run, run.model, prompt)
@@ -1235,6 +1253,7 @@ def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> None:
         state.evaluations_without_gain += 1
         patience = run.args.early_stopping_patience
         state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
+    return True
 
 
 def train(run: Run) -> None:
@@ -1250,15 +1269,14 @@ def train(run: Run) -> None:
     width, batches, clock, tokens = max(4, len(str(steps))), None, time.perf_counter(), 0
     while True:
         epoch, step_of_epoch = divmod(state.step, steps)
-        stopping = run.stopping or (runtime.world_size == 1 and run.signal is not None)
-        if state.evaluation_due and not stopping:
-            if run.eval_loader:
-                run_evaluation(run, summed_loss, max(0, state.step - 1) // steps)
+        if state.evaluation_due and not run.told_to_stop():
+            if run.eval_loader and not run_evaluation(run, summed_loss, max(0, state.step - 1) // steps):
+                continue  # told to stop meanwhile: the evaluation stays due
             state.evaluation_due = False
             if state.step and (not args.save_interval or state.step >= total or state.stopped_early):
                 save_checkpoint(run)
             clock, tokens = time.perf_counter(), 0
-        if stopping:
+        if run.told_to_stop():
             save_checkpoint(run)
             number = signal.Signals(run.signal or signal.SIGTERM)
             logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, state.step)
@@ -1324,6 +1342,13 @@ def prepare(run: Run) -> None:
         )
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
     plain.info(summary(run))
+    for text in args.prompt:
+        prompt_text(text, args.text_format)  # raises for one that cannot be put, before the run and not after it
+    if args.overwrite_output_dir:
+        written = [path.resolve() for pattern in OWN for path in run.output_dir.glob(pattern)]
+        for used in filter(None, (args.adapter_path, run.model.base_path, args.dataset_path, args.eval_dataset_path)):
+            if any(Path(used).resolve().is_relative_to(path) for path in written):
+                raise ValueError(f"--overwrite_output_dir: would remove {used}, which this run needs")
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
@@ -1379,7 +1404,7 @@ def finish(run: Run, point_on: bool) -> None:
     if point_on:
         written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
         plain.info("Written to %s: %s", output_dir, written)
-        use = output_dir / ("best" if state.best_loss is not None else "final")
+        use = output_dir / ("best" if (output_dir / "best").exists() else "final")
         plain.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
 
 
@@ -1418,8 +1443,9 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     if args.adapter_path:
         run.model = load_trained(args.adapter_path, args.model_name_or_path)
     else:
-        run.model = modify_llm.load_base(args)
-    prepare_model(run.model.requires_grad_(False), args, runtime)
+        run.model = modify_llm.load_base(args).requires_grad_(False)
+    prepare_model(run.model, args, runtime)  # at the precision that it was trained and evaluated with
+    run.model.requires_grad_(False)
     if args.eval_only:
         _, rows = load_rows(args, run.tokenizer)
         check_fits(run)

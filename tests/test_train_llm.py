@@ -919,6 +919,12 @@ def test_a_run_stopped_while_evaluating_resumes_to_the_same_bits(flags, tmp_path
     assert outcome(tmp_path) == never_stopped
 
 
+def test_a_signal_during_an_evaluation_is_heeded_before_it_ends(flags, tmp_path):
+    with stopped_in(2, training=False):
+        assert run(flags(tmp_path)) == 143
+    assert not (tmp_path / "metrics.jsonl").read_text()  # the first evaluation: no row of it
+
+
 def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(flags, tmp_path, monkeypatch, never_stopped):
     argv, synced, fsync = flags(tmp_path, **DRAWN), itertools.count(1), os.fsync
 
@@ -1221,6 +1227,36 @@ def test_stale_temporary_directories_are_ignored_and_removed(flags, half, half_d
     assert run([*flags(half, eval_interval=2), *RESUME]) == 0
     assert outcome(half) == half_done[1]
     assert not hidden_leftovers(half)
+
+
+def test_a_run_is_not_continued_in_a_directory_around_it_that_holds_another(flags, tmp_path, capsys):
+    for directory in (tmp_path, tmp_path / "inner"):
+        assert run(flags(directory, max_steps=1)) == 0
+    argv = [*flags(tmp_path), "--resume_from", str(tmp_path / "inner")]
+    assert "holds a run" in refused(argv, capsys)
+
+
+@pytest.mark.parametrize("used", ["adapter_path", "model_name_or_path", "dataset_path", "eval_dataset_path"])
+def test_overwriting_never_removes_what_the_new_run_needs(flags, rows, tmp_path, capsys, used):
+    assert run(flags(tmp_path, modification_type="full", max_steps=1)) == 0
+    shutil.copy(rows, tmp_path / "best" / "rows.json")
+    path = tmp_path / "best" / ("rows.json" if "dataset" in used else "")
+    before = snapshot(tmp_path)
+    changes = {"model_name_or_path": None, used: path} if used == "adapter_path" else {used: path}
+    assert "--overwrite_output_dir: would remove" in refused(
+        flags(tmp_path, overwrite_output_dir="true", **changes), capsys
+    )
+    assert snapshot(tmp_path) == before
+
+
+def test_a_prompt_that_cannot_be_put_is_told_before_the_training(flags, tmp_path, capsys):
+    argv = flags(tmp_path / "out", text_format="{q}{a}||{a}", prompt="no object")
+    assert "--prompt" in refused(argv, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_evaluation_file_is_told_by_its_own_flag(flags, tmp_path, capsys):
+    assert "--eval_dataset_path absent.json" in refused(flags(tmp_path, eval_dataset_path="absent.json"), capsys)
 
 
 def test_a_run_is_not_continued_in_a_directory_that_holds_another(flags, half, tmp_path, capsys):
