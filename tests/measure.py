@@ -189,11 +189,10 @@ def plot(rows: list[dict], args: argparse.Namespace) -> None:
     axes.axhline(math.exp(full["after"]), color="#c44e52", linestyle="--", label="full fine-tuning")
     for row in rows:
         if row is not full:
-            axes.plot(row["trainable"], math.exp(row["after"]), "o", color="#4c72b0", markersize=8)
-            axes.annotate(row["label"], (row["trainable"], math.exp(row["after"])), (6, 6), textcoords="offset points")
+            axes.plot(row["trainable"], math.exp(row["after"]), "o", markersize=9, label=row["label"])
     axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="held-out perplexity after one epoch")
     axes.set_title(f"{Path(args.model_name_or_path).name}, {args.max_samples:,} rows")
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(args.plot, dpi=120)
 
 
