@@ -864,6 +864,7 @@ def start_records(run: Run) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
+        run.writer.add_text("settings", "\n".join(f"    {name}: {value}" for name, value in run.settings.items()))
         run.closing.callback(run.writer.close)
     total, trainable = run.counts
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
@@ -1244,7 +1245,10 @@ def run_evaluation(run: Run, summed_loss: SummedLoss, epoch: int) -> bool:
     if runtime.rank == 0:
         for prompt, _ in held_out_prompts(run):
             answer, _ = generate_text(run, run.model, prompt)
-            logger.info("Sample: %.160r -> %.160r", run.tokenizer.decode(prompt)[-60:], answer)
+            text = run.tokenizer.decode(prompt)
+            logger.info("Sample: %.160r -> %.160r", text[-60:], answer)
+            if run.writer:
+                run.writer.add_text("samples", f"**{text}** {answer}", state.step)
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
         if runtime.rank == 0:

@@ -798,6 +798,14 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(flags, tmp_path):
     )
 
 
+def test_tensorboard_gets_the_settings_and_an_answer_an_evaluation(flags, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert run(flags(tmp_path, max_steps=2, report_to="tensorboard", num_samples=1, max_new_tokens=2)) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert b"learning_rate: 0.01" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+    assert [event.step for event in events.Tensors("samples/text_summary")] == [2]
+
+
 def test_report_to_tensorboard_without_the_package_is_refused(flags, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert "tensorboard" in refused(flags(tmp_path / "out", report_to="tensorboard"), capsys)
