@@ -928,9 +928,24 @@ def test_a_run_stopped_while_evaluating_resumes_to_the_same_bits(flags, tmp_path
 
 
 def test_a_signal_during_an_evaluation_is_heeded_before_it_ends(flags, tmp_path):
-    with stopped_in(2, training=False):
+    evaluated = []
+    with stopped_in(1, training=False), pytest.MonkeyPatch.context() as patch:
+        inner = SummedLoss.forward
+        patch.setattr(SummedLoss, "forward", lambda *a, **k: evaluated.append(1) or inner(*a, **k))
         assert run(flags(tmp_path)) == 143
-    assert not (tmp_path / "metrics.jsonl").read_text()  # the first evaluation: no row of it
+    assert len(evaluated) == 1  # of three batches
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("lengths", [(700, 300, 20, 5), (513, 500, 9, 3), (1, 1), (31, 1, 1)])
+def test_the_rows_that_fill_up_a_batch_have_places_of_their_own_and_no_labels(lengths):
+    rows = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in lengths]
+    inputs = loss_inputs(data_pipeline.PadBatch(0, None)(rows), CPU)
+    grids, slots = inputs["packing"].grids, inputs["packing"].slots.tolist()
+    assert len(slots) == len(set(slots)) == inputs["input_ids"].numel()
+    assert max(slots) < sum(rows * width for rows, width in grids)
+    assert len(inputs["targets"]) == sum(lengths) - len(lengths)
+    assert inputs["input_ids"].numel() - sum(lengths) <= max(31, sum(lengths) / 8)
 
 
 def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(flags, tmp_path, monkeypatch, never_stopped):
