@@ -23,9 +23,7 @@ import string
 import sys
 import urllib.request
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -33,6 +31,7 @@ from typing import TextIO
 import numpy as np
 import pandas as pd
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
@@ -262,8 +261,6 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenize
         raise ValueError(f"{where}: needs a fast tokenizer with an end-of-text token, so that a model learns to stop")
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     tokenizer.backend_tokenizer.encode_special_tokens = True
-    if hasattr(tokenizer.backend_tokenizer.model, "_resize_cache"):
-        tokenizer.backend_tokenizer.model._resize_cache(1_000_000)  # words; a tenth faster than with 10,000
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
@@ -317,6 +314,15 @@ class AlpacaDataset(Dataset):
         held_out[order[: round(len(self) * fraction)]] = True
         return self.select(~held_out), self.select(held_out)
 
+    @staticmethod
+    def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
+        """The rows of all parts, one after the other."""
+        tokens, lengths, prompt_lengths, truncated = (
+            np.concatenate(arrays)
+            for arrays in zip(*((p.tokens, p.lengths, p.prompt_lengths, p.truncated) for p in parts), strict=True)
+        )
+        return AlpacaDataset(tokens, np.concatenate([[0], np.cumsum(lengths)]), prompt_lengths, truncated)
+
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
@@ -325,51 +331,69 @@ class AlpacaDataset(Dataset):
         return digest.hexdigest()
 
 
-@dataclass
-class EncodedRows:
-    """Some rows as text and tokens, for load_dataset's counts and samples."""
+class Encoder(dict[str, bytes]):
+    """A tokenizer's tokens as bytes of `dtype`; as a dictionary, those of each word met so far.
 
-    texts: list[str]
-    ids: list[list[int]]  # cut at max_length
-    prompt_lengths: list[int]
-    truncated: list[bool]
-    decoded: list[str]  # without the end-of-text token
-    exact: int  # rows that were not cut and decode to their very text
+    GPT-2 splits a text into words by a regular expression and encodes each by itself, so to look up a text's words is
+    to encode it, several times as fast. It is done for ASCII texts, where the expression needs no Unicode tables.
+    """
+
+    words = re.compile(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
+    ).findall
+    most_words = 500_000  # bounds the memory
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.backend = tokenizer.backend_tokenizer
+        self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
+        split, added = self.backend.pre_tokenizer, self.backend.get_added_tokens_decoder().values()
+        as_gpt2 = isinstance(split, ByteLevel) and split.use_regex and not split.add_prefix_space
+        as_gpt2 &= self.backend.normalizer is None and all(token.special for token in added)
+        self.by_words = as_gpt2 and not getattr(self.backend.model, "dropout", None)
+        self.words_survive = self.by_words  # each of them decodes to itself, so far
+
+    def __missing__(self, word: str) -> bytes:
+        if len(self) >= self.most_words:
+            self.clear()
+        self[word] = tokens = np.array(self.backend.encode(word, add_special_tokens=False).ids, self.dtype).tobytes()
+        self.words_survive &= self.decode(tokens) == word
+        return tokens
+
+    def encode(self, texts: Sequence[str]) -> list[bytes]:
+        by_words = [self.by_words and text.isascii() for text in texts]
+        others = list(itertools.compress(texts, (not known for known in by_words)))
+        rest = (encoding.ids for encoding in self.backend.encode_batch_fast(others, add_special_tokens=False))
+        return [
+            b"".join(map(self.__getitem__, self.words(text))) if known else np.array(next(rest), self.dtype).tobytes()
+            for text, known in zip(texts, by_words, strict=True)
+        ]
+
+    def decode(self, tokens: bytes) -> str:
+        return self.backend.decode(np.frombuffer(tokens, self.dtype).tolist(), skip_special_tokens=False)
+
+    def survives(self, text: str, tokens: bytes) -> bool:
+        """Whether the tokens of a text decode to it."""
+        return (self.words_survive and text.isascii()) or self.decode(tokens) == text
 
 
-def encode_rows(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedRows:
-    """Tokenises (prompt, response) pairs, and decodes them again.
+def encode_rows(
+    texts: list[tuple[str, str]], encoder: Encoder, eos_token_id: int, max_length: int
+) -> tuple[AlpacaDataset, int]:
+    """(prompt, response) pairs as tokens, and how many of them are not cut and decode to their very text.
 
     Both are tokenised apart: together, a response that starts with a quote or a bracket would merge into the prompt.
     An empty response leaves nothing to learn, so its end-of-text token counts as prompt.
     """
-    backend, eos = tokenizer.backend_tokenizer, tokenizer.eos_token_id
-    prompts, responses = (
-        [encoding.ids for encoding in backend.encode_batch_fast(part, add_special_tokens=False)]
-        for part in zip(*texts, strict=True)
-    )
-    lengths = [min(max_length, len(p) + (not r)) for p, r in zip(prompts, responses, strict=True)]
+    end, size = encoder.dtype.type(eos_token_id).tobytes(), encoder.dtype.itemsize
+    prompts, responses = (encoder.encode(part) for part in zip(*texts, strict=True))
     rows = [p + r for p, r in zip(prompts, responses, strict=True)]
-    truncated = [len(row) + 1 > max_length for row in rows]
-    ids = [row[:max_length] if cut else [*row, eos] for row, cut in zip(rows, truncated, strict=True)]
-    decoded = backend.decode_batch([row[:max_length] for row in rows], skip_special_tokens=False)
-    together = [prompt + response for prompt, response in texts]
-    exact = sum(text == back and not cut for text, back, cut in zip(together, decoded, truncated, strict=True))
-    return EncodedRows(together, ids, lengths, truncated, decoded, exact)
-
-
-def encode_ahead(
-    parts: Iterable[list[tuple[str, str]]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> Iterator[EncodedRows]:
-    """encode_rows for each part, in order, by two threads that run ahead: tokenizers leave Python free meanwhile."""
-    with ThreadPoolExecutor(2) as pool:
-        pending: deque[Future[EncodedRows]] = deque()
-        for part in parts:
-            pending.append(pool.submit(encode_rows, part, tokenizer, max_length))
-            if len(pending) > 10:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    cut = [len(row) >= max_length * size for row in rows]  # the end-of-text token has no room
+    exact = sum(not c and encoder.survives(p + r, row) for (p, r), row, c in zip(texts, rows, cut, strict=True))
+    rows = [row[: max_length * size] if c else row + end for row, c in zip(rows, cut, strict=True)]
+    offsets = np.cumsum([0, *map(len, rows)]) // size
+    lengths = [min(max_length, len(p) // size + (not r)) for p, r in zip(prompts, responses, strict=True)]
+    tokens = np.frombuffer(b"".join(rows), encoder.dtype)
+    return AlpacaDataset(tokens, offsets, np.array(lengths, np.int32), np.array(cut)), exact
 
 
 def load_dataset(
@@ -387,34 +411,25 @@ def load_dataset(
     Raises ValueError that names the file and row.
     """
     tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
-    dtype = np.uint16 if len(tokenizer) <= 65_536 else np.int32
+    encoder, columns = Encoder(tokenizer), format_columns(text_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the default, said so that forked workers do not warn
-    columns = format_columns(text_format)
-
-    def parts() -> Iterator[list[tuple[str, str]]]:
-        for number, frame in enumerate(read_frames(dataset_path, columns, flag)):
-            if show and number == 0:
-                logger.info("Dataset columns: %s", list(frame.columns))
-                logger.info("First few rows:\n%s", frame[columns].head().to_string(max_colwidth=40))
-                logger.info("Preprocessing and tokenizing the dataset...")
-            rows = zip(*(frame[column].tolist() for column in columns), strict=True)  # to_dict takes 8 times as long
-            texts = [split_text(text_format, dict(zip(columns, row, strict=True))) for row in rows]
-            for start in range(0, len(texts), 1000):  # tokenizers' own records are large: a thousand at a time
-                yield texts[start : start + 1000]
-
-    tokens, lengths, prompt_lengths, truncated, exact, samples = [], [], [], [], 0, []
-    for part in encode_ahead(parts(), tokenizer, max_length):
-        exact += part.exact
-        samples += list(zip(part.texts, part.ids, part.decoded, strict=True))[: 5 - len(samples)]
-        tokens.append(np.fromiter(itertools.chain.from_iterable(part.ids), dtype))
-        lengths += map(len, part.ids)
-        prompt_lengths += part.prompt_lengths
-        truncated += part.truncated
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    dataset = AlpacaDataset(np.concatenate(tokens), offsets, np.array(prompt_lengths, np.int32), np.array(truncated))
+    parts, exact, samples = [], 0, []
+    for frame in read_frames(dataset_path, columns, flag):
+        if show and not parts:
+            logger.info("Dataset columns: %s", list(frame.columns))
+            logger.info("First few rows:\n%s", frame[columns].head().to_string(max_colwidth=40))
+            logger.info("Preprocessing and tokenizing the dataset...")
+        rows = zip(*(frame[column].tolist() for column in columns), strict=True)  # to_dict takes 8 times as long
+        texts = [split_text(text_format, dict(zip(columns, row, strict=True))) for row in rows]
+        samples = samples or ["".join(text) for text in texts[:5]]
+        for start in range(0, len(texts), 1000):  # tokenizers' own records are large: a thousand at a time
+            part, survived = encode_rows(texts[start : start + 1000], encoder, tokenizer.eos_token_id, max_length)
+            parts.append(part)
+            exact += survived
+    dataset = AlpacaDataset.join(parts)
     if show:
         logger.info("Tokenization complete with shape: %s", torch.Size([len(dataset), max_length]))
-        show_samples(samples)
+        show_samples(dataset, samples, tokenizer)
     cut_rows, unlabelled = int(dataset.truncated.sum()), int((dataset.label_counts == 0).sum())
     counts = (
         f"{exact:,} of {len(dataset):,} rows decode to their exact text, {cut_rows:,} truncated at {max_length} tokens"
@@ -425,13 +440,14 @@ def load_dataset(
     return dataset
 
 
-def show_samples(samples: list[tuple[str, list[int], str]]) -> None:
+def show_samples(dataset: AlpacaDataset, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
     logger.info("Visualizing tokenization quality...")
-    for number, (original, ids, decoded) in enumerate(samples, 1):
-        logger.info("Sample %d:", number)
-        logger.info("Original Text: %s", original)
+    for row, text in enumerate(texts):
+        ids = dataset[row]["input_ids"].tolist()
+        logger.info("Sample %d:", row + 1)
+        logger.info("Original Text: %s", text)
         logger.info("Tokenized (IDs): %s", ids)
-        logger.info("Detokenized Text: %s", decoded)
+        logger.info("Detokenized Text: %s", tokenizer.decode(ids if dataset.truncated[row] else ids[:-1]))
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ import csv
 import functools
 import http.server
 import io
+import itertools
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 
 import data_pipeline
 from data_pipeline import BUNDLED_SAMPLE, GlobalBatches, PadBatch, final_dataset_loader, load_dataset, load_tokenizer
@@ -310,7 +312,7 @@ def test_rows_are_kept_unpadded_in_two_bytes_a_token(write, tokenizer, reference
 
 
 def test_token_ids_beyond_two_bytes_survive(write):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(70_000)}, "<end>": 70_000}, unk_token="w0"))
@@ -331,6 +333,66 @@ def test_a_tokenizer_of_ones_own_gives_the_same_rows(write, tokenizer, tmp_path)
         batch = batch_of(write(ROWS), theirs)
         rows = [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
         assert rows == expected
+
+
+ASCII = [chr(i) for i in range(128)]
+
+
+@pytest.mark.parametrize("alphabet, length", [(ASCII, 2), (" \n\x1c'stx7.", 5)])
+def test_looking_words_up_gives_the_librarys_tokens(tokenizer, alphabet, length):
+    texts = ["".join(letters) for letters in itertools.product(alphabet, repeat=length)]
+    encoder, backend = data_pipeline.Encoder(tokenizer), tokenizer.backend_tokenizer
+    library = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    assert encoder.by_words and [np.frombuffer(t, np.uint16).tolist() for t in encoder.encode(texts)] == library
+
+
+@given(st.lists(st.text(st.sampled_from(ASCII + list("é\u00a0\u2028\U0001f600")), max_size=60), max_size=5))
+def test_texts_are_encoded_as_the_library_encodes_them_whatever_stands_beside_them(tokenizer, texts):
+    encoder, backend = data_pipeline.Encoder(tokenizer), tokenizer.backend_tokenizer
+    encoder.most_words = 3  # forgets nearly everything
+    library = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [np.frombuffer(tokens, np.uint16).tolist() for tokens in encoder.encode(texts)] == library
+    assert len(encoder) <= 3
+
+
+def stripped(tokenizer):
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+
+
+def with_prefix_space(tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+
+
+def without_words(tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def by_blanks(tokenizer):
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+
+def with_a_word_more(tokenizer):
+    tokenizer.add_tokens(["d Hel"])
+
+
+@pytest.mark.parametrize("change", [stripped, with_prefix_space, without_words, by_blanks, with_a_word_more])
+def test_a_tokenizer_that_splits_otherwise_is_not_second_guessed(write, change):
+    own, text = load_tokenizer(), "'stock: Old Hello  world "
+    plainly = own.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    change(own)
+    expected = own.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    assert expected != plainly and ids(load_dataset(write([alpaca_row(output=text)]), own)) == [[*expected, EOS]]
+
+
+def test_a_word_that_the_vocabulary_lacks_is_found_out_wherever_it_stands(write, caplog):
+    from transformers import GPT2Tokenizer
+
+    full = json.loads(load_tokenizer().backend_tokenizer.to_str())["model"]["vocab"]
+    lacking = GPT2Tokenizer(vocab={word: i for word, i in full.items() if word != "Z"}, merges=[])
+    outputs = ["fine", "Zero", "ZZ", "fine too", "zero", "é"]
+    with caplog.at_level(logging.INFO):
+        load_dataset(write([alpaca_row(output=output) for output in outputs]), lacking)
+    assert any("4 of 6 rows decode" in record.getMessage() for record in caplog.records)
 
 
 # ---------------------------------------------------------------- templates
@@ -1101,8 +1163,6 @@ def test_the_round_trip_is_counted_over_the_whole_set(write, capsys, monkeypatch
 
 
 def test_a_tokenizer_that_changes_the_text_is_found_out(write, caplog, tokenizer):
-    from tokenizers import normalizers
-
     lossy = load_tokenizer()
     lossy.backend_tokenizer.normalizer = normalizers.Lowercase()
     with caplog.at_level(logging.INFO):
