@@ -567,6 +567,8 @@ def final_dataset_loader(
         dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
     if split:
         dataset = dataset.split(eval_fraction, seed)[split == "eval"]
+    if padding == "max_length" and (longest := dataset.lengths.max(initial=0)) > max_length:
+        raise ValueError(f"max_length={max_length}: the rows were tokenised with up to {longest} tokens")
     batches = GlobalBatches(
         dataset.lengths, batch_size, shuffle=shuffle, group_by_length=group_by_length,
         accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=seed,

@@ -964,6 +964,11 @@ def load_trained(
     model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
     """
     directory = Path(directory)
+    if (directory / MANIFEST).exists():
+        try:
+            verify_directory(directory)
+        except ValueError as error:
+            raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
     settings, source = trained_settings(directory)
     try:
         args = with_defaults(argparse.Namespace(**settings), from_scratch=False, dropout=dropout)
@@ -972,17 +977,17 @@ def load_trained(
             raise ValueError(f"lacks {lacking[0]}")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
-    recorded = settings.get("base_model_name_or_path")
-    if recorded and recorded.startswith(os.pardir) and (directory / recorded).is_dir():
-        recorded = os.path.normpath(directory / recorded)  # it lies beside the result, wherever the two are now
-    base = str(directory) if technique in PLAIN else model_name_or_path or recorded
+    base = str(directory) if technique in PLAIN else model_name_or_path or settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{directory}: does not name its base model; give --model_name_or_path")
     args.model_name_or_path = base
     model = load_base(args)
     check_base(model, settings, directory, asked_for=bool(model_name_or_path))
     if technique == "lora":
-        load_lora(model, directory, args, settings)
+        try:
+            load_lora(model, directory, args, settings)
+        except (TypeError, AttributeError, re.error) as error:  # a field of another type, a pattern that is none
+            raise ValueError(f"{directory / PEFT_CONFIG}: not as PEFT writes it: {error}") from error
         return model
     modify(model, args)
     if technique == "adapter":
@@ -994,17 +999,29 @@ def load_trained(
 
 
 def trained_settings(directory: Path) -> tuple[dict, Path]:
-    """(settings, the file that they stand in) of a directory whose checksums, if it has any, are right."""
-    if (directory / MANIFEST).exists():
-        try:
-            verify_directory(directory)
-        except ValueError as error:
-            raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
+    """(settings, the file that they stand in) of what a run of ours saved, or PEFT."""
     if (directory / METADATA).is_file():
-        return read_json(directory / METADATA), directory / METADATA
-    if (directory / PEFT_CONFIG).is_file():
-        return peft_settings(directory), directory / PEFT_CONFIG
-    raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
+        settings, source = read_json(directory / METADATA), directory / METADATA
+    elif (directory / PEFT_CONFIG).is_file():
+        settings, source = peft_settings(directory), directory / PEFT_CONFIG
+    else:
+        raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
+    kinds = {name: type(value) for name, value in vars(with_defaults()).items()} | {
+        "max_length": int,
+        "text_format": str,
+    }
+    kinds |= {"base_config": dict, "base_model_name_or_path": str | None, "base_fingerprint": str | None}
+    for name, value in settings.items():
+        kind, parts = kinds.get(name, object), value if isinstance(value, list) else []
+        part_kind = int if name == "freeze_layers" else str
+        if not isinstance(value, int | float if kind is float else kind) or any(
+            type(p) is not part_kind for p in parts
+        ):
+            raise ValueError(f"{source}: {name} is {value!r:.40}")
+    base = settings.get("base_model_name_or_path")
+    if base and base.startswith(os.pardir) and (directory / base).is_dir():
+        settings["base_model_name_or_path"] = os.path.normpath(directory / base)  # beside it, wherever the two are now
+    return settings, source
 
 
 def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, asked_for: bool) -> None:

@@ -161,6 +161,10 @@ def train_problems(args: argparse.Namespace) -> list[str]:
 
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given and changes nothing."""
+    if args.demo:
+        looked_at = ("demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed", "learning_rate")
+        given = [name for name, value in vars(args).items() if value != build_parser().get_default(name)]
+        return [f"--{name}: without effect, --demo has its own" for name in given if name not in looked_at]
     lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
     if args.warmup_steps and args.scheduler in ("cosine", "constant"):
         lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
@@ -177,8 +181,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser, saved, problems = build_parser(), {}, []
     args = parser.parse_args(argv)
     if args.adapter_path:
-        with suppress(ValueError):  # PEFT's own directory, or nothing at all: load_trained tells
-            saved = modify_llm.read_json(Path(args.adapter_path) / modify_llm.METADATA)
+        with suppress(ValueError):  # load_trained tells
+            saved, _ = modify_llm.trained_settings(Path(args.adapter_path))
         saved = {name: value for name, value in saved.items() if hasattr(args, name)}
         parser.set_defaults(model_name_or_path=None, **saved)
         args = parser.parse_args(argv)
@@ -598,11 +602,13 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     """The tokenizer that the flags name: by default the model's own, or GPT-2's where the model brings none."""
     if args.tokenizer_name_or_path:
         return load_tokenizer(args.tokenizer_name_or_path)
-    for directory in (args.adapter_path, None if args.from_scratch else args.model_name_or_path):
+    base = None if args.from_scratch else args.model_name_or_path
+    if args.adapter_path and not base:
+        base = modify_llm.trained_settings(Path(args.adapter_path))[0].get("base_model_name_or_path")
+    for directory in (args.adapter_path, base):
         if directory and any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return load_tokenizer(directory)
-    brings_none = args.from_scratch or args.adapter_path or Path(args.model_name_or_path).exists()
-    return load_tokenizer("gpt2" if brings_none else args.model_name_or_path)
+    return load_tokenizer("gpt2" if not base or Path(base).exists() else base)
 
 
 def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
@@ -909,7 +915,7 @@ def save_scratch_base(run: Run) -> None:
     if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
-            base = modify_llm.load_base(args)
+            base = GPT2LMHeadModel(modify_llm.read_config(args))
         with whole_directory(run.output_dir, "base") as directory:
             base.save_pretrained(directory)
     run.model.base_path = run.model.base_name = str(base_dir)

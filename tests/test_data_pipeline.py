@@ -575,6 +575,13 @@ def test_unshuffled_rows_come_in_the_files_order():
     assert drawn(7, 3, shuffle=False) == [[[0, 1, 2], [3, 4, 5], [6]]]
 
 
+def test_rows_tokenised_longer_than_a_batch_is_wide_are_refused(tokenizer):
+    rows = load_dataset(BUNDLED_SAMPLE, tokenizer)
+    with pytest.raises(ValueError, match=f"max_length=64: .* {rows.lengths.max()} tokens"):
+        final_dataset_loader(rows, tokenizer=tokenizer, max_length=64)
+    assert final_dataset_loader(rows, tokenizer=tokenizer, max_length=64, padding="longest", num_workers=0)
+
+
 def test_a_process_without_rows_gets_a_batch_without_labels(write, tokenizer):
     """One row for two processes: both take part, and only one has something to learn."""
     first, second = (

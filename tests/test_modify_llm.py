@@ -1277,6 +1277,29 @@ def test_damaged_settings_are_named(base, tmp_path, file, content):
         load_trained(tmp_path, base)
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        *(("modification.json", "lora_rank", v) for v in ([1], {}, "x", None, 3.5)),
+        *(("modification.json", "base_config", v) for v in ([1], "x", None)),
+        *(("modification.json", "text_format", v) for v in ([1], {}, None)),
+        *(("modification.json", key, v) for key in ("lora_target_modules", "trainable_modules") for v in ([1], 5)),
+        *(("adapter_config.json", "alpha_pattern", v) for v in ([1], "x", 5, {"(": 4})),
+        *(("adapter_config.json", "target_modules", v) for v in (5, "(")),
+        ("adapter_config.json", "modules_to_save", 5),
+        ("adapter_config.json", "r", "x"),
+    ],
+)
+def test_settings_of_another_type_are_named(base, tmp_path, file, key, value):
+    save_trained(perturb(modified(base)), tmp_path)
+    if file != "modification.json":  # as PEFT would have left it
+        (tmp_path / "modification.json").unlink()
+    settings = modify_llm.read_json(tmp_path / file)
+    modify_llm.write_json(tmp_path / file, settings | {key: value})
+    with pytest.raises(ValueError, match=file.replace(".", r"\.")):
+        load_trained(tmp_path, base)
+
+
 def test_a_directory_without_anything_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing that was trained"):
         load_trained(tmp_path)

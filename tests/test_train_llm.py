@@ -33,7 +33,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 from matplotlib.figure import Figure
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
@@ -1748,6 +1748,15 @@ def test_a_flag_without_effect_is_pointed_out(flags, tmp_path, capsys, given, sa
     assert f"WARNING:train_llm:{said}" in capsys.readouterr().out
 
 
+def test_the_demo_points_out_flags_that_it_does_not_look_at(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_llm, "demo", lambda *_: None)
+    run(
+        ["--demo", "--epochs=9", "--modification_type=full", f"--output_dir={tmp_path}", "--seed=1", "--precision=fp32"]
+    )
+    said = re.findall("--(.*): without effect", capsys.readouterr().out)
+    assert sorted(said) == ["epochs", "modification_type"]
+
+
 def test_flags_that_have_an_effect_are_not_pointed_out(flags, tmp_path, capsys):
     run(flags(tmp_path / "out", max_steps=1, lora_rank=2, lora_target_modules="c_attn", warmup_steps=1))
     assert "without effect" not in capsys.readouterr().out
@@ -1922,6 +1931,20 @@ def test_a_prompt_is_read_in_the_format_of_the_run(text, text_format, read):
     assert train_llm.prompt_text(text, text_format) == read
 
 
+def test_a_lora_that_peft_made_is_used_with_its_bases_tokenizer_and_its_own_rank(flags, tmp_path, small_base, capsys):
+    base = GPT2LMHeadModel.from_pretrained(small_base)
+    made = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True))
+    made.save_pretrained(tmp_path / "peft")
+    assert (
+        run(["--adapter_path", str(tmp_path / "peft"), "--text_format=output", "--prompt=ab", "--precision=fp32"]) == 0
+    )
+    assert "Answer: " in capsys.readouterr().out
+    argv = flags(tmp_path / "out", adapter_path=tmp_path / "peft", model_name_or_path=None, max_steps=1)
+    assert run(argv) == 0, capsys.readouterr().err  # GPT-2's 50,257 tokens would not fit this model's 257
+    assert modify_llm.read_json(tmp_path / "out" / "run.json")["settings"]["lora_rank"] == 3
+    assert "trained with 3" in refused([*argv, "--lora_rank=5", "--overwrite_output_dir"], capsys)
+
+
 def test_a_base_from_scratch_is_saved_beside_the_result_and_both_can_move(flags, tmp_path, small_base, rows, capsys):
     sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "max_position_embeddings": 128}
     argv = flags(
@@ -1929,7 +1952,7 @@ def test_a_base_from_scratch_is_saved_beside_the_result_and_both_can_move(flags,
         tokenizer_name_or_path=small_base,
     )  # fmt: skip
     assert run(argv) == 0
-    assert "RANDOM WEIGHTS" in capsys.readouterr().out
+    assert capsys.readouterr().out.count("RANDOM WEIGHTS") == 1
     (tmp_path / "out").rename(tmp_path / "moved")
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "moved" / "base")
     assert (base.config.n_embd, base.config.n_layer, base.config.vocab_size) == (24, 1, 257)
