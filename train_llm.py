@@ -673,6 +673,13 @@ def check_fits(run: Run) -> None:
         raise ValueError(f"--tokenizer_name_or_path: the tokenizer has {tokens}")
 
 
+class SigmoidGELU(nn.Module):
+    """GELU's tanh form, 0.5 x (1 + tanh(u)) = x sigmoid(2 u): compiled, a third of the time of either's own kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
     """To the device: frozen matrices in the runtime's precision, all that trains and all that is 1-D in fp32."""
     for parameter in model.parameters():
@@ -681,7 +688,7 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
     model.to(runtime.device)
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, fused
-            block.mlp.act = nn.GELU(approximate="tanh")
+            block.mlp.act = SigmoidGELU() if args.compile else nn.GELU(approximate="tanh")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
