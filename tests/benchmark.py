@@ -87,11 +87,10 @@ def difference(command: list[str], rows: tuple[Path, Path], few: int, tokens: in
     return {"tokens": tokens / (long - short), "records": few / (long - short), "memory": memory}
 
 
-def ours(args: argparse.Namespace, directory: Path, flags: list[str]) -> list[str]:
+def ours(directory: Path, flags: list[str]) -> list[str]:
     command = [sys.executable, str(ROOT / "train_llm.py"), f"--model_name_or_path={directory / 'model'}", *flags]
     command += [f"--output_dir={directory / 'run'}", "--overwrite_output_dir", "--epochs=1", "--text_format=output"]
-    command += ["--eval_fraction=0", "--num_samples=0", *(["--compile"] if args.compile else []), "--dataset_path"]
-    return command
+    return [*command, "--eval_fraction=0", "--num_samples=0", "--dataset_path"]
 
 
 def peer(name: str, directory: Path, path: Path) -> None:
@@ -160,7 +159,9 @@ def training(args: argparse.Namespace, directory: Path) -> None:
     print(f"\n{len(source)} rows of {lengths.mean():.0f} tokens; {args.repeats} x in turn, medians\n")
     commands = {}
     for name in [n for n in SETTINGS if args.only in n and (not args.peers or n.startswith("LoRA"))]:
-        commands[name] = ours(args, directory, SETTINGS[name])
+        commands[name] = ours(directory, SETTINGS[name])
+        if args.compile:
+            commands[f"{name}, compiled"] = ours(directory, [*SETTINGS[name], "--compile"])
     for name, kind in PEERS.items() if args.peers else ():
         commands[name] = [
             sys.executable,
@@ -185,7 +186,8 @@ def training(args: argparse.Namespace, directory: Path) -> None:
     middle = {n: {k: statistics.median(r[k] for r in results) for k in results[0]} for n, results in found.items()}
     first = next(iter(middle.values()))["tokens"]
     for name, row in middle.items():
-        share = f"{row['tokens'] * flops_per_token(SETTINGS[name]) / row['rate']:.0%}" if name in SETTINGS else ""
+        flags = SETTINGS.get(name.removesuffix(", compiled"))
+        share = f"{row['tokens'] * flops_per_token(flags) / row['rate']:.0%}" if flags else ""
         figures = f"{row['tokens']:,.0f} | {row['records']:.1f} | {row['memory']:.2f} GB | {share}"
         print(f"| {name} | {figures} | {first / row['tokens']:.2f} x |")
 
@@ -198,7 +200,7 @@ def main() -> None:
     parser.add_argument("--min_words", type=int, default=0, help="only rows whose output has at least so many words")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="techniques whose name holds this")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="each of ours once more with train_llm.py's --compile")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--loading", default="", help="measure the data pipeline instead, on so many rows each")
     parser.add_argument("--plot", default="")
