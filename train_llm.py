@@ -1440,8 +1440,8 @@ def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = Tru
             logger.info("The run in %s is finished; nothing to do", run.output_dir)
             return
         claim_directory(run, create=True)
-        start_records(run)
         try:
+            start_records(run)
             if args.from_scratch:
                 save_scratch_base(run)
             catch_signals(run)

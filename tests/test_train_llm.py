@@ -1593,6 +1593,12 @@ def test_a_full_disk_ends_in_exit_1_with_no_leftovers_and_the_older_checkpoint_g
     assert outcome(half) == half_done[1]
 
 
+def test_a_disk_that_is_full_from_the_start_is_no_fault_of_the_input(flags, tmp_path, in_new_processes):
+    statuses, error = in_new_processes({"argv": flags(tmp_path), "output_dir": tmp_path, "file_limit": 1000})
+    assert statuses == [1] and "Traceback" not in error  # which is written to a file, under the limit too
+    assert run([*flags(tmp_path, max_steps=1), *RESUME]) == 0
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 def test_a_log_file_on_a_full_disk_adds_no_second_line(flags, tmp_path, capsys):
     def fill_the_disk(_):
