@@ -31,7 +31,7 @@ from typing import TextIO
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers import decoders, pre_tokenizers
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
@@ -54,6 +54,7 @@ PROMPT_WITHOUT_INPUT = (
 GPT2_FAMILY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
 CHUNK_ROWS = 10_000  # rows held as text at a time: what bounds the memory of a long .jsonl or .csv
+HALF_PAIR = re.compile("[\ud800-\udfff]")  # no character: half of one, or a byte of the command line that is not UTF-8
 MAX_LENGTH, BATCH_SIZE, NUM_WORKERS, SEED = 512, 8, 4, 42
 
 
@@ -90,7 +91,8 @@ def data_flags() -> argparse.ArgumentParser:
 def data_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the data flags, a line each; nothing is read."""
     checks = [
-        (args.dataset_path != "", "dataset_path", "an empty name"),
+        *((getattr(args, name) != "", name, "an empty name") for name in ("dataset_path", "eval_dataset_path")),
+        (args.tokenizer_name_or_path != "", "tokenizer_name_or_path", "an empty name"),
         (2 <= args.max_length < 2**31, "max_length", "2 tokens or more"),
         (1 <= args.batch_size < 2**31, "batch_size", "1 row or more"),
         (args.num_workers >= 0, "num_workers", "0 or more"),
@@ -112,6 +114,8 @@ def format_columns(text_format: str) -> list[str]:
     if text_format in ("output", "alpaca"):
         return ALPACA_COLUMNS
     where = f"--text_format {text_format!r}"
+    if HALF_PAIR.search(text_format):
+        raise ValueError(f"{where}: not UTF-8")
     if text_format.count("||") != 1:
         raise ValueError(f"{where}: output, alpaca, or a template with one || where the response begins")
     try:
@@ -193,7 +197,7 @@ def check_record(record: object, columns: list[str]) -> None:
             record[column] = ""
         elif not isinstance(value, str):
             raise ValueError(f"{column!r} is {value!r:.40}, not text")
-        elif not value.isascii() and (half := re.search("[\ud800-\udfff]", value)):
+        elif not value.isascii() and (half := HALF_PAIR.search(value)):
             raise ValueError(f"{column!r} holds half a surrogate pair at character {half.start()}")
 
 
@@ -241,9 +245,10 @@ def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-        except (OSError, ValueError) as not_local:
+        except Exception as error:  # of any type, for files that are JSON and no tokenizer's
             if Path(name_or_path).exists():
-                raise ValueError(f"{where}: holds no tokenizer that loads: {str(not_local).splitlines()[0]}") from None
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise ValueError(f"{where}: holds no tokenizer that loads: {reason}") from None
             try:  # one quick request: from_pretrained would retry for a minute without a network
                 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
@@ -347,25 +352,29 @@ class Encoder(dict[str, bytes]):
         self.backend = tokenizer.backend_tokenizer
         self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
         split, added = self.backend.pre_tokenizer, self.backend.get_added_tokens_decoder().values()
-        as_gpt2 = isinstance(split, ByteLevel) and split.use_regex and not split.add_prefix_space
+        as_gpt2 = isinstance(split, pre_tokenizers.ByteLevel) and split.use_regex and not split.add_prefix_space
         as_gpt2 &= self.backend.normalizer is None and all(token.special for token in added)
         self.by_words = as_gpt2 and not getattr(self.backend.model, "dropout", None)
-        self.words_survive = self.by_words  # each of them decodes to itself, so far
+        # each of them decodes to itself, so far, and then a text of them does, too
+        self.words_survive = self.by_words and isinstance(self.backend.decoder, decoders.ByteLevel)
 
     def __missing__(self, word: str) -> bytes:
+        tokens = np.array(self.backend.encode(word, add_special_tokens=False).ids, self.dtype).tobytes()
+        self.words_survive &= self.decode(tokens) == word
         if len(self) >= self.most_words:
             self.clear()
-        self[word] = tokens = np.array(self.backend.encode(word, add_special_tokens=False).ids, self.dtype).tobytes()
-        self.words_survive &= self.decode(tokens) == word
+        if len(word) < 100:  # a text without blanks is one word, and need not come again
+            self[word] = tokens
         return tokens
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
-        by_words = [self.by_words and text.isascii() for text in texts]
-        others = list(itertools.compress(texts, (not known for known in by_words)))
+        others = [text for text in texts if not (self.by_words and text.isascii())]
         rest = (encoding.ids for encoding in self.backend.encode_batch_fast(others, add_special_tokens=False))
         return [
-            b"".join(map(self.__getitem__, self.words(text))) if known else np.array(next(rest), self.dtype).tobytes()
-            for text, known in zip(texts, by_words, strict=True)
+            b"".join(map(self.__getitem__, self.words(text)))
+            if self.by_words and text.isascii()
+            else np.array(next(rest), self.dtype).tobytes()
+            for text in texts
         ]
 
     def decode(self, tokens: bytes) -> str:
@@ -391,9 +400,9 @@ def encode_rows(
     exact = sum(not c and encoder.survives(p + r, row) for (p, r), row, c in zip(texts, rows, cut, strict=True))
     rows = [row[: max_length * size] if c else row + end for row, c in zip(rows, cut, strict=True)]
     offsets = np.cumsum([0, *map(len, rows)]) // size
-    lengths = [min(max_length, len(p) // size + (not r)) for p, r in zip(prompts, responses, strict=True)]
+    prompt_lengths = [min(max_length, len(p) // size + (not r)) for p, r in zip(prompts, responses, strict=True)]
     tokens = np.frombuffer(b"".join(rows), encoder.dtype)
-    return AlpacaDataset(tokens, offsets, np.array(lengths, np.int32), np.array(cut)), exact
+    return AlpacaDataset(tokens, offsets, np.array(prompt_lengths, np.int32), np.array(cut)), exact
 
 
 def load_dataset(
@@ -456,7 +465,7 @@ class GlobalBatches(Sampler[list[int]]):
 
     The rows of one optimizer step are drawn as a *global* batch of batch_size x accumulation_steps x world_size, and
     only then cut into micro-batches and shared among the processes: however a global batch is cut, a step sees the
-    same rows. With group_by_length, runs of 50 global batches are sorted by length before they are cut, so that a
+    same rows. With group_by_length, runs of up to 50 global batches are sorted by length before they are cut, so that a
     batch needs little padding, and the batches are shuffled again. The last global batch may be short: a process
     that finds no row left for it gets an empty micro-batch, so that all take the same number of passes.
     """
@@ -511,9 +520,7 @@ class GlobalBatches(Sampler[list[int]]):
                 yield part[self.rank * self.batch_size :][: self.batch_size].tolist()
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.lengths), self.global_size)
-        micro_batch = self.batch_size * self.world_size
-        return full * (self.global_size // micro_batch) + math.ceil(rest / micro_batch)
+        return math.ceil(len(self.lengths) / (self.batch_size * self.world_size))
 
 
 @dataclass
@@ -545,7 +552,7 @@ def final_dataset_loader(
     split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length", max_length: int = MAX_LENGTH,
     batch_size: int = BATCH_SIZE, num_workers: int = NUM_WORKERS, shuffle: bool = True, group_by_length: bool = False,
     accumulation_steps: int = 1, rank: int = 0, world_size: int = 1, seed: int = SEED,
-    tokenizer: PreTrainedTokenizerBase | str | None = None, pin_memory: bool = False,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
 ) -> DataLoader:  # fmt: skip
     """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch_size, length).
 
@@ -560,8 +567,9 @@ def final_dataset_loader(
         raise ValueError(f"split={split!r}: None, 'train' or 'eval'")
     if max_length < 2 or batch_size < 1 or num_workers < 0 or not 0 <= eval_fraction < 1:
         raise ValueError(f"out of range: {max_length=}, {batch_size=}, {num_workers=}, {eval_fraction=}")
-    by_name = tokenizer is None or isinstance(tokenizer, str)
-    tokenizer = load_tokenizer(tokenizer or "gpt2") if by_name else prepare_tokenizer(tokenizer)
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer or "gpt2")
+    prepare_tokenizer(tokenizer)
     dataset = dataset_path
     if not isinstance(dataset, AlpacaDataset):
         dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
@@ -579,7 +587,6 @@ def final_dataset_loader(
         collate_fn=PadBatch(tokenizer.pad_token_id, max_length if padding == "max_length" else None),
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(seed),  # workers' seeds: never drawn from the training's random state
-        pin_memory=pin_memory,
     )
 
 

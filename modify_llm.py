@@ -134,6 +134,8 @@ def model_problems(args: argparse.Namespace) -> list[str]:
     checks += [(0 < args.lora_alpha < math.inf, "lora_alpha", "above 0")]
     checks += [(args.prefix_projection_size >= 0, "prefix_projection_size", "0 (none) or more")]
     problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
+    if args.model_name_or_path == "":
+        problems.append("--model_name_or_path: an empty name")
     if args.num_attention_heads >= 1 and args.hidden_size % args.num_attention_heads:
         problems.append(f"--hidden_size {args.hidden_size}: not a multiple of {args.num_attention_heads} heads")
     if args.prefix_projection_size > 0 and args.prefix_type != "key_value":
@@ -200,7 +202,15 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     architecture = read_json(Path(path) / "config.json").get("model_type")
     if architecture != "gpt2":
         raise ValueError(f"--model_name_or_path {name}: a {architecture!r} model; only GPT-2 is supported")
-    return GPT2Config.from_pretrained(path)
+    try:
+        config = GPT2Config.from_pretrained(path)
+        if min(config.n_layer, config.n_embd, config.n_head, config.n_positions, config.vocab_size) < 1:
+            raise ValueError("a size below 1")
+        with torch.device("meta"):
+            GPT2LMHeadModel(config)  # tells, in errors of any type, what cannot be built
+    except Exception as error:
+        raise ValueError(f"--model_name_or_path {name}: config.json: {first_line(error)}") from None
+    return config
 
 
 def locate(name: str) -> str:
@@ -227,7 +237,7 @@ def locate(name: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
@@ -942,13 +952,13 @@ def manifest_hash(files: dict) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def verify_directory(path: Path) -> None:
-    """Raises ValueError unless every file is there as its manifest says."""
+def verify_directory(path: Path, links: bool = False) -> None:
+    """Raises ValueError unless every file is there as its manifest says; links: the hub's cache is made of them."""
     manifest = read_json(path / MANIFEST)
     files = manifest.get("files")
     if not isinstance(files, dict) or manifest.get("manifest_sha256") != manifest_hash(files):
         raise ValueError(f"{path}: manifest.json is damaged")
-    present = {file.name for file in path.iterdir() if file.is_file() and not file.is_symlink()}
+    present = {file.name for file in path.iterdir() if file.is_file() and (links or not file.is_symlink())}
     for name, expected in files.items():
         if name not in present:  # a path that leads elsewhere is not among these names
             raise ValueError(f"{path}: {name} is missing")
@@ -966,7 +976,7 @@ def load_trained(
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         try:
-            verify_directory(directory)
+            verify_directory(directory, links=True)
         except ValueError as error:
             raise ValueError(f"{error}; if you changed it on purpose, delete {MANIFEST}") from None
     settings, source = trained_settings(directory)
@@ -1007,16 +1017,13 @@ def trained_settings(directory: Path) -> tuple[dict, Path]:
     else:
         raise ValueError(f"{directory}: holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained")
     kinds = {name: type(value) for name, value in vars(with_defaults()).items()} | {
-        "max_length": int,
-        "text_format": str,
-    }
-    kinds |= {"base_config": dict, "base_model_name_or_path": str | None, "base_fingerprint": str | None}
+        "text_format": str, "max_length": int, "base_config": dict,
+        "base_model_name_or_path": str | None, "base_fingerprint": str | None,
+    }  # fmt: skip
     for name, value in settings.items():
-        kind, parts = kinds.get(name, object), value if isinstance(value, list) else []
-        part_kind = int if name == "freeze_layers" else str
-        if not isinstance(value, int | float if kind is float else kind) or any(
-            type(p) is not part_kind for p in parts
-        ):
+        kind, part = kinds.get(name, object), int if name == "freeze_layers" else str
+        parts_fit = not isinstance(value, list) or all(type(v) is part for v in value)
+        if not isinstance(value, int | float if kind is float else kind) or not parts_fit:
             raise ValueError(f"{source}: {name} is {value!r:.40}")
     base = settings.get("base_model_name_or_path")
     if base and base.startswith(os.pardir) and (directory / base).is_dir():
@@ -1159,7 +1166,7 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
 COMPARED = [
     ("full fine-tuning", "", {"modification_type": "full"}),
     ("selective, lower half frozen", "", {"modification_type": "selective"}),
-    ("LoRA r=4, all Conv1D", "Hu 2021", {"modification_type": "lora"}),
+    ("LoRA r=4, all Conv1D", "Hu 2021", {}),
     ("LoRA r=4, query and value", "Hu 2021", {"lora_target_modules": ["c_attn.q", "c_attn.v"]}),
     ("adapters 64, two a block", "Houlsby 2019", {"modification_type": "adapter", "adapter_placement": "houlsby"}),
     ("adapters 64, one a block", "Pfeiffer 2020", {"modification_type": "adapter"}),
@@ -1183,8 +1190,11 @@ def compare(args: argparse.Namespace) -> list[dict]:
     half, rows = list(range(read_config(args).n_layer // 2)), []
     for label, paper, chosen in COMPARED:
         settings = with_defaults(chosen_base, freeze_layers=half, **chosen)
-        total, trainable = parameter_counts(meta_model(settings))
+        model = meta_model(settings)
+        total, trainable = parameter_counts(model)
         saved = total if settings.modification_type in PLAIN else trainable
+        if settings.modification_type == "lora":  # thirds are saved as one LoRA of the whole layer
+            saved = sum(tensor.numel() for tensor in lora_as_peft(model, trainable_state(model))[0].values())
         rows.append({"label": label, "paper": paper, "total": total, "trainable": trainable, "saved_mb": saved * 4e-6})
     return rows
 
@@ -1233,6 +1243,8 @@ def main(argv: list[str] | None = None) -> int:
         problems.append("--adapter_path and --merge_to: give both, or neither")
     if args.plot and not args.compare:
         problems.append("--plot: needs --compare")
+    if args.compare and args.merge_to:
+        problems.append("--compare and --merge_to: two tasks, give one")
     if problems:
         parser.error("; ".join(problems))
     if hasattr(sys.stdout, "reconfigure"):
@@ -1241,7 +1253,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=level, format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     transformers_logging.disable_progress_bar()
-    for line in [] if args.compare or args.merge_to else idle_flags(args, parser.get_default):
+    lines = idle_flags(args, parser.get_default)
+    if args.compare or args.merge_to:
+        base = ("model_name_or_path", "from_scratch", *SCRATCH_SIZES, "compare", "plot", "adapter_path", "merge_to")
+        given = [name for name, value in vars(args).items() if value != parser.get_default(name) and name not in base]
+        lines = [f"--{name}: without effect with --{'merge_to' if args.merge_to else 'compare'}" for name in given]
+    for line in lines:
         logger.warning(line)
     try:
         if args.merge_to:
@@ -1251,7 +1268,8 @@ def main(argv: list[str] | None = None) -> int:
             rows = compare(args)
             print(table(rows))
             if args.plot:
-                plot_comparison(rows, f"{args.model_name_or_path}: what each technique trains", args.plot)
+                name = "GPT-2 of these sizes" if args.from_scratch else args.model_name_or_path
+                plot_comparison(rows, f"{name}: what each technique trains", args.plot)
         else:
             print(statistics(meta_model(args)))
     except (ValueError, OSError) as error:

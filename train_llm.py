@@ -100,28 +100,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scheduler", choices=schedules, default="warmup_cosine", help="counted in optimizer steps (%(default)s)")
     add("--warmup_steps", type=int, help="of warmup_cosine and linear (100, at most 10%% of the run)")
     add("--min_lr", type=float, default=0.0, help="where the decay ends; >= 0 (%(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
     add("--compile", **SWITCH, help="torch.compile the feed-forward layers (false)")
     add("--gradient_checkpointing", **SWITCH, help="less memory for a third more time (false)")
     add = parser.add_argument_group("evaluation and saving").add_argument
-    add("--output_dir", default="./outputs", metavar="DIR", help="(%(default)s)")
-    add("--overwrite_output_dir", **SWITCH, help="remove the run that the directory holds (false)")
     add("--log_interval", type=int, default=10, help="optimizer steps; >= 1 (%(default)s)")
     add("--eval_interval", type=int, default=0, help="optimizer steps; 0: each epoch (%(default)s)")
     add("--save_interval", type=int, default=0, help="optimizer steps; 0: each evaluation (%(default)s)")
     add("--save_total_limit", type=int, default=3, help="checkpoints kept; >= 1 (%(default)s)")
     add("--early_stopping_patience", type=int, default=0, help="evaluations without gain; 0: off (%(default)s)")
-    add("--resume_from", metavar="PATH", help="auto, a run directory or a checkpoint (none: start)")
+    add("--num_samples", type=int, default=3, help="held-out prompts answered at each evaluation (%(default)s)")
     add("--report_to", choices=("none", "tensorboard"), default="none", help="(%(default)s)")
+    add("--resume_from", metavar="PATH", help="auto, a run directory or a checkpoint (none: start)")
+    add("--overwrite_output_dir", **SWITCH, help="remove the run that the directory holds (false)")
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="./outputs", metavar="DIR", help="(%(default)s; --demo: ./outputs/demo)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="(%(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
+    add("--demo", **SWITCH, help="train a tiny GPT-2, then LoRA on it, on the bundled sample (false)")
     add = parser.add_argument_group("using a model").add_argument
     add("--adapter_path", metavar="DIR", help="start from, evaluate or prompt what a run saved (none)")
     add("--eval_only", **SWITCH, help="evaluate on the held-out rows, train nothing (false)")
     add("--prompt", action="append", default=[], metavar="TEXT", help="answer it; repeatable (none)")
     add("--max_new_tokens", type=int, default=128, help="of an answer; >= 1 (%(default)s)")
     add("--temperature", type=float, default=0.0, help="of sampling; 0: greedy (%(default)s)")
-    add("--num_samples", type=int, default=3, help="held-out prompts answered at each evaluation (%(default)s)")
-    add("--demo", **SWITCH, help="train a tiny GPT-2, then LoRA on it, on the bundled sample (false)")
     return parser
 
 
@@ -138,7 +139,8 @@ def train_problems(args: argparse.Namespace) -> list[str]:
     )]  # fmt: skip
     checks += [(args.learning_rate is None or 0 < args.learning_rate < math.inf, "learning_rate", "above 0")]
     checks += [(args.warmup_steps is None or 0 <= args.warmup_steps < 2**31, "warmup_steps", "0 or more")]
-    checks += [(args.output_dir != "", "output_dir", "an empty name")]
+    checks += [(getattr(args, n) != "", n, "an empty name") for n in ("output_dir", "adapter_path", "resume_from")]
+    checks += [(not data_pipeline.HALF_PAIR.search(text), "prompt", "not UTF-8") for text in args.prompt]
     problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
     if args.gradient_checkpointing and args.modification_type == "prefix" and args.prefix_type == "key_value":
         problems.append("--gradient_checkpointing: drops the cache that carries a key_value prefix")
@@ -150,6 +152,8 @@ def train_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--from_scratch: --adapter_path brings the base that it was trained on")
     if args.demo and args.resume_from:
         problems.append("--resume_from: --demo always starts anew")
+    if args.demo and args.adapter_path:
+        problems.append("--adapter_path: --demo trains a base of its own")
     if args.demo and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         problems.append("--demo: runs in a single process, without torchrun")
     if args.report_to == "tensorboard" and not importlib.util.find_spec("tensorboard"):
@@ -159,13 +163,30 @@ def train_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def uses_only(args: argparse.Namespace) -> bool:
+    """Whether a model is evaluated or prompted, and nothing is trained."""
+    return args.eval_only or bool(args.prompt and not args.dataset_path)
+
+
 def idle_flags(args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given and changes nothing."""
+    parser = build_parser()
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)} - {"demo"}
+    given -= {"learning_rate"} if args.learning_rate in LEARNING_RATES.values() else set()  # filled in by parse
     if args.demo:
-        looked_at = ("demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed", "learning_rate")
-        given = [name for name, value in vars(args).items() if value != build_parser().get_default(name)]
-        return [f"--{name}: without effect, --demo has its own" for name in given if name not in looked_at]
-    lines = [] if args.adapter_path else modify_llm.idle_flags(args, build_parser().get_default)
+        read = {"output_dir", "overwrite_output_dir", "device", "precision", "seed"}
+        return [f"--{name}: without effect, --demo has its own" for name in sorted(given - read)]
+    lines = [] if args.adapter_path else modify_llm.idle_flags(args, parser.get_default)
+    if uses_only(args):
+        training = [g for g in parser._action_groups if g.title in ("optimisation", "evaluation and saving")]
+        idle = {action.dest for group in training for action in group._group_actions}
+        idle |= {"modification_type"} if not args.adapter_path else set()
+        idle |= {"eval_dataset_path", "eval_fraction", "batch_size"} if not args.eval_only else set()
+        lines += [f"--{name}: without effect, nothing is trained" for name in sorted(given & idle)]
+    if args.eval_dataset_path and "eval_fraction" in given:
+        lines.append("--eval_fraction: without effect beside --eval_dataset_path")
+    if args.adapter_path and args.model_name_or_path and args.modification_type in modify_llm.PLAIN:
+        lines.append("--model_name_or_path: without effect, --adapter_path holds a whole model")
     if args.warmup_steps and args.scheduler in ("cosine", "constant"):
         lines.append(f"--warmup_steps: without effect, --scheduler {args.scheduler} has no warm-up")
     if args.min_lr and args.scheduler == "constant":
@@ -183,7 +204,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.adapter_path:
         with suppress(ValueError):  # load_trained tells
             saved, _ = modify_llm.trained_settings(Path(args.adapter_path))
-        saved = {name: value for name, value in saved.items() if hasattr(args, name)}
+        known = {*vars(modify_llm.with_defaults()), "text_format", "max_length"} - {"model_name_or_path"}
+        saved = {name: value for name, value in saved.items() if name in known}
         parser.set_defaults(model_name_or_path=None, **saved)
         args = parser.parse_args(argv)
     for name, value in saved.items():
@@ -608,7 +630,8 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     for directory in (args.adapter_path, base):
         if directory and any((Path(directory) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return load_tokenizer(directory)
-    return load_tokenizer("gpt2" if not base or Path(base).exists() else base)
+    here = not base or Path(base).exists() or Path(base).is_absolute()  # no hub id, at any rate
+    return load_tokenizer("gpt2" if here else base)
 
 
 def load_rows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[AlpacaDataset, AlpacaDataset]:
@@ -647,10 +670,11 @@ def make_loader(run: Run, rows: AlpacaDataset, **how: Any) -> DataLoader:
 def build_model(args: argparse.Namespace, output_dir: Path) -> GPT2LMHeadModel:
     """The model to train: the base with the technique, or what --adapter_path holds."""
     torch.manual_seed(args.seed)
+    base = output_dir / "base"
     if args.adapter_path:
         model = load_trained(args.adapter_path, args.model_name_or_path, dropout=args.dropout)
-    elif args.from_scratch and args.resume_from and (output_dir / "base").is_dir():
-        model = final_modify(args, from_scratch=False, model_name_or_path=str(output_dir / "base"))
+    elif args.from_scratch and args.resume_from and checkpoint_directories(output_dir) and base.is_dir():
+        model = final_modify(args, from_scratch=False, model_name_or_path=str(base))
     else:
         model = final_modify(args)
     model.modification |= {"text_format": args.text_format, "max_length": args.max_length}
@@ -662,9 +686,9 @@ def prefix_length(model: GPT2LMHeadModel) -> int:
     return len(model.transformer.prefix.embedding) if hasattr(model.transformer, "prefix") else 0
 
 
-def check_fits(run: Run) -> None:
-    """Text, prefix and vocabulary must fit the model."""
-    config, length, virtual = run.model.config, run.args.max_length, prefix_length(run.model)
+def check_fits(run: Run, length: int) -> None:
+    """Texts of so many tokens, prefix and vocabulary must fit the model."""
+    config, virtual = run.model.config, prefix_length(run.model)
     if length + virtual > config.n_positions:
         prefix = f" with a prefix of {virtual}" if virtual else ""
         raise ValueError(f"--max_length {length}{prefix}: the model has {config.n_positions} positions")
@@ -688,7 +712,7 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
     model.to(runtime.device)
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, fused
-            block.mlp.act = SigmoidGELU() if args.compile else nn.GELU(approximate="tanh")
+            block.mlp.act = nn.GELU(approximate="tanh")
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.train()
@@ -731,13 +755,20 @@ def prompt_text(text: str, text_format: str) -> str:
     return split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
 
 
+def prompt_ids(run: Run, text: str) -> list[int]:
+    """The tokens of a --prompt in the run's own format; raises ValueError for one that cannot be put."""
+    whole, positions = prompt_text(text, run.args.text_format), run.model.config.n_positions
+    ids = run.tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids  # `<|endoftext|>` is text
+    if len(ids) + prefix_length(run.model) >= positions:
+        raise ValueError(f"--prompt {text[:20]!r}...: {len(ids)} tokens leave no room in {positions} positions")
+    return ids or [run.tokenizer.eos_token_id]
+
+
 @torch.no_grad()
 def generate_text(run: Run, model: GPT2LMHeadModel, prompt_ids: list[int]) -> tuple[str, bool]:
     """(the model's answer, whether it stopped by itself). Draws nothing from the training's random state."""
     args, runtime, eos = run.args, run.runtime, run.tokenizer.eos_token_id
     room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
-    if room < 1:
-        raise ValueError(f"--prompt: {len(prompt_ids)} tokens leave no room in {model.config.n_positions} positions")
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # text by text, with a cache
@@ -758,8 +789,7 @@ def generate_text(run: Run, model: GPT2LMHeadModel, prompt_ids: list[int]) -> tu
 
 def answer_prompts(run: Run) -> None:
     for text in run.args.prompt if run.runtime.rank == 0 else []:
-        ids = run.tokenizer(prompt_text(text, run.args.text_format), add_special_tokens=False)["input_ids"]
-        answer, stopped = generate_text(run, run.model, ids or [run.tokenizer.eos_token_id])
+        answer, stopped = generate_text(run, run.model, prompt_ids(run, text))
         plain.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
 
 
@@ -804,7 +834,8 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
-    holds_run = any((output_dir / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints", "final"))
+    signs = ("run.json", "metrics.jsonl", "checkpoints", "best", "final", *(["base"] if args.from_scratch else []))
+    holds_run = any((output_dir / name).exists() for name in signs)
     root = Path(args.resume_from or os.devnull).resolve()
     goes_on = args.resume_from == "auto" or output_dir.resolve() in (root, root.parent.parent)
     if holds_run and not goes_on and not args.overwrite_output_dir:
@@ -813,15 +844,16 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
 
 def recover_and_clean(output_dir: Path) -> None:
     """After a crash: puts back what was moved away for a replacement that never came, removes what was half-written."""
-    for old in output_dir.glob(".old_*"):
+    name_of_ours = re.compile(r"\.(new|old|trash)_(best|final|base|step_\d+)")
+    ours = [path for path in output_dir.glob(".*") if name_of_ours.fullmatch(path.name)]
+    for old in [path for path in ours if path.name.startswith(".old_")]:
         name = old.name.removeprefix(".old_")
         place = output_dir / "checkpoints" / name if name.startswith("step_") else output_dir / name
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
             old.rename(place)
-    for pattern in (".new_*", ".old_*", ".trash_*"):
-        for stale in output_dir.glob(pattern):
-            shutil.rmtree(stale, ignore_errors=True)
+    for stale in ours:
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def clear_directory(output_dir: Path) -> None:
@@ -887,14 +919,15 @@ def start_records(run: Run) -> None:
     modify_llm.write_json(output_dir / "run.json", record)
 
 
-def cut_metrics(path: Path, state: Progress | None) -> None:
-    """Drops the rows that a run resumed at `state` writes again: all after its step, and a held-out one still due."""
+def cut_metrics(path: Path, progress: Progress | None) -> None:
+    """Drops the rows that a run resumed at `progress` writes again: after its step, and an evaluation still due."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             with suppress(ValueError, KeyError, TypeError):  # the half-written last line of a killed run
                 row = json.loads(line)
-                if state and row["step"] < state.step + (not (state.evaluation_due and "eval_loss" in row)):
+                due = progress and progress.evaluation_due and "eval_loss" in row
+                if progress and row["step"] < progress.step + (not due):
                     rows.append(line + "\n")
     new = path.with_name("metrics.jsonl.new")
     new.write_text("".join(rows), encoding="utf-8")
@@ -919,7 +952,7 @@ def perplexity(loss: float) -> float:
 def save_scratch_base(run: Run) -> None:
     """Writes the random base that the run starts from (the seed makes it again) to base/, to load the result on."""
     base_dir, args = run.output_dir / "base", run.args
-    if run.runtime.rank == 0 and (not base_dir.exists() or run.resumed_from is None):
+    if run.runtime.rank == 0 and not run.model.base_path:  # else it was loaded from there
         with torch.random.fork_rng():
             torch.manual_seed(args.seed)
             base = GPT2LMHeadModel(modify_llm.read_config(args))
@@ -1212,11 +1245,10 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
             run.scaler.scale(loss * (runtime.world_size / counts[0].clamp(min=1))).backward()
         loss_sum += loss.detach()
     run.scaler.unscale_(run.optimizer)
-    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)
+    norm = nn.utils.clip_grad_norm_(run.trainable.values(), args.max_grad_norm or math.inf)
     if runtime.world_size > 1:
         dist.all_reduce(loss_sum)
-    # The one wait for the device in a step.
+    # The one wait for the device in a step (with fp16, its scaler waits too).
     loss_value, norm_value, targets, told_to_stop = torch.stack([loss_sum, norm.float(), *counts]).tolist()
     run.stopping = told_to_stop > 0  # one process was told: all stop at the same step
     if not math.isfinite(loss_value):
@@ -1278,6 +1310,8 @@ def train(run: Run) -> None:
     args, runtime, state, total, steps = run.args, run.runtime, run.progress, run.total_steps, run.steps_per_epoch
     if args.compile:
         for block in run.model.transformer.h:  # what lies between the attentions, whose layout changes by the batch
+            if isinstance(block.mlp.act, nn.GELU):
+                block.mlp.act = SigmoidGELU()
             block.mlp.compile(dynamic=True)
     summed_loss = wrapped = SummedLoss(run.model).train()
     if runtime.world_size > 1:
@@ -1296,7 +1330,8 @@ def train(run: Run) -> None:
         if run.told_to_stop():
             save_checkpoint(run)
             number = signal.Signals(run.signal or signal.SIGTERM)
-            logger.info("Stopped by %s at step %d; --resume_from auto goes on", number.name, state.step)
+            hint = "" if args.demo else "; --resume_from auto goes on"
+            logger.info("Stopped by %s at step %d%s", number.name, state.step, hint)
             raise Stopped(number)
         if state.step >= total or state.stopped_early:
             break
@@ -1339,7 +1374,7 @@ def prepare(run: Run) -> None:
     run.dataset_hash = hashlib.sha256(hashes.encode()).hexdigest()
     logger.info("🔧 Using device: %s", runtime.device)
     run.model = build_model(args, run.output_dir)
-    check_fits(run)
+    check_fits(run, args.max_length)
     total, trainable = run.counts = modify_llm.parameter_counts(run.model)
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
@@ -1357,10 +1392,11 @@ def prepare(run: Run) -> None:
         logger.warning(
             "--warmup_steps %d: the run ends at step %d, still warming up", args.warmup_steps, run.total_steps
         )
+    run.settings["warmup_steps"] = args.warmup_steps
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
     plain.info(summary(run))
     for text in args.prompt:
-        prompt_text(text, args.text_format)  # raises for one that cannot be put, before the run and not after it
+        prompt_ids(run, text)  # raises for one that cannot be put, before the run and not after it
     if args.overwrite_output_dir:
         written = [path.resolve() for pattern in OWN for path in run.output_dir.glob(pattern)]
         for used in filter(None, (args.adapter_path, run.model.base_path, args.dataset_path, args.eval_dataset_path)):
@@ -1438,6 +1474,7 @@ def train_model(args: argparse.Namespace, runtime: Runtime, point_on: bool = Tru
         prepare(run)
         if finished(run):
             logger.info("The run in %s is finished; nothing to do", run.output_dir)
+            answer_prompts(run)
             return
         claim_directory(run, create=True)
         try:
@@ -1463,9 +1500,9 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
         run.model = modify_llm.load_base(args).requires_grad_(False)
     prepare_model(run.model, args, runtime)  # at the precision that it was trained and evaluated with
     run.model.requires_grad_(False)
+    check_fits(run, args.max_length if args.eval_only else 1)
     if args.eval_only:
         _, rows = load_rows(args, run.tokenizer)
-        check_fits(run)
         loss, tokens = evaluate(SummedLoss(run.model), make_loader(run, rows, shuffle=False), runtime)
         line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
         plain.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}")
@@ -1478,11 +1515,12 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         args.output_dir = "./outputs/demo"
     with suppress(ValueError, KeyError, TypeError):  # what an earlier demo wrote is the demo's to overwrite
         args.overwrite_output_dir |= modify_llm.read_json(Path(args.output_dir) / "run.json")["settings"]["demo"]
+    args.from_scratch = True
     output_dir, rows = Path(args.output_dir), json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
     rows = [row for row in rows if len(row["output"]) < 200]  # what a model of this size can learn in half a minute
     own = [f"--{name}={getattr(args, name)}" for name in ("device", "precision", "seed")]
-    common = ["--max_length=160", "--eval_fraction=0.1", "--num_samples=1", "--max_new_tokens=40", "--batch_size=4"]
-    common += own
+    common = ["--demo", "--max_length=160", "--eval_fraction=0.1", "--num_samples=1", "--max_new_tokens=40"]
+    common += ["--batch_size=4", *own]
     question = "Q: {instruction} {input}\nA:"
     run = Run(args, runtime)
     with run.closing, tempfile.TemporaryDirectory() as scratch:
@@ -1501,7 +1539,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         plain.info("\nDemo, part 2 of 2: LoRA on that base\n")
         learn = [f"--model_name_or_path={output_dir}/base", "--epochs=6", "--learning_rate=1e-2", "--eval_interval=129"]
         data = [f"--dataset_path={scratch}/tune.json", f"--text_format={question}|| {{output}}"]
-        train_model(parse([*learn, *data, *common, "--demo", f"--output_dir={output_dir}"]), runtime)
+        train_model(parse([*learn, *data, *common, f"--output_dir={output_dir}"]), runtime)
     plain.info("\nA model of this size learns the form of an answer, not its facts:\n")
     question = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
     use_model(parse(["--adapter_path", str(output_dir / "final"), "--prompt", question, *own]), runtime)
@@ -1516,7 +1554,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.demo:
             work = demo
-        elif args.eval_only or (args.prompt and not args.dataset_path):
+        elif uses_only(args):
             work = use_model
         else:
             work = train_model

@@ -27,7 +27,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import decoders, normalizers, pre_tokenizers
 
 import data_pipeline
 from data_pipeline import BUNDLED_SAMPLE, GlobalBatches, PadBatch, final_dataset_loader, load_dataset, load_tokenizer
@@ -353,6 +353,20 @@ def test_texts_are_encoded_as_the_library_encodes_them_whatever_stands_beside_th
     library = [backend.encode(text, add_special_tokens=False).ids for text in texts]
     assert [np.frombuffer(tokens, np.uint16).tolist() for tokens in encoder.encode(texts)] == library
     assert len(encoder) <= 3
+
+
+def test_a_text_without_blanks_is_not_kept(tokenizer):
+    encoder, text = data_pipeline.Encoder(tokenizer), "ACGT" * 200
+    (tokens,) = encoder.encode([text])
+    assert encoder.decode(tokens) == text and not encoder
+
+
+def test_a_decoder_that_works_across_words_is_not_trusted_word_by_word(write, caplog):
+    own = load_tokenizer()
+    own.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("  ", " ")])
+    with caplog.at_level(logging.INFO):
+        load_dataset(write([alpaca_row(output="a  b"), alpaca_row(output="a b")]), own)
+    assert any("1 of 2 rows" in record.getMessage() for record in caplog.records)
 
 
 def stripped(tokenizer):
@@ -1086,6 +1100,15 @@ def test_a_tokenizer_that_is_not_there_is_refused(capsys, tmp_path):
     error = capsys.readouterr().err
     assert left.value.code == 2 and len(error.splitlines()) == 1
     assert error.startswith(f"data_pipeline.py: error: --tokenizer_name_or_path {tmp_path}: ")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"added_tokens": 1}', "[" * 100_000])
+def test_a_file_that_is_no_tokenizer_is_refused(tokenizer, tmp_path, content):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=r"--tokenizer_name_or_path .* holds no tokenizer that loads: .") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("plot", ["no/such/directory/a.png", "a.unknown"])

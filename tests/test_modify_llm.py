@@ -220,6 +220,34 @@ def test_compare_shows_every_technique_and_plot_writes_a_picture(capsys, tmp_pat
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_compare_says_what_the_files_will_weigh(base, tmp_path):
+    rows = modify_llm.compare(modify_llm.with_defaults(model_name_or_path=base))
+    for row, (_, _, settings) in zip(rows, modify_llm.COMPARED, strict=True):
+        if settings.get("modification_type") != "selective":  # whose layers follow from the model's
+            model = modify_llm.final_modify(model_name_or_path=base, **settings)
+            save_trained(model, directory := tmp_path / row["label"])
+            written = sum(t.nbytes for file in directory.glob("*.safetensors") for t in load_file(file).values())
+            assert written == pytest.approx(row["saved_mb"] * 1e6), row["label"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_embd": "x"}, {"n_layer": None}, {"n_layer": -1}, {"n_head": 0}, {"activation_function": "nope"}]
+)
+def test_a_configuration_that_no_model_can_have_is_refused_in_one_line(base, tmp_path, changes):
+    directory = shutil.copytree(base, tmp_path / "base")
+    modify_llm.write_json(directory / "config.json", modify_llm.read_json(directory / "config.json") | changes)
+    with pytest.raises(ValueError, match=r"--model_name_or_path .*config\.json: \S") as error:
+        modified(str(directory))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flags", ["--compare --lora_rank 8", "--merge_to merged --adapter_path absent --lora_rank 8"])
+def test_a_flag_without_effect_on_the_task_is_pointed_out(capsys, caplog, monkeypatch, flags):
+    monkeypatch.setattr(modify_llm, "merge_directory", lambda *_: None)
+    assert main(flags.split()) == 0
+    assert any("--lora_rank: without effect" in record.getMessage() for record in caplog.records)
+
+
 @pytest.mark.parametrize("value", [[], ["true"]], ids=["bare", "true"])
 def test_a_switch_may_stand_bare_or_with_its_value(capsys, value):
     assert main(["--model_name_or_path", "distilgpt2", "--compare", *value]) == 0
@@ -1512,6 +1540,8 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
         ("--adapter_placement both", ["--adapter_placement", "'both'", "pfeiffer", "houlsby"]),
         ("--lora_r 4", ["--lora_r"]),
         ("--plot compared.png", ["--plot", "--compare"]),
+        ("--compare --adapter_path a --merge_to b", ["--compare", "--merge_to"]),
+        ("--model_name_or_path=", ["--model_name_or_path"]),
         ("--merge_to merged", ["--adapter_path", "--merge_to"]),
         ("--adapter_path final", ["--adapter_path", "--merge_to"]),
         ("--adapter_path no/such/run --merge_to no/such/merged", ["no/such/run"]),

@@ -1252,6 +1252,42 @@ def test_stale_temporary_directories_are_ignored_and_removed(flags, half, half_d
     assert not hidden_leftovers(half)
 
 
+def test_hidden_directories_of_others_are_left_alone(flags, half, half_done):
+    for name in (".old_notes", ".new_ideas", ".trash_talk"):
+        (half / name).mkdir()
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    assert outcome(half) == half_done[1]
+    assert hidden_leftovers(half) == {".old_notes", ".new_ideas", ".trash_talk"}
+
+
+@pytest.mark.parametrize(("changes", "taken"), [({}, "best"), ({"from_scratch": "true"}, "base")])
+def test_a_directory_that_would_be_replaced_is_not_taken_for_empty(flags, tmp_path, capsys, changes, taken):
+    (tmp_path / taken).mkdir()
+    (tmp_path / taken / "precious").write_text("mine")
+    before = snapshot(tmp_path)
+    assert "holds a run" in refused(flags(tmp_path, **changes), capsys)
+    if taken == "base":
+        assert "holds a run" in refused(["--demo", f"--output_dir={tmp_path}"], capsys)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["another seed", "no checkpoint, another size"])
+def test_a_base_from_scratch_is_the_one_that_the_result_was_trained_on(flags, tmp_path, small_base, lost):
+    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    sizes |= {
+        "model_name_or_path": None,
+        "from_scratch": "true",
+        "vocab_size": 257,
+        "tokenizer_name_or_path": small_base,
+    }
+    assert run(flags(tmp_path, max_steps=1, **sizes)) == 0
+    shutil.rmtree(tmp_path / "checkpoints")
+    changes = {"hidden_size": 48} if lost else {"seed": 3}
+    assert run([*flags(tmp_path, max_steps=1, **sizes | changes), *RESUME]) == 0
+    model = modify_llm.load_trained(tmp_path / "final")
+    assert model.config.n_embd == (48 if lost else 24)
+
+
 def test_a_run_is_not_continued_in_a_directory_around_it_that_holds_another(flags, tmp_path, capsys):
     for directory in (tmp_path, tmp_path / "inner"):
         assert run(flags(directory, max_steps=1)) == 0
@@ -1272,8 +1308,9 @@ def test_overwriting_never_removes_what_the_new_run_needs(flags, rows, tmp_path,
     assert snapshot(tmp_path) == before
 
 
-def test_a_prompt_that_cannot_be_put_is_told_before_the_training(flags, tmp_path, capsys):
-    argv = flags(tmp_path / "out", text_format="{q}{a}||{a}", prompt="no object")
+@pytest.mark.parametrize("changes", [{"text_format": "{q}{a}||{a}", "prompt": "no object"}, {"prompt": "a" * 128}])
+def test_a_prompt_that_cannot_be_put_is_told_before_the_training(flags, tmp_path, capsys, changes):
+    argv = flags(tmp_path / "out", **changes)
     assert "--prompt" in refused(argv, capsys)
     assert not (tmp_path / "out").exists()
 
@@ -1733,6 +1770,14 @@ def test_auto_takes_the_best_device_and_no_emulated_precision(machine, device, d
         (["--demo", "--resume_from", "auto"], "--resume_from"),
         (["--adapter_path", "absent", "--from_scratch"], "--from_scratch"),
         (["--output_dir="], "--output_dir"),
+        (["--adapter_path="], "--adapter_path"),
+        (["--resume_from="], "--resume_from"),
+        (["--model_name_or_path="], "--model_name_or_path"),
+        (["--tokenizer_name_or_path="], "--tokenizer_name_or_path"),
+        (["--eval_dataset_path="], "--eval_dataset_path"),
+        (["--demo", "--adapter_path", "absent"], "--adapter_path"),
+        (["--prompt", "byte \udcff"], "--prompt"),
+        (["--text_format", "byte \udcff||{a}"], "--text_format"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_loads, bad, said):
@@ -1747,20 +1792,33 @@ def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_l
         ({"modification_type": "full", "trainable_modules": "wte"}, "--trainable_modules: without effect"),
         ({"scheduler": "cosine", "warmup_steps": 2}, "--warmup_steps: without effect"),
         ({"scheduler": "constant", "min_lr": 1e-6}, "--min_lr: without effect"),
+        ({"eval_only": "true", "max_steps": 2}, "--max_steps: without effect, nothing is trained"),
+        ({"dataset_path": None, "prompt": "x", "learning_rate": 1}, "--learning_rate: without effect"),
+        ({"dataset_path": None, "prompt": "x", "modification_type": "full"}, "--modification_type: without effect"),
     ],
 )
 def test_a_flag_without_effect_is_pointed_out(flags, tmp_path, capsys, given, said):
-    run(flags(tmp_path / "out", max_steps=1, **given))
+    run(flags(tmp_path / "out", **{"max_steps": 1} | given))
     assert f"WARNING:train_llm:{said}" in capsys.readouterr().out
+
+
+def test_a_base_named_beside_a_whole_model_is_pointed_out(flags, tmp_path, small_base, capsys):
+    assert run(flags(tmp_path, modification_type="full", max_steps=1)) == 0
+    using = ["--adapter_path", str(tmp_path / "final"), "--prompt", "a", "--max_new_tokens", "1"]
+    assert run([*using, "--model_name_or_path", str(small_base)]) == 0
+    assert "--model_name_or_path: without effect" in capsys.readouterr().out
+
+
+def test_eval_fraction_beside_a_file_of_held_out_rows_is_pointed_out(flags, tmp_path, rows, capsys):
+    run(flags(tmp_path, eval_dataset_path=rows, eval_fraction=0.5, max_steps=1))
+    assert "--eval_fraction: without effect" in capsys.readouterr().out
 
 
 def test_the_demo_points_out_flags_that_it_does_not_look_at(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_llm, "demo", lambda *_: None)
-    run(
-        ["--demo", "--epochs=9", "--modification_type=full", f"--output_dir={tmp_path}", "--seed=1", "--precision=fp32"]
-    )
+    run(["--demo", "--epochs=9", "--learning_rate=1", f"--output_dir={tmp_path}", "--seed=1", "--precision=fp32"])
     said = re.findall("--(.*): without effect", capsys.readouterr().out)
-    assert sorted(said) == ["epochs", "modification_type"]
+    assert sorted(said) == ["epochs", "learning_rate"]
 
 
 def test_flags_that_have_an_effect_are_not_pointed_out(flags, tmp_path, capsys):
@@ -1935,6 +1993,45 @@ def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, sa
 )
 def test_a_prompt_is_read_in_the_format_of_the_run(text, text_format, read):
     assert train_llm.prompt_text(text, text_format) == read
+
+
+def test_the_end_of_text_inside_a_prompt_is_text_as_in_training(small_base):
+    run_ = Namespace(
+        args=Namespace(text_format="output"),
+        tokenizer=data_pipeline.load_tokenizer(str(small_base)),
+        model=small_gpt2(),
+    )
+    ids = train_llm.prompt_ids(run_, "a<|endoftext|>b")
+    assert EOS not in ids and bytes(ids) != b"" and len(ids) == len("a<|endoftext|>b")
+
+
+def test_a_model_whose_vocabulary_is_too_small_for_the_prompt_is_refused(capsys):
+    sizes = ["--hidden_size=16", "--num_attention_heads=2", "--num_hidden_layers=1", "--vocab_size=100"]
+    assert "embeddings for 100" in refused(["--from_scratch", *sizes, "--prompt=hello", "--device=cpu"], capsys)
+
+
+def test_a_finished_run_still_answers_a_prompt(flags, finished, capsys):
+    before = snapshot(finished[0])
+    argv = flags(finished[0], max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
+    assert run([*argv, *RESUME, "--prompt", "a"]) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out and "Answer: " in out and snapshot(finished[0]) == before
+
+
+@pytest.mark.parametrize("name", ["demo", "output_dir", "model_name_or_path", "epochs"])
+def test_what_a_directory_was_trained_with_sets_no_other_flag(flags, finished, small_base, tmp_path, name):
+    shutil.copytree(finished[0] / "final", tmp_path / "final")
+    (tmp_path / "final" / "manifest.json").unlink()
+    settings = modify_llm.read_json(tmp_path / "final" / "modification.json")
+    modify_llm.write_json(tmp_path / "final" / "modification.json", settings | {name: 7})
+    args = train_llm.parse(["--adapter_path", str(tmp_path / "final"), "--prompt", "a"])
+    assert getattr(args, name) == (None if name == "model_name_or_path" else train_llm.build_parser().get_default(name))
+
+
+def test_a_result_made_of_links_loads_as_the_hubs_cache_is(finished, tmp_path):
+    for file in (finished[0] / "final").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    assert modify_llm.load_trained(tmp_path).modification["modification_type"] == "lora"
 
 
 def test_a_lora_that_peft_made_is_used_with_its_bases_tokenizer_and_its_own_rank(flags, tmp_path, small_base, capsys):
