@@ -438,7 +438,7 @@ def load_dataset(
     dataset = AlpacaDataset.join(parts)
     if show:
         logger.info("Tokenization complete with shape: %s", torch.Size([len(dataset), max_length]))
-        show_samples(dataset, samples, tokenizer)
+        show_samples(dataset, samples, encoder)
     cut_rows, unlabelled = int(dataset.truncated.sum()), int((dataset.label_counts == 0).sum())
     counts = (
         f"{exact:,} of {len(dataset):,} rows decode to their exact text, {cut_rows:,} truncated at {max_length} tokens"
@@ -449,14 +449,15 @@ def load_dataset(
     return dataset
 
 
-def show_samples(dataset: AlpacaDataset, texts: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> None:
     logger.info("Visualizing tokenization quality...")
     for row, text in enumerate(texts):
         ids = dataset[row]["input_ids"].tolist()
+        back = encoder.backend.decode(ids if dataset.truncated[row] else ids[:-1], skip_special_tokens=False)
         logger.info("Sample %d:", row + 1)
         logger.info("Original Text: %s", text)
         logger.info("Tokenized (IDs): %s", ids)
-        logger.info("Detokenized Text: %s", tokenizer.decode(ids if dataset.truncated[row] else ids[:-1]))
+        logger.info("Detokenized Text: %s", back)
 
 
 @dataclass(eq=False)
