@@ -162,6 +162,7 @@ def training(args: argparse.Namespace, directory: Path) -> None:
         commands[name] = ours(directory, SETTINGS[name])
         if args.compile:
             commands[f"{name}, compiled"] = ours(directory, [*SETTINGS[name], "--compile"])
+            run([*commands[f"{name}, compiled"], str(rows[0])])  # the compiler keeps on disk what it has compiled
     for name, kind in PEERS.items() if args.peers else ():
         commands[name] = [
             sys.executable,

@@ -191,6 +191,8 @@ def plot(rows: list[dict], args: argparse.Namespace) -> None:
         if row is not full:
             axes.plot(row["trainable"], math.exp(row["after"]), "o", markersize=9, label=row["label"])
     axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="held-out perplexity after one epoch")
+    axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_title(f"{Path(args.model_name_or_path).name}, {args.max_samples:,} rows")
     figure.legend(loc="outside right upper")
     figure.savefig(args.plot, dpi=120)
