@@ -1352,7 +1352,7 @@ def train(run: Run) -> None:
                 "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
                 epoch, width, step_of_epoch + 1, steps, loss, perplexity(loss), rate, norm, f"{speed:,.0f}",
             )  # fmt: skip
-            bar.set_postfix(loss=f"{loss:.3f}")
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
             state.loss_sum, state.target_count, clock, tokens = 0.0, 0, time.perf_counter(), 0
         state.evaluation_due = step >= total or (step % args.eval_interval == 0 if args.eval_interval else end_of_epoch)
         if args.save_interval and step % args.save_interval == 0 and step < total:

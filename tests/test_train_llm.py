@@ -721,6 +721,13 @@ def test_the_log_file_has_the_line_with_its_emoji(finished, line):
     assert re.search(rf"^{decorated}$", log, re.M)
 
 
+def test_the_progress_bar_shows_the_loss_the_speed_and_the_time_left(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert run(flags(tmp_path, max_steps=3)) == 0
+    shown = capsys.readouterr().err
+    assert re.search(r"training: .* 3/3 \[\d+:\d+<\d+:\d+, .*loss \d+\.\d+, [\d,]+ tok/s\]", shown)
+
+
 def test_nothing_but_errors_and_progress_goes_to_stderr(finished):
     assert not re.search(r"Traceback|Error|Warning", finished[2])
 
