@@ -8,6 +8,11 @@
 From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format="alpaca")`.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until main: what imports make stays, and to search it for garbage over and over takes a second
+
 import argparse
 import csv
 import hashlib
@@ -337,45 +342,60 @@ class AlpacaDataset(Dataset):
 
 
 class Encoder(dict[str, bytes]):
-    """A tokenizer's tokens as bytes of `dtype`; as a dictionary, those of each word met so far.
+    """A tokenizer's tokens as bytes of `dtype`; as a dictionary, those of each piece of text met so far.
 
     GPT-2 splits a text into words by a regular expression and encodes each by itself, so to look up a text's words is
-    to encode it, several times as fast. It is done for ASCII texts, where the expression needs no Unicode tables.
+    to encode it, many times as fast. It is done for ASCII texts, where the expression needs no Unicode tables. A blank
+    with no other white space beside it starts a word; most texts are cut there, which is quicker, and a piece is split
+    into words when it is first met.
     """
 
     words = re.compile(
         r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
     ).findall
-    most_words = 500_000  # bounds the memory
+    uneven = ("  ", "\n ", " \n", *"\t\r\f\v\0")  # in a text: its blanks may not start words, or it is not cut at them
+    stand_ins = {byte: 256 + byte for byte in range(33)} | {127: 289}  # GPT-2's characters for what does not print
+    most_pieces = 500_000  # bounds the memory
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.backend = tokenizer.backend_tokenizer
+        self.model = self.backend.model
         self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
         split, added = self.backend.pre_tokenizer, self.backend.get_added_tokens_decoder().values()
         as_gpt2 = isinstance(split, pre_tokenizers.ByteLevel) and split.use_regex and not split.add_prefix_space
         as_gpt2 &= self.backend.normalizer is None and all(token.special for token in added)
-        self.by_words = as_gpt2 and not getattr(self.backend.model, "dropout", None)
+        self.by_words = as_gpt2 and not getattr(self.model, "dropout", None)
         # each of them decodes to itself, so far, and then a text of them does, too
         self.words_survive = self.by_words and isinstance(self.backend.decoder, decoders.ByteLevel)
 
-    def __missing__(self, word: str) -> bytes:
-        tokens = np.array(self.backend.encode(word, add_special_tokens=False).ids, self.dtype).tobytes()
-        self.words_survive &= self.decode(tokens) == word
-        if len(self) >= self.most_words:
+    def __missing__(self, piece: str) -> bytes:
+        words = self.words(piece)
+        if len(words) == 1:
+            stood_in = piece.translate(self.stand_ins)
+            found = self.model.tokenize(stood_in)
+            tokens = np.array([token.id for token in found], self.dtype).tobytes()
+            self.words_survive &= "".join([token.value for token in found]) == stood_in
+        else:
+            tokens = b"".join(map(self.__getitem__, words))
+        if len(self) >= self.most_pieces:
             self.clear()
-        if len(word) < 100:  # a text without blanks is one word, and need not come again
-            self[word] = tokens
+        if len(piece) < 100:  # a text without blanks is one piece, and need not come again
+            self[piece] = tokens
         return tokens
 
     def encode(self, texts: Sequence[str]) -> list[bytes]:
         others = [text for text in texts if not (self.by_words and text.isascii())]
         rest = (encoding.ids for encoding in self.backend.encode_batch_fast(others, add_special_tokens=False))
         return [
-            b"".join(map(self.__getitem__, self.words(text)))
+            b"".join(map(self.__getitem__, self.pieces(text)))
             if self.by_words and text.isascii()
             else np.array(next(rest), self.dtype).tobytes()
             for text in texts
         ]
+
+    def pieces(self, text: str) -> list[str]:
+        plain = not any(map(text.__contains__, self.uneven))
+        return text.replace(" ", "\0 ").split("\0") if plain else self.words(text)
 
     def decode(self, tokens: bytes) -> str:
         return self.backend.decode(np.frombuffer(tokens, self.dtype).tolist(), skip_special_tokens=False)
@@ -673,4 +693,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(main())

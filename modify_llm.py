@@ -8,6 +8,11 @@ From a notebook: `model = apply_lora(GPT2LMHeadModel.from_pretrained("gpt2"), ra
 Each technique stands in a section of its own below: a module, and an `apply_` function that puts it into a model.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until main: what imports make stays, and to search it for garbage over and over takes a second
+
 import argparse
 import hashlib
 import json
@@ -1278,6 +1283,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `modify_llm.py | head` ends quietly
     sys.exit(main())

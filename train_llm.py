@@ -9,6 +9,11 @@
 The loop is one for all techniques: a technique only decides which parameters train.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until main: what imports make stays, and to search it for garbage over and over takes a second
+
 import argparse
 import hashlib
 import importlib.util
@@ -1577,4 +1582,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
     sys.exit(main())

@@ -349,7 +349,7 @@ def test_looking_words_up_gives_the_librarys_tokens(tokenizer, alphabet, length)
 @given(st.lists(st.text(st.sampled_from(ASCII + list("é\u00a0\u2028\U0001f600")), max_size=60), max_size=5))
 def test_texts_are_encoded_as_the_library_encodes_them_whatever_stands_beside_them(tokenizer, texts):
     encoder, backend = data_pipeline.Encoder(tokenizer), tokenizer.backend_tokenizer
-    encoder.most_words = 3  # forgets nearly everything
+    encoder.most_pieces = 3  # forgets nearly everything
     library = [backend.encode(text, add_special_tokens=False).ids for text in texts]
     assert [np.frombuffer(tokens, np.uint16).tolist() for tokens in encoder.encode(texts)] == library
     assert len(encoder) <= 3
