@@ -346,14 +346,14 @@ class Encoder(dict[str, bytes]):
 
     GPT-2 splits a text into words by a regular expression and encodes each by itself, so to look up a text's words is
     to encode it, many times as fast. It is done for ASCII texts, where the expression needs no Unicode tables. A blank
-    with no other white space beside it starts a word; most texts are cut there, which is quicker, and a piece is split
-    into words when it is first met.
+    with no white space before it starts a word; most texts are cut there, which is quicker, and a piece is split into
+    words when it is first met.
     """
 
     words = re.compile(
         r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
     ).findall
-    uneven = ("  ", "\n ", " \n", *"\t\r\f\v\0")  # in a text: its blanks may not start words, or it is not cut at them
+    uneven = ("  ", "\n ", "\t ", "\r ", "\f ", "\v ", "\0")  # in a text: it is not cut at its blanks
     stand_ins = {byte: 256 + byte for byte in range(33)} | {127: 289}  # GPT-2's characters for what does not print
     most_pieces = 500_000  # bounds the memory
 

@@ -435,39 +435,44 @@ class BlockAttention(torch.autograd.Function):
         return query_grad, key_grad, value_grad
 
 
-class Scatter(torch.autograd.Function):
-    """x (tokens, ...) to its places `slots` (tokens,), each another one, in (number, ...); zeros elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor, number: int) -> Tensor:
-        ctx.save_for_backward(slots)
-        return x.new_zeros(number, *x.shape[1:]).index_copy_(0, slots, x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, *ctx.saved_tensors), None, None
-
-
-class Gather(torch.autograd.Function):
-    """x (number, ...) at `slots` (tokens,): takes back what Scatter did."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
-        ctx.save_for_backward(slots)
-        ctx.number = len(x)
-        return x.index_select(0, slots)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.number, *grad.shape[1:]).index_copy_(0, *ctx.saved_tensors, grad), None
-
-
 @dataclass
 class Packing:
     """How the rows of a batch, which stand one behind the other without padding, are laid out for the attention."""
 
     grids: list[tuple[int, int]]  # (rows, width) each, for rows of about one length; padded
     slots: Tensor  # (tokens,): each token's place in the grids
+    sources: Tensor  # (places,): each place's token; their number where there is none
+
+
+def spread(x: Tensor, sources: Tensor) -> Tensor:
+    """x (tokens, ...) to the places of the grids, zeros where there is no token. (index_copy_ is slower.)"""
+    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, sources)
+
+
+class Scatter(torch.autograd.Function):
+    """x (tokens, ...) to its places in the grids, (places, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return spread(x, packing.sources)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.packing.slots), None
+
+
+class Gather(torch.autograd.Function):
+    """x (places, ...) back to (tokens, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
+        ctx.packing = packing
+        return x.index_select(0, packing.slots)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return spread(grad, ctx.packing.sources), None
 
 
 def packed_attention(
@@ -479,20 +484,19 @@ def packed_attention(
     Tokens before the first row are a prefix: every row sees it and it sees no row, so that it is computed once for
     all. It has no queries when it comes from a cache.
     """
-    grids, slots = packing.grids, packing.slots
-    tokens, heads = len(slots), query.shape[1]
+    tokens, heads = len(packing.slots), query.shape[1]
     own, prefix = query.shape[2] - tokens, key.shape[2] - tokens  # queries and keys of the prefix
-    sizes = [rows * width for rows, width in grids]
+    sizes = [rows * width for rows, width in packing.grids]
     states = [x[0].transpose(0, 1)[-tokens:].flatten(1) for x in (query, key, value)]  # (tokens, heads * head size)
     outputs = []
-    padded = [Scatter.apply(x, slots, sum(sizes)).split(sizes) for x in states]
-    for (rows, width), *parts in zip(grids, *padded, strict=True):
+    padded = [Scatter.apply(x, packing).split(sizes) for x in states]
+    for (rows, width), *parts in zip(packing.grids, *padded, strict=True):
         q, k, v = (part.view(rows, width, heads, -1).transpose(1, 2) for part in parts)
         if prefix:
             shared = [x[:, :, :prefix].expand(rows, -1, -1, -1) for x in (key, value)]
             k, v = torch.cat([shared[0], k], dim=2), torch.cat([shared[1], v], dim=2)
         outputs.append(causal_attention(q, k, v, scaling, dropout).transpose(1, 2).reshape(rows * width, -1))
-    output = Gather.apply(torch.cat(outputs), slots).view(1, tokens, heads, -1)
+    output = Gather.apply(torch.cat(outputs), packing).view(1, tokens, heads, -1)
     if own:
         first = causal_attention(query[:, :, :own], key[:, :, :own], value[:, :, :own], scaling, dropout)
         output = torch.cat([first.transpose(1, 2), output], dim=1)
@@ -503,8 +507,8 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
     """Attention of queries (rows, heads, length, head size) that stand at the end of their keys."""
     length, seen = query.shape[2], key.shape[2]
     if query.device.type == "cpu" and not dropout:
-        flat = [states.flatten(0, 1) for states in (query * scaling, key, value)]
-        return BlockAttention.apply(*flat).unflatten(0, query.shape[:2])
+        q, k, v = (states.flatten(0, 1) for states in (query, key, value))  # copies
+        return BlockAttention.apply(q * scaling, k, v).unflatten(0, query.shape[:2])
     if length == seen:
         return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
     causal = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
@@ -523,8 +527,8 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
     position_ids, labels = torch.arange(real.shape[1]).expand_as(real)[real], labels[real]
     positions = (labels != IGNORED).nonzero().squeeze(1)
     # A CPU builds kernels for each new shape, which takes longer than to use them once: widths are rounded up, and the
-    # number of tokens to eight values an octave, by rows that have no labels.
-    filler = -len(input_ids) % max(ROUND_TO, 2 ** (len(input_ids).bit_length() - 4))
+    # number of tokens to sixteen values an octave, by rows that have no labels.
+    filler = -len(input_ids) % max(ROUND_TO, 2 ** (len(input_ids).bit_length() - 5))
     lengths, full = lengths.tolist(), max(ROUND_TO, int(lengths[0]))  # the filler's rows are no longer than the others
     lengths += [full] * (filler // full) + [filler % full] * (filler % full > 0)
     grids, starts = [], []
@@ -534,19 +538,20 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
             grids.append((0, width))
         starts.append(sum(rows * width for rows, width in grids))
         grids[-1] = (grids[-1][0] + 1, grids[-1][1])
+    slots = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
+    places = sum(rows * width for rows, width in grids)
     inputs = {
         "input_ids": F.pad(input_ids, (0, filler))[None],
         "position_ids": F.pad(position_ids, (0, filler))[None],
-        "slots": torch.cat(
-            [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
-        ),
+        "slots": slots,
+        "sources": torch.full((places,), len(slots)).index_copy_(0, slots, torch.arange(len(slots))),
         "positions": positions,
         "targets": labels[positions],
     }
     if runtime.device.type == "cuda":
         inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
     inputs = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in inputs.items()}
-    return inputs | {"packing": Packing(grids, inputs.pop("slots"))}
+    return inputs | {"packing": Packing(grids, inputs.pop("slots"), inputs.pop("sources"))}
 
 
 @torch.no_grad()

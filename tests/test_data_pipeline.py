@@ -27,7 +27,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 import data_pipeline
 from data_pipeline import BUNDLED_SAMPLE, GlobalBatches, PadBatch, final_dataset_loader, load_dataset, load_tokenizer
@@ -313,7 +315,6 @@ def test_rows_are_kept_unpadded_in_two_bytes_a_token(write, tokenizer, reference
 
 def test_token_ids_beyond_two_bytes_survive(write):
     from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(70_000)}, "<end>": 70_000}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -338,12 +339,26 @@ def test_a_tokenizer_of_ones_own_gives_the_same_rows(write, tokenizer, tmp_path)
 ASCII = [chr(i) for i in range(128)]
 
 
-@pytest.mark.parametrize("alphabet, length", [(ASCII, 2), (" \n\x1c'stx7.", 5)])
+@pytest.mark.parametrize("alphabet, length", [(ASCII, 2), (" \n\x1c'stx7.", 5), ("a \t\r\f\v\0", 4)])
 def test_looking_words_up_gives_the_librarys_tokens(tokenizer, alphabet, length):
     texts = ["".join(letters) for letters in itertools.product(alphabet, repeat=length)]
+    assert_encoded_as_by_the_library(tokenizer, texts)
+
+
+def assert_encoded_as_by_the_library(tokenizer, texts):
     encoder, backend = data_pipeline.Encoder(tokenizer), tokenizer.backend_tokenizer
     library = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     assert encoder.by_words and [np.frombuffer(t, np.uint16).tolist() for t in encoder.encode(texts)] == library
+
+
+def test_white_space_is_cut_as_the_library_cuts_it():
+    """GPT-2 has hardly a token of several blanks, so where they are cut shows with a vocabulary that has."""
+    texts = ["".join(letters) for letters in itertools.product("a \n\t\r\f\v", repeat=5)]
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(texts, BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False))
+    assert_encoded_as_by_the_library(PreTrainedTokenizerFast(tokenizer_object=words), texts)
 
 
 @given(st.lists(st.text(st.sampled_from(ASCII + list("é\u00a0\u2028\U0001f600")), max_size=60), max_size=5))
