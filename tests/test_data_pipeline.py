@@ -314,8 +314,6 @@ def test_rows_are_kept_unpadded_in_two_bytes_a_token(write, tokenizer, reference
 
 
 def test_token_ids_beyond_two_bytes_survive(write):
-    from tokenizers import Tokenizer, models
-
     words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(70_000)}, "<end>": 70_000}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     large = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
