@@ -60,7 +60,8 @@ plain = logging.getLogger("plain")  # lines without a prefix
 
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
 LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-1, "selective": 1e-3, "full": 5e-4}
-ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
+ROUND_TO, QUERY_BLOCK, CPU_TOKENS = 32, 128, 1536
+Sizes = list[tuple[int, int]]  # (n, width) of grids that lie one behind the other, n * width vectors each
 OUT_OF_MEMORY = "not enough memory|[Cc]annot allocate memory|can't allocate memory|ALLOC_FAILED"  # what PyTorch says
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
 FREE_TO_CHANGE = {
@@ -236,6 +237,7 @@ class Runtime:
     dtype: torch.dtype  # of matrix products and frozen weights; trainable weights stay fp32
     rank: int = 0
     world_size: int = 1
+    at_once: int = sys.maxsize  # tokens of a batch that go through the model together, about
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -401,78 +403,132 @@ class SummedLoss(nn.Module):
             return ChunkedCrossEntropy.apply(hidden, self.model.lm_head.weight, targets, torch.is_grad_enabled())
 
 
-class BlockAttention(torch.autograd.Function):
-    """softmax(Q K^T) V, causal, for CPUs: a block of queries at a time against the keys up to its end.
-
-    query (n, length, head size), scaled; key and value (n, seen, head size), where the queries stand at the end. In
-    bf16 this is several times faster than PyTorch's fused kernel on short rows, and not slower up to 512 tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output, weights = torch.empty_like(query), []
-        for start in range(0, query.shape[1], QUERY_BLOCK):
-            q = query[:, start : start + QUERY_BLOCK]
-            length, seen = q.shape[1], key.shape[1] - query.shape[1] + start + q.shape[1]
-            scores = torch.bmm(q, key[:, :seen].transpose(1, 2))  # (n, length, seen)
-            scores[:, :, seen - length :] += scores.new_full((length, length), -math.inf).triu_(1)
-            weights.append(scores.softmax(-1))
-            output[:, start : start + length] = torch.bmm(weights[-1], value[:, :seen])
-        ctx.save_for_backward(query, key, value, *weights)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, *weights = ctx.saved_tensors
-        query_grad, key_grad, value_grad = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for i, p in enumerate(weights):
-            block, seen = slice(i * QUERY_BLOCK, i * QUERY_BLOCK + p.shape[1]), p.shape[2]
-            value_grad[:, :seen].baddbmm_(p.transpose(1, 2), grad[:, block])
-            p_grad = torch.bmm(grad[:, block], value[:, :seen].transpose(1, 2))
-            scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
-            query_grad[:, block] = torch.bmm(scores_grad, key[:, :seen])
-            key_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), query[:, block])
-        return query_grad, key_grad, value_grad
+def as_grids(sizes: Sizes, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Each grid of the tensors (vectors, head size), as (n, width, head size)."""
+    parts = [x.split([n * width for n, width in sizes]) for x in tensors]
+    for (n, width), *grids in zip(sizes, *parts, strict=True):
+        yield [grid.view(n, width, -1) for grid in grids]
 
 
 @dataclass
 class Packing:
     """How the rows of a batch, which stand one behind the other without padding, are laid out for the attention."""
 
-    grids: list[tuple[int, int]]  # (rows, width) each, for rows of about one length; padded
-    slots: Tensor  # (tokens,): each token's place in the grids
-    sources: Tensor  # (places,): each place's token; their number where there is none
+    grids: Sizes  # (rows, width) each, for rows of about one length; padded
+    sources: Tensor  # (places,): each place's token, grid by grid; their number where there is none
+    tokens: int
+    made: tuple[Tensor, Tensor, Tensor] | None = None  # by the first layer, for all of them
+
+    def vectors(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(token, head) of each vector of the grids, which lie as (row, head, position), (places * heads,) each; and
+        where the vector of each token and head lies among them, (tokens * heads,)."""
+        if self.made is None:
+            head = torch.arange(heads, device=self.sources.device)[:, None]
+            tokens = [grid.view(len(grid), 1, -1) for (grid,) in as_grids(self.grids, self.sources)]
+            vectors = torch.cat([(token * heads + head).flatten() for token in tokens])
+            slots = vectors.new_empty((self.tokens + 1) * heads)  # the last ones: of places without a token
+            slots[vectors] = torch.arange(len(vectors), device=vectors.device)
+            self.made = vectors // heads, vectors % heads, slots[: self.tokens * heads]
+        return self.made
 
 
-def spread(x: Tensor, sources: Tensor) -> Tensor:
-    """x (tokens, ...) to the places of the grids, zeros where there is no token. (index_copy_ is slower.)"""
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, sources)
+class ToGrids(torch.autograd.Function):
+    """x (heads, tokens, head size) to its places in the grids, (places * heads, head size), in a single copy.
 
-
-class Scatter(torch.autograd.Function):
-    """x (tokens, ...) to its places in the grids, (places, ...)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return spread(x, packing.sources)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.packing.slots), None
-
-
-class Gather(torch.autograd.Function):
-    """x (places, ...) back to (tokens, ...)."""
+    Where there is no token stands some other one: it comes after all that are real, so that none looks at it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
-        ctx.packing = packing
-        return x.index_select(0, packing.slots)
+        heads, tokens, size = x.shape
+        ctx.heads, (token, head, ctx.slots) = heads, packing.vectors(heads)
+        head_step, token_step = (stride // size for stride in x.stride()[:2])  # x may be a part of a fused projection
+        assert x.stride() == (head_step * size, token_step * size, 1)
+        last = (heads - 1) * head_step + (tokens - 1) * token_step
+        return x.as_strided((last + 1, size), (size, 1)).index_select(
+            0, token.clamp(max=tokens - 1) * token_step + head * head_step
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return spread(grad, ctx.packing.sources), None
+        return grad.index_select(0, ctx.slots).view(-1, ctx.heads, grad.shape[1]).transpose(0, 1), None
+
+
+class FromGrids(torch.autograd.Function):
+    """x (places * heads, head size) back to (tokens, heads, head size)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing, heads: int) -> Tensor:
+        ctx.packing = packing
+        _, _, slots = packing.vectors(heads)
+        return x.index_select(0, slots).view(packing.tokens, heads, -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        _, heads, size = grad.shape
+        token, head, _ = ctx.packing.vectors(heads)
+        vectors = torch.cat([grad.flatten(0, 1), grad.new_zeros(heads, size)])  # no token, no gradient
+        return vectors.index_select(0, token * heads + head), None, None
+
+
+class BlockAttention(torch.autograd.Function):
+    """softmax(Q K^T) V, causal, for CPUs: a block of queries at a time against the keys up to its end.
+
+    See causal_attention for the arguments. In bf16 this is several times faster than PyTorch's fused kernel on short
+    rows, and not slower up to 512 tokens.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, queries: Sizes, keys: Sizes, scaling: float
+    ) -> Tensor:
+        output, weights = torch.empty_like(query), []
+        q_o, k_v = (as_grids(queries, query, output), as_grids(keys, key, value))
+        for (q, o), (k, v) in zip(q_o, k_v, strict=True):
+            for start in range(0, q.shape[1], QUERY_BLOCK):
+                block = slice(start, start + QUERY_BLOCK)
+                length, seen = q[:, block].shape[1], k.shape[1] - q.shape[1] + min(q.shape[1], block.stop)
+                mask = q.new_full((length, seen), -math.inf).triu_(seen - length + 1)
+                scores = torch.baddbmm(mask, q[:, block], k[:, :seen].transpose(1, 2), alpha=scaling)
+                weights.append(scores.softmax(-1))  # (n, length, seen)
+                o[:, block] = torch.bmm(weights[-1], v[:, :seen])
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.sizes, ctx.scaling = (queries, keys), scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (query, key, value, *weights), (queries, keys), scaling = ctx.saved_tensors, ctx.sizes, ctx.scaling
+        query_grad, key_grad, value_grad = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        of_queries = as_grids(queries, query, grad, query_grad)
+        of_keys, remaining = as_grids(keys, key, value, key_grad, value_grad), iter(weights)
+        for (q, g, q_grad), (k, v, k_grad, v_grad) in zip(of_queries, of_keys, strict=True):
+            for start in range(0, q.shape[1], QUERY_BLOCK):
+                block, p = slice(start, start + QUERY_BLOCK), next(remaining)
+                seen = p.shape[2]
+                v_grad[:, :seen].baddbmm_(p.transpose(1, 2), g[:, block])
+                p_grad = torch.bmm(g[:, block], v[:, :seen].transpose(1, 2))
+                scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
+                q_grad[:, block] = torch.bmm(scores_grad, k[:, :seen]).mul_(scaling)
+                k_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), q[:, block], alpha=scaling)
+        return query_grad, key_grad, value_grad, None, None, None
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, queries: Sizes, keys: Sizes, scaling: float, dropout: float
+) -> Tensor:
+    """Attention grid by grid: query, its grids of size `queries`, stands at the end of key and value, of `keys`."""
+    if query.device.type == "cpu" and not dropout:
+        return BlockAttention.apply(query, key, value, queries, keys, scaling)
+    outputs = []
+    for (q,), (k, v) in zip(as_grids(queries, query), as_grids(keys, key, value), strict=True):
+        length, seen = q.shape[1], k.shape[1]
+        causal = None  # a flag, where it will do, takes the faster kernels
+        if length != seen:
+            causal = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
+        kind = {"attn_mask": causal, "is_causal": causal is None, "dropout_p": dropout, "scale": scaling}
+        outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], **kind)[0].flatten(0, 1))
+    return torch.cat(outputs)
 
 
 def packed_attention(
@@ -484,52 +540,56 @@ def packed_attention(
     Tokens before the first row are a prefix: every row sees it and it sees no row, so that it is computed once for
     all. It has no queries when it comes from a cache.
     """
-    tokens, heads = len(packing.slots), query.shape[1]
-    own, prefix = query.shape[2] - tokens, key.shape[2] - tokens  # queries and keys of the prefix
-    sizes = [rows * width for rows, width in packing.grids]
-    states = [x[0].transpose(0, 1)[-tokens:].flatten(1) for x in (query, key, value)]  # (tokens, heads * head size)
-    outputs = []
-    padded = [Scatter.apply(x, packing).split(sizes) for x in states]
-    for (rows, width), *parts in zip(packing.grids, *padded, strict=True):
-        q, k, v = (part.view(rows, width, heads, -1).transpose(1, 2) for part in parts)
-        if prefix:
-            shared = [x[:, :, :prefix].expand(rows, -1, -1, -1) for x in (key, value)]
-            k, v = torch.cat([shared[0], k], dim=2), torch.cat([shared[1], v], dim=2)
-        outputs.append(causal_attention(q, k, v, scaling, dropout).transpose(1, 2).reshape(rows * width, -1))
-    output = Gather.apply(torch.cat(outputs), packing).view(1, tokens, heads, -1)
+    heads, size, how = query.shape[1], query.shape[3], {"scaling": scaling, "dropout": dropout}
+    own, prefix = query.shape[2] - packing.tokens, key.shape[2] - packing.tokens  # queries and keys of the prefix
+    queries = [(rows * heads, width) for rows, width in packing.grids]
+    keys = [(n, prefix + width) for n, width in queries]
+    q = ToGrids.apply(query[0, :, own:], packing)
+    k, v = (ToGrids.apply(x[0, :, prefix:], packing) for x in (key, value))
+    if prefix:
+        k, v = (behind_prefix(x[0, :, :prefix], y, queries) for x, y in ((key, k), (value, v)))
+    output = FromGrids.apply(causal_attention(q, k, v, queries, keys, **how), packing, heads)
     if own:
-        first = causal_attention(query[:, :, :own], key[:, :, :own], value[:, :, :own], scaling, dropout)
-        output = torch.cat([first.transpose(1, 2), output], dim=1)
-    return output, None
+        first = [x[0, :, :own].reshape(-1, size) for x in (query, key, value)]
+        first = causal_attention(*first, [(heads, own)], [(heads, own)], **how).view(heads, own, size)
+        output = torch.cat([first.transpose(0, 1), output])
+    return output[None], None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
-    """Attention of queries (rows, heads, length, head size) that stand at the end of their keys."""
-    length, seen = query.shape[2], key.shape[2]
-    if query.device.type == "cpu" and not dropout:
-        q, k, v = (states.flatten(0, 1) for states in (query, key, value))  # copies
-        return BlockAttention.apply(q * scaling, k, v).unflatten(0, query.shape[:2])
-    if length == seen:
-        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
-    causal = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(seen - length)
-    return F.scaled_dot_product_attention(query, key, value, causal, dropout_p=dropout, scale=scaling)
+def behind_prefix(prefix: Tensor, x: Tensor, sizes: Sizes) -> Tensor:
+    """The prefix (heads, length, head size) before each row of the grids x."""
+    grids = []
+    for (grid,) in as_grids(sizes, x):
+        shared = prefix.repeat(len(grid) // len(prefix), 1, 1)
+        grids.append(torch.cat([shared, grid], dim=1).flatten(0, 1))
+    return torch.cat(grids)
 
 
-def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
-    """A batch of the data pipeline as SummedLoss takes it, on the device: rows one behind the other, no padding.
+def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> list[dict[str, Any]]:
+    """A batch of the data pipeline as SummedLoss takes it, on the device: its rows from long to short, in as many
+    parts as the runtime has it take at once. The sums over the parts are the same."""
+    lengths = batch["attention_mask"].sum(1)
+    order = lengths.argsort(descending=True, stable=True)
+    lengths = lengths[order]
+    parts = math.ceil(int(lengths.sum()) / runtime.at_once)
+    part = ((lengths.cumsum(0) - lengths / 2) * (parts / lengths.sum())).long()  # where a row's middle falls
+    return [pack({name: x[order[part == i]] for name, x in batch.items()}, runtime) for i in part.unique().tolist()]
+
+
+def pack(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
+    """Rows one behind the other, no padding; they come from long to short.
 
     positions: the tokens whose successors carry a label; targets: those successors. All is found on the CPU, where
     the batch is, so that a GPU is never waited for.
     """
-    lengths, order = batch["attention_mask"].sum(1).sort(descending=True, stable=True)
-    real = batch["attention_mask"][order].bool()
-    input_ids, labels = batch["input_ids"][order][real], F.pad(batch["labels"][order][:, 1:], (0, 1), value=IGNORED)
-    position_ids, labels = torch.arange(real.shape[1]).expand_as(real)[real], labels[real]
+    real, lengths = batch["attention_mask"].bool(), batch["attention_mask"].sum(1).tolist()
+    input_ids, labels = batch["input_ids"][real], F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)[real]
+    position_ids = torch.arange(real.shape[1]).expand_as(real)[real]
     positions = (labels != IGNORED).nonzero().squeeze(1)
     # A CPU builds kernels for each new shape, which takes longer than to use them once: widths are rounded up, and the
     # number of tokens to sixteen values an octave, by rows that have no labels.
     filler = -len(input_ids) % max(ROUND_TO, 2 ** (len(input_ids).bit_length() - 5))
-    lengths, full = lengths.tolist(), max(ROUND_TO, int(lengths[0]))  # the filler's rows are no longer than the others
+    full = max(ROUND_TO, lengths[0])  # the filler's rows are no longer than the others
     lengths += [full] * (filler // full) + [filler % full] * (filler % full > 0)
     grids, starts = [], []
     for length in lengths:
@@ -538,20 +598,19 @@ def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
             grids.append((0, width))
         starts.append(sum(rows * width for rows, width in grids))
         grids[-1] = (grids[-1][0] + 1, grids[-1][1])
-    slots = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
-    places = sum(rows * width for rows, width in grids)
+    places = torch.cat([torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
+    tokens, sources = len(places), torch.full((sum(rows * width for rows, width in grids),), len(places))
     inputs = {
         "input_ids": F.pad(input_ids, (0, filler))[None],
         "position_ids": F.pad(position_ids, (0, filler))[None],
-        "slots": slots,
-        "sources": torch.full((places,), len(slots)).index_copy_(0, slots, torch.arange(len(slots))),
+        "sources": sources.index_copy_(0, places, torch.arange(tokens)),
         "positions": positions,
         "targets": labels[positions],
     }
     if runtime.device.type == "cuda":
         inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
     inputs = {name: tensor.to(runtime.device, non_blocking=True) for name, tensor in inputs.items()}
-    return inputs | {"packing": Packing(grids, inputs.pop("slots"), inputs.pop("sources"))}
+    return inputs | {"packing": Packing(grids, inputs.pop("sources"), tokens)}
 
 
 @torch.no_grad()
@@ -568,10 +627,10 @@ def evaluate(
     for batch in tqdm(loader, desc="evaluating", leave=False, disable=None if runtime.rank == 0 else True):
         if stop():
             break
-        inputs = loss_inputs(batch, runtime)
-        with runtime.autocast():
-            losses.append(summed_loss(**inputs))
-        tokens += len(inputs["targets"])
+        for inputs in loss_inputs(batch, runtime):
+            with runtime.autocast():
+                losses.append(summed_loss(**inputs))
+            tokens += len(inputs["targets"])
     summed_loss.train(training)
     total, count = runtime.sum_over_ranks(torch.stack(losses).cpu().double().sum().item(), tokens)
     return total / max(1, count), int(count)
@@ -717,8 +776,9 @@ class SigmoidGELU(nn.Module):
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
     """To the device: frozen matrices in the runtime's precision, all that trains and all that is 1-D in fp32."""
     for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1:
-            parameter.data = parameter.data.to(runtime.dtype)
+        frozen_matrix = parameter.ndim > 1 and not parameter.requires_grad
+        # copied, all of them: what still lay in the mapped file of the base would keep the whole of it in memory
+        parameter.data = parameter.data.to(runtime.dtype if frozen_matrix else torch.float32, copy=True)
     model.to(runtime.device)
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, fused
@@ -1237,7 +1297,7 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
     Loss: the sum over the labelled tokens of the window, on all processes, over their number, whatever the cut.
     """
     args, runtime, state = run.args, run.runtime, run.progress
-    inputs = [loss_inputs(batch, runtime) for batch in window]
+    inputs = [part for batch in window for part in loss_inputs(batch, runtime)]
     own = sum(len(i["targets"]) for i in inputs), run.signal is not None
     counts = torch.tensor(own, dtype=torch.float32).to(runtime.device, non_blocking=True)  # labels, told to stop
     if runtime.world_size > 1:
@@ -1246,11 +1306,11 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     loss_sum = torch.zeros((), device=runtime.device)
-    for i, micro_batch in enumerate(inputs):
+    for i, part in enumerate(inputs):
         last = i == len(inputs) - 1
         with nullcontext() if last or runtime.world_size == 1 else wrapped.no_sync():
             with runtime.autocast():
-                loss = wrapped(**micro_batch)
+                loss = wrapped(**part)
             # DistributedDataParallel averages over the processes; the loss is their sum
             run.scaler.scale(loss * (runtime.world_size / counts[0].clamp(min=1))).backward()
         loss_sum += loss.detach()
@@ -1389,6 +1449,8 @@ def prepare(run: Run) -> None:
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
     prepare_model(run.model, args, runtime)
+    # A CPU is as fast in parts, and holds the activations of one; weights that train are cast anew for each.
+    runtime.at_once = CPU_TOKENS if runtime.device.type == "cpu" and trainable < total / 10 else sys.maxsize
     run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     run.optimizer = make_optimizer(run.model, args)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)

@@ -251,7 +251,7 @@ def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     theirs = model(**batch).loss
     theirs_grad = torch.autograd.grad(theirs, list(trained.values()))
-    inputs = loss_inputs(batch, CPU)
+    (inputs,) = loss_inputs(batch, CPU)
     tokens = int((batch["labels"][:, 1:] != -100).sum())
     assert len(inputs["targets"]) == tokens
     ours = SummedLoss(model)(**inputs) / tokens
@@ -260,6 +260,32 @@ def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch)
     for name, mine, reference in zip(trained, ours_grad, theirs_grad, strict=True):
         assert reference.abs().max() > 0, name
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * float(reference.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize("at_once", [1, 40, 90])
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(technique, at_once, batch):
+    whole, parts = (loss_inputs(batch, Runtime(CPU.device, CPU.dtype, at_once=n)) for n in (10**6, at_once))
+    assert len(parts) > 1
+    assert sum(len(part["targets"]) for part in parts) == len(whole[0]["targets"])
+    model = technique_model(technique)
+    trained, summed_loss = [p for p in model.parameters() if p.requires_grad], SummedLoss(model)
+    one, several = (sum(summed_loss(**inputs) for inputs in found) for found in (whole, parts))
+    assert several.item() == pytest.approx(one.item(), rel=1e-5)
+    grads = (torch.autograd.grad(loss, trained) for loss in (several, one))
+    for mine, reference in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5 * float(reference.abs().max()))
+
+
+def test_rows_of_any_length_are_in_exactly_one_part():
+    draw = random.Random(0)
+    for _ in range(200):
+        lengths = [draw.randint(1, draw.choice((5, 200, 3000))) for _ in range(draw.randint(1, 9))]
+        rows = [{"input_ids": torch.full((n,), i), "labels": torch.arange(n)} for i, n in enumerate(lengths, 1)]
+        parts = loss_inputs(data_pipeline.PadBatch(99, None)(rows), Runtime(CPU.device, CPU.dtype, at_once=500))
+        tokens = [[t for t in part["input_ids"][0].tolist() if t] for part in parts]  # 0: of the rows that fill up
+        assert sorted(itertools.chain(*tokens)) == [i for i, n in enumerate(lengths, 1) for _ in range(n)]
+        assert all(0 < len(part) < 500 + max(lengths) for part in tokens)
 
 
 def test_loss_is_the_hand_computed_sum_over_labelled_tokens():
@@ -273,7 +299,7 @@ def test_loss_is_the_hand_computed_sum_over_labelled_tokens():
         scores = logits[row][position]
         expected += math.log(sum(math.exp(score) for score in scores)) - scores[token]
     batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "labels": labels}
-    assert SummedLoss(model)(**loss_inputs(batch, CPU)).item() == pytest.approx(expected, rel=1e-6)
+    assert SummedLoss(model)(**loss_inputs(batch, CPU)[0]).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)], ids=("hidden", "weight", "both"))
@@ -305,7 +331,7 @@ def test_cross_entropy_of_bf16_states_is_summed_in_fp32():
 def test_a_batch_without_labels_adds_zero_to_loss_and_gradients(technique, batch):
     model = technique_model(technique)
     blank = batch | {"labels": torch.full_like(batch["labels"], -100)}
-    loss = SummedLoss(model)(**loss_inputs(blank, CPU))
+    loss = SummedLoss(model)(**loss_inputs(blank, CPU)[0])
     loss.backward()
     assert loss.item() == 0.0
     for name, parameter in model.named_parameters():
@@ -947,10 +973,11 @@ def test_a_signal_during_an_evaluation_is_heeded_before_it_ends(flags, tmp_path)
 @pytest.mark.parametrize("lengths", [(700, 300, 20, 5), (513, 500, 9, 3), (1, 1), (31, 1, 1)])
 def test_the_rows_that_fill_up_a_batch_have_places_of_their_own_and_no_labels(lengths):
     rows = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in lengths]
-    inputs = loss_inputs(data_pipeline.PadBatch(0, None)(rows), CPU)
-    grids, slots = inputs["packing"].grids, inputs["packing"].slots.tolist()
-    assert len(slots) == len(set(slots)) == inputs["input_ids"].numel()
-    assert max(slots) < sum(rows * width for rows, width in grids)
+    (inputs,) = loss_inputs(data_pipeline.PadBatch(0, None)(rows), CPU)
+    packing, tokens = inputs["packing"], inputs["input_ids"].numel()
+    assert sorted(set(packing.sources.tolist()) - {tokens}) == list(range(tokens))
+    assert (packing.sources < tokens).sum() == tokens == packing.tokens
+    assert len(packing.sources) == sum(rows * width for rows, width in packing.grids)
     assert len(inputs["targets"]) == sum(lengths) - len(lengths)
     assert inputs["input_ids"].numel() - sum(lengths) <= max(31, sum(lengths) / 16)
 
@@ -970,6 +997,31 @@ def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(flags, tmp_path
     assert not hidden_leftovers(tmp_path)
     assert run([*argv, *RESUME]) == 0
     assert outcome(tmp_path) == never_stopped
+
+
+def test_a_run_that_takes_its_batches_in_parts_takes_the_same_steps(flags, tmp_path, base_dir, monkeypatch):
+    forward, seen, losses = SummedLoss.forward, [], []
+    for at_once in (10**6, 20):
+        monkeypatch.setattr(SummedLoss, "forward", lambda *a, n=at_once, **k: seen.append(n) or forward(*a, **k))
+        monkeypatch.setattr(train_llm, "CPU_TOKENS", at_once)
+        directory = tmp_path / str(at_once)
+        changes = {"model_name_or_path": base_dir, "eval_fraction": 0, "max_length": 64}
+        assert run(flags(directory, **changes)) == 0
+        losses.append([row["loss"] for row in metrics(directory)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert seen.count(10**6) == 2 * len(losses[0])  # micro-batches
+    assert seen.count(20) > 1.5 * seen.count(10**6)
+
+
+def test_the_mapped_file_of_the_base_is_let_go_before_training(base_dir):
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists a process's mapped files")
+    for technique, dtype in (("lora", torch.bfloat16), ("full", torch.float32)):
+        model = modify_llm.final_modify(modification_type=technique, model_name_or_path=str(base_dir))
+        assert f"{base_dir}/model.safetensors" in maps.read_text()
+        train_llm.prepare_model(model, train_llm.parse(["--dataset_path=-"]), Runtime(CPU.device, dtype))
+        assert f"{base_dir}/model.safetensors" not in maps.read_text()
 
 
 def test_signal_handlers_are_put_back_after_a_run(flags, tmp_path):
