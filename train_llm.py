@@ -444,10 +444,8 @@ class ToGrids(torch.autograd.Function):
         ctx.heads, (token, head, ctx.slots) = heads, packing.vectors(heads)
         head_step, token_step = (stride // size for stride in x.stride()[:2])  # x may be a part of a fused projection
         assert x.stride() == (head_step * size, token_step * size, 1)
-        last = (heads - 1) * head_step + (tokens - 1) * token_step
-        return x.as_strided((last + 1, size), (size, 1)).index_select(
-            0, token.clamp(max=tokens - 1) * token_step + head * head_step
-        )
+        vectors = x.as_strided(((heads - 1) * head_step + (tokens - 1) * token_step + 1, size), (size, 1))
+        return vectors.index_select(0, token.clamp(max=tokens - 1) * token_step + head * head_step)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -483,11 +481,11 @@ class BlockAttention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, queries: Sizes, keys: Sizes, scaling: float
     ) -> Tensor:
         output, weights = torch.empty_like(query), []
-        q_o, k_v = (as_grids(queries, query, output), as_grids(keys, key, value))
-        for (q, o), (k, v) in zip(q_o, k_v, strict=True):
+        for (q, o), (k, v) in zip(as_grids(queries, query, output), as_grids(keys, key, value), strict=True):
             for start in range(0, q.shape[1], QUERY_BLOCK):
                 block = slice(start, start + QUERY_BLOCK)
-                length, seen = q[:, block].shape[1], k.shape[1] - q.shape[1] + min(q.shape[1], block.stop)
+                length = q[:, block].shape[1]
+                seen = k.shape[1] - q.shape[1] + start + length
                 mask = q.new_full((length, seen), -math.inf).triu_(seen - length + 1)
                 scores = torch.baddbmm(mask, q[:, block], k[:, :seen].transpose(1, 2), alpha=scaling)
                 weights.append(scores.softmax(-1))  # (n, length, seen)
@@ -523,10 +521,9 @@ def causal_attention(
     outputs = []
     for (q,), (k, v) in zip(as_grids(queries, query), as_grids(keys, key, value), strict=True):
         length, seen = q.shape[1], k.shape[1]
-        causal = None  # a flag, where it will do, takes the faster kernels
-        if length != seen:
-            causal = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
-        kind = {"attn_mask": causal, "is_causal": causal is None, "dropout_p": dropout, "scale": scaling}
+        kind: dict[str, Any] = {"dropout_p": dropout, "scale": scaling, "is_causal": length == seen}
+        if length != seen:  # a mask rules the faster kernels out
+            kind["attn_mask"] = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
         outputs.append(F.scaled_dot_product_attention(q[None], k[None], v[None], **kind)[0].flatten(0, 1))
     return torch.cat(outputs)
 
@@ -566,8 +563,8 @@ def behind_prefix(prefix: Tensor, x: Tensor, sizes: Sizes) -> Tensor:
 
 
 def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> list[dict[str, Any]]:
-    """A batch of the data pipeline as SummedLoss takes it, on the device: its rows from long to short, in as many
-    parts as the runtime has it take at once. The sums over the parts are the same."""
+    """A batch of the data pipeline as SummedLoss takes it, on the device: its rows from long to short, in parts of
+    about runtime.at_once tokens. The sums over the parts are those of the whole."""
     lengths = batch["attention_mask"].sum(1)
     order = lengths.argsort(descending=True, stable=True)
     lengths = lengths[order]

@@ -277,6 +277,22 @@ def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(techniqu
         torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5 * float(reference.abs().max()))
 
 
+@pytest.mark.parametrize("prefix", [0, 5])
+def test_attention_block_by_block_on_a_cpu_is_what_pytorchs_own_computes_elsewhere(prefix):
+    torch.manual_seed(0)
+    queries = [(4, 300), (2, 32)]  # three blocks of queries, and one
+    keys = [(n, prefix + width) for n, width in queries]
+    counts = [sum(n * width for n, width in sizes) for sizes in (queries, keys, keys)]
+    states, upstream = [torch.randn(n, 8, requires_grad=True) for n in counts], torch.randn(counts[0], 8)
+    results = []
+    for dropout in (0.0, 1e-12):  # any dropout at all takes PyTorch's way, as a GPU does
+        output = train_llm.causal_attention(*states, queries, keys, 0.3, dropout)
+        results.append([output, *torch.autograd.grad(output, states, upstream)])
+    assert results[0][0].grad_fn.name() == "BlockAttentionBackward" != results[1][0].grad_fn.name()
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_any_length_are_in_exactly_one_part():
     draw = random.Random(0)
     for _ in range(200):
