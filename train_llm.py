@@ -60,7 +60,8 @@ plain = logging.getLogger("plain")  # lines without a prefix
 
 # From `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair below the best, for larger models.
 LEARNING_RATES = {"lora": 5e-3, "adapter": 5e-3, "embedding": 1e-2, "key_value": 1e-1, "selective": 1e-3, "full": 5e-4}
-ROUND_TO, QUERY_BLOCK, CPU_TOKENS = 32, 128, 1536
+ROUND_TO, QUERY_BLOCK = 32, 128  # tokens
+CPU_TOKENS = 1536  # of a batch at once, about: more are not faster, and their activations fill the memory
 Sizes = list[tuple[int, int]]  # (n, width) of grids that lie one behind the other, n * width vectors each
 OUT_OF_MEMORY = "not enough memory|[Cc]annot allocate memory|can't allocate memory|ALLOC_FAILED"  # what PyTorch says
 # What may differ between a run and its continuation; all else must be equal for it to be the same run.
@@ -237,7 +238,6 @@ class Runtime:
     dtype: torch.dtype  # of matrix products and frozen weights; trainable weights stay fp32
     rank: int = 0
     world_size: int = 1
-    at_once: int = sys.maxsize  # tokens of a batch that go through the model together, about
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -394,7 +394,7 @@ class SummedLoss(nn.Module):
         model.set_attn_implementation("packed")
 
     def forward(self, positions: Tensor, targets: Tensor, **packed: Any) -> Tensor:
-        """See loss_inputs for what the arguments hold."""
+        """See pack for what the arguments hold."""
         hidden = self.model.transformer(**packed, use_cache=False).last_hidden_state[0]  # (tokens, hidden size)
         hidden = hidden.index_select(0, positions)  # the head only where there is a label
         if torch.is_autocast_enabled(hidden.device.type):
@@ -415,8 +415,8 @@ class Packing:
     """How the rows of a batch, which stand one behind the other without padding, are laid out for the attention."""
 
     grids: Sizes  # (rows, width) each, for rows of about one length; padded
-    sources: Tensor  # (places,): each place's token, grid by grid; their number where there is none
-    tokens: int
+    sources: Tensor  # (places,): each place's token, grid by grid; `tokens` where there is none
+    tokens: int  # all of them, those of the rows that fill up included
     made: tuple[Tensor, Tensor, Tensor] | None = None  # by the first layer, for all of them
 
     def vectors(self, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -424,7 +424,8 @@ class Packing:
         where the vector of each token and head lies among them, (tokens * heads,)."""
         if self.made is None:
             head = torch.arange(heads, device=self.sources.device)[:, None]
-            tokens = [grid.view(len(grid), 1, -1) for (grid,) in as_grids(self.grids, self.sources)]
+            grids = self.sources.split([rows * width for rows, width in self.grids])
+            tokens = [grid.view(rows, 1, width) for grid, (rows, width) in zip(grids, self.grids, strict=True)]
             vectors = torch.cat([(token * heads + head).flatten() for token in tokens])
             slots = vectors.new_empty((self.tokens + 1) * heads)  # the last ones: of places without a token
             slots[vectors] = torch.arange(len(vectors), device=vectors.device)
@@ -435,13 +436,15 @@ class Packing:
 class ToGrids(torch.autograd.Function):
     """x (heads, tokens, head size) to its places in the grids, (places * heads, head size), in a single copy.
 
-    Where there is no token stands some other one: it comes after all that are real, so that none looks at it.
+    Where there is no token stands the batch's last: as a key it comes after all of its row, so that none looks at it,
+    and what it finds as a query is left out.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packing: Packing) -> Tensor:
         heads, tokens, size = x.shape
-        ctx.heads, (token, head, ctx.slots) = heads, packing.vectors(heads)
+        token, head, ctx.slots = packing.vectors(heads)
+        ctx.heads = heads
         head_step, token_step = (stride // size for stride in x.stride()[:2])  # x may be a part of a fused projection
         assert x.stride() == (head_step * size, token_step * size, 1)
         vectors = x.as_strided(((heads - 1) * head_step + (tokens - 1) * token_step + 1, size), (size, 1))
@@ -515,7 +518,11 @@ class BlockAttention(torch.autograd.Function):
 def causal_attention(
     query: Tensor, key: Tensor, value: Tensor, queries: Sizes, keys: Sizes, scaling: float, dropout: float
 ) -> Tensor:
-    """Attention grid by grid: query, its grids of size `queries`, stands at the end of key and value, of `keys`."""
+    """Attention within each of the grids that lie one behind the other in query, key and value (vectors, head size).
+
+    queries, keys: (rows * heads, width) of each grid; a row's queries stand at the end of its keys. Returns the shape
+    of query.
+    """
     if query.device.type == "cpu" and not dropout:
         return BlockAttention.apply(query, key, value, queries, keys, scaling)
     outputs = []
@@ -562,19 +569,19 @@ def behind_prefix(prefix: Tensor, x: Tensor, sizes: Sizes) -> Tensor:
     return torch.cat(grids)
 
 
-def loss_inputs(batch: dict[str, Tensor], runtime: Runtime) -> list[dict[str, Any]]:
+def loss_inputs(batch: dict[str, Tensor], runtime: Runtime, at_once: int | None = None) -> list[dict[str, Any]]:
     """A batch of the data pipeline as SummedLoss takes it, on the device: its rows from long to short, in parts of
-    about runtime.at_once tokens. The sums over the parts are those of the whole."""
+    about `at_once` tokens (CPU_TOKENS; elsewhere in one). The sums over the parts are those of the whole."""
+    at_once = at_once or (CPU_TOKENS if runtime.device.type == "cpu" else sys.maxsize)
     lengths = batch["attention_mask"].sum(1)
     order = lengths.argsort(descending=True, stable=True)
-    lengths = lengths[order]
-    parts = math.ceil(int(lengths.sum()) / runtime.at_once)
-    part = ((lengths.cumsum(0) - lengths / 2) * (parts / lengths.sum())).long()  # where a row's middle falls
+    ends, total = lengths[order].cumsum(0), int(lengths.sum())
+    part = (2 * ends - lengths[order]) * math.ceil(total / at_once) // (2 * total)  # where a row's middle falls
     return [pack({name: x[order[part == i]] for name, x in batch.items()}, runtime) for i in part.unique().tolist()]
 
 
 def pack(batch: dict[str, Tensor], runtime: Runtime) -> dict[str, Any]:
-    """Rows one behind the other, no padding; they come from long to short.
+    """Rows, given from long to short, one behind the other instead of padded; a few of no text fill them up.
 
     positions: the tokens whose successors carry a label; targets: those successors. All is found on the CPU, where
     the batch is, so that a GPU is never waited for.
@@ -675,6 +682,7 @@ class Run:
         self.output_dir = Path(args.output_dir)
         self.progress = Progress()
         self.resumed_from: int | None = None
+        self.at_once: int | None = None  # tokens that go through the model together in training; None: as usual
         self.signal: int | None = None  # what this process was told
         self.stopping = False  # what all processes agreed on after a step
         self.started = time.perf_counter()
@@ -773,9 +781,9 @@ class SigmoidGELU(nn.Module):
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
     """To the device: frozen matrices in the runtime's precision, all that trains and all that is 1-D in fp32."""
     for parameter in model.parameters():
-        frozen_matrix = parameter.ndim > 1 and not parameter.requires_grad
-        # copied, all of them: what still lay in the mapped file of the base would keep the whole of it in memory
-        parameter.data = parameter.data.to(runtime.dtype if frozen_matrix else torch.float32, copy=True)
+        dtype = runtime.dtype if parameter.ndim > 1 and not parameter.requires_grad else torch.float32
+        # Weights lie in the mapped file of the base: where some leave it, all do, or the whole would stay in memory.
+        parameter.data = parameter.data.to(runtime.device, dtype, copy=runtime.dtype != torch.float32)
     model.to(runtime.device)
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, fused
@@ -1294,7 +1302,7 @@ def train_step(run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]) ->
     Loss: the sum over the labelled tokens of the window, on all processes, over their number, whatever the cut.
     """
     args, runtime, state = run.args, run.runtime, run.progress
-    inputs = [part for batch in window for part in loss_inputs(batch, runtime)]
+    inputs = [part for batch in window for part in loss_inputs(batch, runtime, run.at_once)]
     own = sum(len(i["targets"]) for i in inputs), run.signal is not None
     counts = torch.tensor(own, dtype=torch.float32).to(runtime.device, non_blocking=True)  # labels, told to stop
     if runtime.world_size > 1:
@@ -1446,8 +1454,8 @@ def prepare(run: Run) -> None:
     counts = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", counts)
     prepare_model(run.model, args, runtime)
-    # A CPU is as fast in parts, and holds the activations of one; weights that train are cast anew for each.
-    runtime.at_once = CPU_TOKENS if runtime.device.type == "cpu" and trainable < total / 10 else sys.maxsize
+    if trainable > total / 10:
+        run.at_once = sys.maxsize  # each part would cast the weights again, and add another gradient to the last
     run.trainable = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     run.optimizer = make_optimizer(run.model, args)
     run.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)

@@ -5,6 +5,7 @@ killed or damaged goes on as if nothing had been, and whatever is wrong ends in 
     python -m pytest tests/test_train_llm.py -k "not demo and not torchrun"
 """
 
+import gc
 import hashlib
 import io
 import itertools
@@ -265,7 +266,7 @@ def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch)
 @pytest.mark.parametrize("at_once", [1, 40, 90])
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(technique, at_once, batch):
-    whole, parts = (loss_inputs(batch, Runtime(CPU.device, CPU.dtype, at_once=n)) for n in (10**6, at_once))
+    whole, parts = loss_inputs(batch, CPU), loss_inputs(batch, CPU, at_once)
     assert len(parts) > 1
     assert sum(len(part["targets"]) for part in parts) == len(whole[0]["targets"])
     model = technique_model(technique)
@@ -298,7 +299,7 @@ def test_rows_of_any_length_are_in_exactly_one_part():
     for _ in range(200):
         lengths = [draw.randint(1, draw.choice((5, 200, 3000))) for _ in range(draw.randint(1, 9))]
         rows = [{"input_ids": torch.full((n,), i), "labels": torch.arange(n)} for i, n in enumerate(lengths, 1)]
-        parts = loss_inputs(data_pipeline.PadBatch(99, None)(rows), Runtime(CPU.device, CPU.dtype, at_once=500))
+        parts = loss_inputs(data_pipeline.PadBatch(99, None)(rows), CPU, 500)
         tokens = [[t for t in part["input_ids"][0].tolist() if t] for part in parts]  # 0: of the rows that fill up
         assert sorted(itertools.chain(*tokens)) == [i for i, n in enumerate(lengths, 1) for _ in range(n)]
         assert all(0 < len(part) < 500 + max(lengths) for part in tokens)
@@ -1016,29 +1017,49 @@ def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(flags, tmp_path
     assert outcome(tmp_path) == never_stopped
 
 
-def test_a_run_that_takes_its_batches_in_parts_takes_the_same_steps(flags, tmp_path, base_dir, monkeypatch):
-    forward, seen, losses = SummedLoss.forward, [], []
+@pytest.mark.parametrize("technique", ["lora", "full"])
+def test_a_run_in_parts_takes_the_same_steps_a_backward_pass_after_each_part(
+    flags, tmp_path, base_dir, monkeypatch, technique
+):
+    forward, backward, seen, rows = SummedLoss.forward, torch.Tensor.backward, [], []
+    monkeypatch.setattr(SummedLoss, "forward", lambda *a, **k: seen[-1].append("f") or forward(*a, **k))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: seen[-1].append("b") or backward(*a, **k))
     for at_once in (10**6, 20):
-        monkeypatch.setattr(SummedLoss, "forward", lambda *a, n=at_once, **k: seen.append(n) or forward(*a, **k))
         monkeypatch.setattr(train_llm, "CPU_TOKENS", at_once)
-        directory = tmp_path / str(at_once)
-        changes = {"model_name_or_path": base_dir, "eval_fraction": 0, "max_length": 64}
-        assert run(flags(directory, **changes)) == 0
-        losses.append([row["loss"] for row in metrics(directory)])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert seen.count(10**6) == 2 * len(losses[0])  # micro-batches
-    assert seen.count(20) > 1.5 * seen.count(10**6)
+        seen.append([])
+        changes = {"model_name_or_path": base_dir, "eval_fraction": 0, "max_length": 64, "learning_rate": 1e-3}
+        assert run(flags(tmp_path / str(at_once), modification_type=technique, **changes)) == 0
+        rows.append([(row["loss"], row["grad_norm"]) for row in metrics(tmp_path / str(at_once))])
+    whole, parts = ("".join(passes) for passes in seen)
+    assert whole == "fb" * 2 * len(rows[0])  # micro-batches
+    assert parts == "fb" * (len(parts) // 2)  # the activations of one part at a time
+    assert (len(parts) > 1.5 * len(whole)) if technique == "lora" else (parts == whole)
+    for mine, reference in zip(*rows, strict=True):
+        assert mine == pytest.approx(reference, rel=1e-4)
+
+
+def test_an_evaluation_in_parts_is_the_evaluation(rows, bytes_tokenizer, monkeypatch):
+    summed_loss = SummedLoss(small_gpt2())
+    kinds = {"text_format": FORMAT, "padding": "longest", "num_workers": 0, "tokenizer": bytes_tokenizer}
+    loader, found = data_pipeline.final_dataset_loader(rows, **kinds), []
+    for at_once in (10**6, 20):
+        monkeypatch.setattr(train_llm, "CPU_TOKENS", at_once)
+        found.append(evaluate(summed_loss, loader, CPU))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_the_mapped_file_of_the_base_is_let_go_before_training(base_dir):
-    maps = Path("/proc/self/maps")
+    maps, file = Path("/proc/self/maps"), str((base_dir / "model.safetensors").resolve())
     if not maps.exists():
         pytest.skip("only Linux lists a process's mapped files")
-    for technique, dtype in (("lora", torch.bfloat16), ("full", torch.float32)):
-        model = modify_llm.final_modify(modification_type=technique, model_name_or_path=str(base_dir))
-        assert f"{base_dir}/model.safetensors" in maps.read_text()
-        train_llm.prepare_model(model, train_llm.parse(["--dataset_path=-"]), Runtime(CPU.device, dtype))
-        assert f"{base_dir}/model.safetensors" not in maps.read_text()
+    gc.collect()  # models of other tests
+    for technique in ("lora", "selective"):
+        model = modify_llm.final_modify(
+            modification_type=technique, freeze_layers="0", model_name_or_path=str(base_dir)
+        )
+        assert file in maps.read_text()
+        train_llm.prepare_model(model, train_llm.parse(["--dataset_path=-"]), Runtime(CPU.device, torch.bfloat16))
+        assert file not in maps.read_text()
 
 
 def test_signal_handlers_are_put_back_after_a_run(flags, tmp_path):
@@ -2160,6 +2181,13 @@ def step(run, *rest):
 train_llm.train_step = step
 sys.exit(train_llm.main())
 """
+IN_PARTS = """
+import sys
+sys.path.insert(0, {root!r})
+import train_llm
+train_llm.CPU_TOKENS = 30  # each process takes its rows in some number of parts
+sys.exit(train_llm.main())
+"""
 
 
 def torchrun(program, argv):
@@ -2170,14 +2198,15 @@ def torchrun(program, argv):
 
 @pytest.fixture(scope="module")
 def two_processes(flags, tmp_path_factory):
-    """(output directory, and how it went) of two ranks of which one is killed, and which then finish the run."""
+    """(output directory, and how it went) of two ranks: one is killed, then both finish the run, in parts."""
     directory = tmp_path_factory.mktemp("two")
     output_dir, program, start = directory / "out", directory / "mortal.py", time.monotonic()
     program.write_text(MORTAL.format(root=str(ROOT), directory=str(directory)))
     killed = torchrun(program, flags(output_dir, **TWO_BY_FOUR))
     seconds, kept = time.monotonic() - start, [path.name for path in checkpoints(output_dir)]
     pids = [int((directory / f"pid_{rank}").read_text()) for rank in (0, 1)]
-    finished = torchrun(ROOT / "train_llm.py", [*flags(output_dir, **TWO_BY_FOUR), *RESUME])
+    program.write_text(IN_PARTS.format(root=str(ROOT)))
+    finished = torchrun(program, [*flags(output_dir, **TWO_BY_FOUR), *RESUME])
     return output_dir, {"killed": killed, "seconds": seconds, "kept": kept, "pids": pids, "finished": finished}
 
 
