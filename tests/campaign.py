@@ -44,10 +44,17 @@ Moment = tuple[str, int, int]  # (file, line, how often it was reached)
 TECHNIQUES = [
     ["--modification_type=lora", "--lora_dropout=0.1"],
     ["--modification_type=full"],
-    ["--modification_type=prefix", "--prefix_type=key_value", "--prefix_length=5", "--prefix_projection_size=16"],
+    [
+        "--modification_type=prefix",
+        "--prefix_type=key_value",
+        "--prefix_length=5",
+        "--prefix_projection_size=16",
+    ],
 ]
 SAVING = ["--save_interval=1", "--save_total_limit=2"]
-SOURCES = tuple(str(Path(train_llm.__file__).parent / f"{name}.py") for name in ("train_llm", "modify_llm"))
+SOURCES = tuple(
+    str(Path(train_llm.__file__).parent / f"{name}.py") for name in ("train_llm", "modify_llm")
+)
 SOURCES += (shutil.__file__, Path.write_text.__code__.co_filename)
 HOLDS_TEXT = ("instruction", "input", "output")
 
@@ -59,8 +66,12 @@ def prepare(directory: Path) -> None:
     """A random model of two layers with a token a byte, and 20 rows."""
     disable_progress_bar()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = GPT2Tokenizer(vocab={c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, merges=[])
-    tiny_gpt2(vocab_size=257, eos_token_id=256, bos_token_id=256).save_pretrained(directory / "base")
+    tokenizer = GPT2Tokenizer(
+        vocab={c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, merges=[]
+    )
+    tiny_gpt2(vocab_size=257, eos_token_id=256, bos_token_id=256).save_pretrained(
+        directory / "base"
+    )
     tokenizer.save_pretrained(directory / "base")
     rows = [{"q": "Q" * (i % 7 + 1), "a": "abc" * (i % 5 + 1)} for i in range(20)]
     (directory / "rows.json").write_text(json.dumps(rows))
@@ -80,7 +91,10 @@ def flags(directory: Path, output_dir: Path, *more: str) -> list[str]:
 def hashes(directory: Path) -> dict[str, str]:
     """{file: sha256} of all below a directory, but the lock."""
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file.name != ".lock")
-    return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def outcome(output_dir: Path) -> dict:
@@ -88,7 +102,10 @@ def outcome(output_dir: Path) -> dict:
     found: dict = {name: hashes(output_dir / name) for name in ("final", "best")}
     for name in ("metrics.jsonl", "predictions.jsonl"):
         lines = (output_dir / name).read_text().splitlines() if (output_dir / name).exists() else []
-        found[name] = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+        found[name] = [
+            {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"}
+            for line in lines
+        ]
     found["curves"] = (output_dir / "training_curves.png").exists()
     return found | {"leftovers": sorted(p.name for p in output_dir.glob(".*") if p.name != ".lock")}
 
@@ -100,16 +117,23 @@ def differences(output_dir: Path, expected: dict) -> list[str]:
 
 def quick_figures() -> contextlib.AbstractContextManager:
     """Drawing would take longer than training."""
-    return mock.patch.object(Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn"))
+    return mock.patch.object(
+        Figure, "savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn")
+    )
 
 
-def in_this_process(main: Callable, argv: list[str], seconds: int = 60) -> tuple[int | str, str, str]:
+def in_this_process(
+    main: Callable, argv: list[str], seconds: int = 60
+) -> tuple[int | str, str, str]:
     """(exit status, or what it raised; stdout; stderr) of a script's main."""
 
     def late(*_: object) -> None:
         raise TimeoutError(f"more than {seconds} seconds")
 
-    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
+    out, err = (
+        io.TextIOWrapper(io.BytesIO(), "utf-8"),
+        io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace"),
+    )
     signal.signal(signal.SIGALRM, late)
     signal.alarm(seconds)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -177,7 +201,11 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
     in_a_process(lambda: prepare(directory), log)
     references = []
     for i, technique in enumerate(TECHNIQUES):
-        whole, cut, books = directory / f"whole{i}", directory / f"cut{i}", [directory / "book0", directory / "book1"]
+        whole, cut, books = (
+            directory / f"whole{i}",
+            directory / f"cut{i}",
+            [directory / "book0", directory / "book1"],
+        )
         argv, again = (flags(directory, place, *technique, *SAVING) for place in (whole, cut))
         resume = [*again, "--resume_from=auto"]
         start = time.perf_counter()
@@ -185,14 +213,23 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
         seconds = time.perf_counter() - start
         assert in_a_process(lambda again=again, books=books: traced(again, book=books[0]), log) == 0
         shutil.rmtree(cut / "final")
-        shutil.rmtree(cut / "checkpoints" / "step_00000006")  # what is left has half of its way to go again
-        assert in_a_process(lambda resume=resume, books=books: traced(resume, book=books[1]), log) == 0
-        references.append((seconds, [json.loads(book.read_text()) for book in books], outcome(whole)))
+        shutil.rmtree(
+            cut / "checkpoints" / "step_00000006"
+        )  # what is left has half of its way to go again
+        assert (
+            in_a_process(lambda resume=resume, books=books: traced(resume, book=books[1]), log) == 0
+        )
+        references.append(
+            (seconds, [json.loads(book.read_text()) for book in books], outcome(whole))
+        )
     for i in itertools.count():
         technique, (seconds, lines, expected) = i % len(TECHNIQUES), references[i % len(TECHNIQUES)]
         output_dir, resumed, moments = directory / f"run{i}", False, []
         while True:
-            argv, there = flags(directory, output_dir, *TECHNIQUES[technique], *SAVING), checkpoint_steps(output_dir)
+            argv, there = (
+                flags(directory, output_dir, *TECHNIQUES[technique], *SAVING),
+                checkpoint_steps(output_dir),
+            )
             argv += resumed * ["--resume_from=auto"]
             by_clock = die_at = None
             if counts["kills"] < number and (not resumed or draw.random() < 1 / 3):
@@ -201,7 +238,9 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
                 else:
                     *place, times = draw.choice(lines[resumed])
                     die_at = (*place, draw.randint(1, times))
-            status = in_a_process(lambda argv=argv, die_at=die_at: traced(argv, die_at), log, by_clock)
+            status = in_a_process(
+                lambda argv=argv, die_at=die_at: traced(argv, die_at), log, by_clock
+            )
             text = log.read_text()
             if resumed and "Checkpoint skipped" in text:
                 lost.append(f"run {i}: a checkpoint was damaged after {moments}: {text}")
@@ -210,12 +249,20 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
                 lost.append(f"run {i}: not resumed from step {there[-1]} after {moments}: {text}")
             if status != -signal.SIGKILL:
                 break
-            moments.append(f"{Path(die_at[0]).name}:{die_at[1]} ({die_at[2]})" if die_at else f"{by_clock:.3f} s")
+            moments.append(
+                f"{Path(die_at[0]).name}:{die_at[1]} ({die_at[2]})"
+                if die_at
+                else f"{by_clock:.3f} s"
+            )
             counts["by the clock" if by_clock is not None else "at a line"] += 1
             counts["of a resumed run"] += resumed
             counts["in a save"] += any(output_dir.glob(".new_*")) or any(output_dir.glob(".old_*"))
             counts["kills"], resumed = counts["kills"] + 1, True
-        if wrong := differences(output_dir, expected) if status == 0 else [f"exit status {status}: {text}"]:
+        if (
+            wrong := differences(output_dir, expected)
+            if status == 0
+            else [f"exit status {status}: {text}"]
+        ):
             lost.append(f"run {i}: {'; '.join(wrong)} after kills at {', '.join(moments)}")
         shutil.rmtree(output_dir, ignore_errors=True)
         if counts["kills"] >= number:
@@ -234,7 +281,9 @@ def checkpoint_steps(output_dir: Path) -> list[int]:
 
 def damage(directory: Path, draw: random.Random) -> tuple[str, bool]:
     """Flips a byte of a file, or cuts it short. Returns (what, whether it is a manifest that still says the same)."""
-    files = (path for path in directory.iterdir() if path.stat().st_size and path.name != "README.md")
+    files = (
+        path for path in directory.iterdir() if path.stat().st_size and path.name != "README.md"
+    )
     file = draw.choice(sorted(files))  # the model card is free to edit
     before = file.read_bytes()
     at = draw.randrange(len(before))
@@ -242,7 +291,9 @@ def damage(directory: Path, draw: random.Random) -> tuple[str, bool]:
     if flip := draw.random() < 0.7:
         after += bytes([before[at] ^ draw.randint(1, 255)]) + before[at + 1 :]
     file.write_bytes(after)
-    what = f"{directory.name}/{file.name} {'flipped' if flip else 'cut'} at byte {at} of {len(before)}"
+    what = (
+        f"{directory.name}/{file.name} {'flipped' if flip else 'cut'} at byte {at} of {len(before)}"
+    )
     if file.name == "manifest.json":
         with contextlib.suppress(ValueError):
             return what, json.loads(after) == json.loads(before)
@@ -261,7 +312,10 @@ def flips(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
     prepare(directory)
     lost, counts, copy = [], Counter(), directory / "copy"
     for i in range(number):
-        whole, technique = directory / f"whole{i % len(TECHNIQUES)}", TECHNIQUES[i % len(TECHNIQUES)]
+        whole, technique = (
+            directory / f"whole{i % len(TECHNIQUES)}",
+            TECHNIQUES[i % len(TECHNIQUES)],
+        )
         if not whole.exists():
             status, _, err = in_this_process(train_llm.main, flags(directory, whole, *technique))
             assert status == 0, err
@@ -275,12 +329,18 @@ def flips(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
         else:
             places = [copy / "final" if "final" in kind else draw.choice(places)]
         done = [damage(place, draw) for place in places]
-        still_good = [place.name for place, (_, harmless) in zip(places, done, strict=True) if harmless]
+        still_good = [
+            place.name for place, (_, harmless) in zip(places, done, strict=True) if harmless
+        ]
         before = hashes(copy)
         if kind == "by path":
             argv += [f"--resume_from={places[0]}"]
         elif kind == "final/, by path":
-            argv = [f"--adapter_path={places[0]}", "--eval_only", f"--dataset_path={directory / 'rows.json'}"]
+            argv = [
+                f"--adapter_path={places[0]}",
+                "--eval_only",
+                f"--dataset_path={directory / 'rows.json'}",
+            ]
         else:
             argv += ["--resume_from=auto"]
         status, out, err = in_this_process(train_llm.main, argv)
@@ -322,9 +382,14 @@ def scalar(token: str) -> object:
             raise ValueError("more digits than Python takes")
         return {"null": None, "NaN": float("nan")}.get(token, 0)
     text = re.sub(
-        r"\\(u(....)|.)", lambda m: chr(int(m[2], 16)) if m[2] else PLAIN.get(m[1], m[1]), token[1:-1], flags=re.S
+        r"\\(u(....)|.)",
+        lambda m: chr(int(m[2], 16)) if m[2] else PLAIN.get(m[1], m[1]),
+        token[1:-1],
+        flags=re.S,
     )
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")  # joins surrogate pairs
+    return text.encode("utf-16-le", "surrogatepass").decode(
+        "utf-16-le", "surrogatepass"
+    )  # joins surrogate pairs
 
 
 def own_json(text: str) -> tuple[object, int]:
@@ -340,7 +405,11 @@ def own_json(text: str) -> tuple[object, int]:
             break
         if token in "]}":
             empty = state == {"]": "first value", "}": "first key"}[token]
-            if inner is root or isinstance(inner, list) != (token == "]") or not (empty or state == "after"):
+            if (
+                inner is root
+                or isinstance(inner, list) != (token == "]")
+                or not (empty or state == "after")
+            ):
                 break
             opened.pop()
             state = "after"
@@ -403,7 +472,10 @@ def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None,
         else:
             lines = re.split(r"\n" if suffix == ".json" else r"\r\n|\r|\n", text)
             read = [own_json(line) for line in lines if line.strip()]
-            records, deepest = [value for value, _ in read], max((depth for _, depth in read), default=0)
+            records, deepest = (
+                [value for value, _ in read],
+                max((depth for _, depth in read), default=0),
+            )
         if not isinstance(records, list) or not records:
             raise ValueError("no rows")
         rows = []
@@ -414,19 +486,30 @@ def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None,
             for value in texts:
                 value.encode()  # AttributeError: not text; UnicodeEncodeError, a ValueError: half a surrogate pair
             rows.append((f"<{texts[0]}><{texts[1]}>", texts[2]))
-        half_pairs = re.search(r"\\u[dD][89a-fA-F]", text) is not None  # whole ones are spelt so too
+        half_pairs = (
+            re.search(r"\\u[dD][89a-fA-F]", text) is not None
+        )  # whole ones are spelt so too
         return rows, deepest > 100 or half_pairs or named_twice
     except (ValueError, KeyError, TypeError, AttributeError):
         return None, True
 
 
-def taken_rows(dataset: data_pipeline.AlpacaDataset, tokenizer: GPT2Tokenizer) -> list[tuple[str, str]]:
+def taken_rows(
+    dataset: data_pipeline.AlpacaDataset, tokenizer: GPT2Tokenizer
+) -> list[tuple[str, str]]:
     """The (prompt, response) of each row, from its tokens."""
     ends = dataset.offsets.tolist()
     rows = []
-    for start, end, prompt in zip(ends[:-1], ends[1:], dataset.prompt_lengths.tolist(), strict=True):
+    for start, end, prompt in zip(
+        ends[:-1], ends[1:], dataset.prompt_lengths.tolist(), strict=True
+    ):
         ids = dataset.tokens[start : end - 1].tolist()  # without the end of text
-        rows.append(tuple(tokenizer.backend_tokenizer.decode(part, False) for part in (ids[:prompt], ids[prompt:])))
+        rows.append(
+            tuple(
+                tokenizer.backend_tokenizer.decode(part, False)
+                for part in (ids[:prompt], ids[prompt:])
+            )
+        )
     return rows
 
 
@@ -439,33 +522,60 @@ TEXTS = [
 WRONG = [
     0, 7, -1.5, True, None, [], ["a"], {}, {"a": "b"}, float("nan"), float("inf"), "\ud800", "a\udc00b", 10**40, 1e308,
 ]  # fmt: skip
-NOTHING = [b"", b" \n", b"[]", b"{}", b"[{}]", b"\n\n", b"null", b'"a"', b"\xef\xbb\xbf", b"[,]", b"\0", b"\xff\xfe"]
+NOTHING = [
+    b"",
+    b" \n",
+    b"[]",
+    b"{}",
+    b"[{}]",
+    b"\n\n",
+    b"null",
+    b'"a"',
+    b"\xef\xbb\xbf",
+    b"[,]",
+    b"\0",
+    b"\xff\xfe",
+]
 
 
 def deep(draw: random.Random) -> str:
     depth = draw.choice([3, 50, 500, 990, 1100, 3000, 9000, 20_000, 100_000])
-    return draw.choice(["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "[" * depth])
+    return draw.choice(
+        ["[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "[" * depth]
+    )
 
 
 def malformed_rows(draw: random.Random) -> list:
     """Rows as a JSON text could hold them, most often with one that is not as it should be."""
-    rows: list = [{name: draw.choice(TEXTS) for name in HOLDS_TEXT} for _ in range(draw.randint(1, 6))]
-    row, name, other = draw.choice(rows), draw.choice(HOLDS_TEXT), draw.choice([*HOLDS_TEXT, "extra"])
+    rows: list = [
+        {name: draw.choice(TEXTS) for name in HOLDS_TEXT} for _ in range(draw.randint(1, 6))
+    ]
+    row, name, other = (
+        draw.choice(rows),
+        draw.choice(HOLDS_TEXT),
+        draw.choice([*HOLDS_TEXT, "extra"]),
+    )
     match draw.choice(
-        ["good"] * 8 + ["extra"] * 3 + ["wrong type", "wrong type", "missing", "no object", "other keys"]
+        ["good"] * 8
+        + ["extra"] * 3
+        + ["wrong type", "wrong type", "missing", "no object", "other keys"]
     ):
         case "wrong type":
             row[name] = draw.choice(WRONG)
         case "missing":
             del row[name]
         case "extra":
-            row[draw.choice(["extra", "", "Output", "\ud800", "0", "a\nb"])] = draw.choice(WRONG + TEXTS)
+            row[draw.choice(["extra", "", "Output", "\ud800", "0", "a\nb"])] = draw.choice(
+                WRONG + TEXTS
+            )
         case "no object":
             rows[draw.randrange(len(rows))] = draw.choice([*WRONG, "text", list(row.values())])
         case "other keys":
             row[f" {name}"] = row.pop(name)
     if draw.random() < 0.2 and isinstance(rows[-1], dict):
-        rows[-1][draw.choice([other, "extra", "extra"])] = "@@"  # a place for what no Python value can spell
+        rows[-1][draw.choice([other, "extra", "extra"])] = (
+            "@@"  # a place for what no Python value can spell
+        )
     return rows
 
 
@@ -481,32 +591,68 @@ def malformed_file(draw: random.Random) -> tuple[bytes, str, str]:
         text = file.getvalue()
     else:
         ascii_, indent = draw.random() < 0.5, draw.choice([None, None, 1])
-        rows = [{"duplicates": row} if isinstance(row, dict) and draw.random() < 0.02 else row for row in rows]
+        rows = [
+            {"duplicates": row} if isinstance(row, dict) and draw.random() < 0.02 else row
+            for row in rows
+        ]
         lines = [json.dumps(row, ensure_ascii=ascii_) for row in rows]
         whole = json.dumps(rows, ensure_ascii=ascii_, indent=indent)
-        text = whole if suffix == ".json" and draw.random() < 0.85 else draw.choice(["\n", "\r\n"]).join(lines)
-        huge = draw.choice(["1" * 4000, "1" * 5000, "-1e999", "1E+400", "1.", "01", "-", "NaN", "-Infinity", "nan"])
-        odd = [huge, huge, deep(draw), deep(draw), '"\\ud83d\\ude00"', '"\\ude00"', '"\\u12"', '"\\x"', "'a'", '"\t"']
+        text = (
+            whole
+            if suffix == ".json" and draw.random() < 0.85
+            else draw.choice(["\n", "\r\n"]).join(lines)
+        )
+        huge = draw.choice(
+            ["1" * 4000, "1" * 5000, "-1e999", "1E+400", "1.", "01", "-", "NaN", "-Infinity", "nan"]
+        )
+        odd = [
+            huge,
+            huge,
+            deep(draw),
+            deep(draw),
+            '"\\ud83d\\ude00"',
+            '"\\ude00"',
+            '"\\u12"',
+            '"\\x"',
+            "'a'",
+            '"\t"',
+        ]
         text = text.replace('"@@"', draw.choice(odd))
         if draw.random() < 0.1:
-            text, way = text.replace('"input":', '"output": "first", "input":', 1), "duplicate key, "
+            text, way = (
+                text.replace('"input":', '"output": "first", "input":', 1),
+                "duplicate key, ",
+            )
     content = text.encode("utf-8", "surrogatepass")
     at, more = draw.randrange(len(content)), draw.randrange(1, 20)
     ways: dict[str, Callable[[], bytes]] = {
         "as it is": lambda: content,
         "cut": lambda: content[:at],
         "last byte cut": lambda: content[:-1],
-        "byte flipped": lambda: content[:at] + bytes([content[at] ^ draw.randint(1, 255)]) + content[at + 1 :],
-        "bit flipped": lambda: content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :],
+        "byte flipped": lambda: (
+            content[:at] + bytes([content[at] ^ draw.randint(1, 255)]) + content[at + 1 :]
+        ),
+        "bit flipped": lambda: (
+            content[:at] + bytes([content[at] ^ 1 << draw.randrange(8)]) + content[at + 1 :]
+        ),
         "bytes lost": lambda: content[:at] + content[at + more :],
         "bytes twice": lambda: content[: at + more] + content[at:],
-        "put in": lambda: content[:at] + draw.choice(list(b'"",,\0\r\n[]{}: \\')).to_bytes() + content[at:],
+        "put in": lambda: (
+            content[:at] + draw.choice(list(b'"",,\0\r\n[]{}: \\')).to_bytes() + content[at:]
+        ),
         "mark": lambda: b"\xef\xbb\xbf" * draw.choice([1, 1, 2]) + content,
-        "utf-16": lambda: text.encode(draw.choice(["utf-16", "utf-16-le", "utf-32"]), "surrogatepass"),
+        "utf-16": lambda: text.encode(
+            draw.choice(["utf-16", "utf-16-le", "utf-32"]), "surrogatepass"
+        ),
         "latin-1": lambda: text.encode("latin-1", "replace"),
         "nothing": lambda: draw.choice(NOTHING),
-        "trailing": lambda: content + draw.choice([b",", b"]", b"}", b"\n\n", b"\n ", b"\0", b'"', b"\xff", content]),
-        "leading": lambda: draw.choice([b",", b"\n", b" ", b"[", b"\0", b"// \n", b'"', b"\xc2\xa0"]) + content,
+        "trailing": lambda: (
+            content
+            + draw.choice([b",", b"]", b"}", b"\n\n", b"\n ", b"\0", b'"', b"\xff", content])
+        ),
+        "leading": lambda: (
+            draw.choice([b",", b"\n", b" ", b"[", b"\0", b"// \n", b'"', b"\xc2\xa0"]) + content
+        ),
         "line ends": lambda: content.replace(b"\n", b"\r"),
     }
     chosen = draw.choice([*sorted(ways), *["as it is"] * 4])
@@ -526,21 +672,39 @@ def datasets(number: int, draw: random.Random, directory: Path) -> tuple[str, li
         path = directory / f"rows{suffix}"
         path.write_bytes(content)
         expected, may_refuse = own_rows(content, suffix)
-        argv = [f"--dataset_path={path}", "--num_workers=0", "--max_length=200000", "--batch_size=1"]
+        argv = [
+            f"--dataset_path={path}",
+            "--num_workers=0",
+            "--max_length=200000",
+            "--batch_size=1",
+        ]
         argv += ["--text_format=<{instruction}><{input}>||{output}"]
         seen.clear()
-        with mock.patch.multiple(data_pipeline, load_dataset=watched, load_tokenizer=lambda *_: tokenizer):
+        with mock.patch.multiple(
+            data_pipeline, load_dataset=watched, load_tokenizer=lambda *_: tokenizer
+        ):
             status, _, err = in_this_process(data_pipeline.main, argv, 30)
         if status == 0:
             wrong = "" if expected is not None else "loaded, though not to be read"
-            wrong = wrong or ("" if taken_rows(seen[0], tokenizer) == expected else "loaded other rows than it holds")
+            wrong = wrong or (
+                ""
+                if taken_rows(seen[0], tokenizer) == expected
+                else "loaded other rows than it holds"
+            )
             wrong = wrong or (f"stderr {err[:300]!r}" if err else "")
         else:
-            wrong = refusal(status, err, "data_pipeline.py") or ("" if may_refuse else f"refused good rows: {err}")
+            wrong = refusal(status, err, "data_pipeline.py") or (
+                "" if may_refuse else f"refused good rows: {err}"
+            )
         counts["loaded" if status == 0 else "refused"] += 1
         if wrong:
-            lost.append(f"case {i}, {suffix}, {what}: {wrong}; begins {content[:200]!r}, {len(content)} bytes")
-    return f"{number} files ({counts['loaded']} loaded row for row, {counts['refused']} refused in one line)", lost
+            lost.append(
+                f"case {i}, {suffix}, {what}: {wrong}; begins {content[:200]!r}, {len(content)} bytes"
+            )
+    return (
+        f"{number} files ({counts['loaded']} loaded row for row, {counts['refused']} refused in one line)",
+        lost,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -556,7 +720,9 @@ def main(argv: list[str] | None = None) -> int:
         told, lost = campaign(args.number or number, random.Random(args.seed), Path(directory))
     for line in lost:
         print(line)
-    print(f"{args.campaign}, seed {args.seed}: {told}, {len(lost)} lost, {time.perf_counter() - start:.0f} s")
+    print(
+        f"{args.campaign}, seed {args.seed}: {told}, {len(lost)} lost, {time.perf_counter() - start:.0f} s"
+    )
     return int(bool(lost))
 
 

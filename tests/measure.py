@@ -50,10 +50,32 @@ RATES = {
 
 def run_flags(args: argparse.Namespace) -> list[str]:
     """What all runs have in common."""
-    flags = ["--dataset_path", args.dataset_path, "--model_name_or_path", args.model_name_or_path, "--epochs", "1"]
-    flags += ["--max_samples", str(args.max_samples), "--max_eval_samples", str(args.max_eval_samples)]
-    flags += ["--text_format", "output", "--num_samples", "0", "--log_interval", "100", "--overwrite_output_dir"]
-    return flags + (["--eval_dataset_path", args.eval_dataset_path] if args.eval_dataset_path else [])
+    flags = [
+        "--dataset_path",
+        args.dataset_path,
+        "--model_name_or_path",
+        args.model_name_or_path,
+        "--epochs",
+        "1",
+    ]
+    flags += [
+        "--max_samples",
+        str(args.max_samples),
+        "--max_eval_samples",
+        str(args.max_eval_samples),
+    ]
+    flags += [
+        "--text_format",
+        "output",
+        "--num_samples",
+        "0",
+        "--log_interval",
+        "100",
+        "--overwrite_output_dir",
+    ]
+    return flags + (
+        ["--eval_dataset_path", args.eval_dataset_path] if args.eval_dataset_path else []
+    )
 
 
 def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
@@ -62,7 +84,14 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
-    command = [sys.executable, str(ROOT / "train_llm.py"), *run_flags(args), "--output_dir", str(directory), *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "train_llm.py"),
+        *run_flags(args),
+        "--output_dir",
+        str(directory),
+        *flags,
+    ]
     before = cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -71,8 +100,15 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     counts = json.loads((directory / "run.json").read_text())["parameters"]
     skip = ("tokenizer.json", "tokenizer_config.json")
-    size = sum(file.stat().st_size for file in (directory / "final").iterdir() if file.name not in skip)
-    result = {"name": name, "before": losses[0], "after": losses[-1], "seconds": cpu_seconds() - before}
+    size = sum(
+        file.stat().st_size for file in (directory / "final").iterdir() if file.name not in skip
+    )
+    result = {
+        "name": name,
+        "before": losses[0],
+        "after": losses[-1],
+        "seconds": cpu_seconds() - before,
+    }
     result |= {"trainable": counts["trainable"], "total": counts["total"], "saved_mb": size / 1e6}
     summary.write_text(json.dumps(result))
     return result
@@ -89,7 +125,11 @@ def technique_flags(name: str, model: str) -> list[str]:
     if "half" not in name:
         return TECHNIQUES[name]
     args = modify_llm.with_defaults(None, model_name_or_path=model)
-    return [*TECHNIQUES[name], "--freeze_layers", f"0-{modify_llm.read_config(args).n_layer // 2 - 1}"]
+    return [
+        *TECHNIQUES[name],
+        "--freeze_layers",
+        f"0-{modify_llm.read_config(args).n_layer // 2 - 1}",
+    ]
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -98,10 +138,14 @@ def sweep(args: argparse.Namespace) -> None:
         if args.only and args.only not in name:
             continue
         flags = technique_flags(name, args.model_name_or_path)
-        losses = {r: train(args, f"sweep {name} {r:g}", *flags, "--learning_rate", str(r))["after"] for r in rates}
+        losses = {
+            r: train(args, f"sweep {name} {r:g}", *flags, "--learning_rate", str(r))["after"]
+            for r in rates
+        }
         best = min(losses.values())
         cells = [
-            f"**{loss:.3f}** ({rate:g})" if loss == best else f"{loss:.3f} ({rate:g})" for rate, loss in losses.items()
+            f"**{loss:.3f}** ({rate:g})" if loss == best else f"{loss:.3f} ({rate:g})"
+            for rate, loss in losses.items()
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -132,8 +176,12 @@ def train_with_peft(
     """Hugging Face's Trainer with PEFT's LoRA: one pass over the rows, in its own batches or the loader's."""
     import peft
 
-    base = GPT2LMHeadModel.from_pretrained(model_path, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    base = GPT2LMHeadModel.from_pretrained(
+        model_path, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout
+    )
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(base, config)
     arguments = TrainingArguments(
         output_dir=str(output_dir), per_device_train_batch_size=8, num_train_epochs=1,
@@ -158,7 +206,10 @@ def beside_peft(args: argparse.Namespace) -> None:
         if not summary.exists():
             summary.write_text(json.dumps({"after": peft_loss(args, seed)}))
         theirs = json.loads(summary.read_text())
-        print(f"| {seed} | {math.exp(ours['after']):.2f} | {math.exp(theirs['after']):.2f} |", flush=True)
+        print(
+            f"| {seed} | {math.exp(ours['after']):.2f} | {math.exp(theirs['after']):.2f} |",
+            flush=True,
+        )
 
 
 def peft_loss(args: argparse.Namespace, seed: int) -> float:
@@ -167,8 +218,16 @@ def peft_loss(args: argparse.Namespace, seed: int) -> float:
     runtime, tokenizer = train_llm.choose_runtime(flags), data_pipeline.load_tokenizer()
     rows, held_out = train_llm.load_rows(flags, tokenizer)
     set_seed(seed)
-    grouped = {"tokenizer": tokenizer, "padding": "longest", "group_by_length": True, "num_workers": 0, "seed": seed}
-    loader = data_pipeline.final_dataset_loader(rows, **grouped)  # Trainer's own order, long to short, learns less
+    grouped = {
+        "tokenizer": tokenizer,
+        "padding": "longest",
+        "group_by_length": True,
+        "num_workers": 0,
+        "seed": seed,
+    }
+    loader = data_pipeline.final_dataset_loader(
+        rows, **grouped
+    )  # Trainer's own order, long to short, learns less
     model = train_with_peft(
         modify_llm.locate(args.model_name_or_path), rows, args.work_dir / "peft", loader=loader, seed=seed,
         learning_rate=flags.learning_rate, weight_decay=flags.weight_decay, lr_scheduler_type="cosine",
@@ -189,8 +248,15 @@ def plot(rows: list[dict], args: argparse.Namespace) -> None:
     axes.axhline(math.exp(full["after"]), color="#c44e52", linestyle="--", label="full fine-tuning")
     for row in rows:
         if row is not full:
-            axes.plot(row["trainable"], math.exp(row["after"]), "o", markersize=9, label=row["label"])
-    axes.set(xscale="log", yscale="log", xlabel="trainable parameters", ylabel="held-out perplexity after one epoch")
+            axes.plot(
+                row["trainable"], math.exp(row["after"]), "o", markersize=9, label=row["label"]
+            )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="trainable parameters",
+        ylabel="held-out perplexity after one epoch",
+    )
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_title(f"{Path(args.model_name_or_path).name}, {args.max_samples:,} rows")
@@ -199,7 +265,9 @@ def plot(rows: list[dict], args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("sweep", "results", "peft"))
     parser.add_argument("--dataset_path", required=True)
     parser.add_argument("--eval_dataset_path", default="")

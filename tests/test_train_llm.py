@@ -43,7 +43,14 @@ from transformers import GPT2LMHeadModel, GPT2Tokenizer
 import data_pipeline
 import modify_llm
 import train_llm
-from train_llm import ChunkedCrossEntropy, Runtime, SummedLoss, evaluate, learning_rate_at, loss_inputs
+from train_llm import (
+    ChunkedCrossEntropy,
+    Runtime,
+    SummedLoss,
+    evaluate,
+    learning_rate_at,
+    loss_inputs,
+)
 
 ROOT = Path(train_llm.__file__).parent
 RESUME = ("--resume_from", "auto")
@@ -69,7 +76,9 @@ TECHNIQUES = {
 @pytest.fixture(scope="module")
 def bytes_tokenizer():
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = GPT2Tokenizer(vocab={c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, merges=[])
+    tokenizer = GPT2Tokenizer(
+        vocab={c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}, merges=[]
+    )
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     return tokenizer
 
@@ -93,7 +102,10 @@ def small_base(tmp_path_factory, bytes_tokenizer):
 def rows(tmp_path_factory):
     """26 rows; 5 are held out and 21 are left, so that the last step of each epoch has a single row."""
     draw = random.Random(0)
-    text = [{"q": "Q" * draw.randint(1, 20), "a": "".join(draw.choices("abc de", k=k * 2 + 1))} for k in range(26)]
+    text = [
+        {"q": "Q" * draw.randint(1, 20), "a": "".join(draw.choices("abc de", k=k * 2 + 1))}
+        for k in range(26)
+    ]
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_text(json.dumps(text))
     return path
@@ -118,7 +130,12 @@ def flags(small_base, rows):
             "max_steps": 6, "learning_rate": 0.01, "log_interval": 1, "num_samples": 0, "precision": "fp32",
             "device": "cpu",
         } | changes  # fmt: skip
-        pairs = [(k, v) for k, vs in settings.items() for v in (vs if isinstance(vs, list) else [vs]) if v is not None]
+        pairs = [
+            (k, v)
+            for k, vs in settings.items()
+            for v in (vs if isinstance(vs, list) else [vs])
+            if v is not None
+        ]
         return [f"--{key}={value}" for key, value in pairs]
 
     return build
@@ -152,7 +169,9 @@ def script(argv, **environment):
 def metrics(output_dir):
     """The rows of metrics.jsonl, without the one value that depends on the clock."""
     lines = (output_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines
+    ]
 
 
 def training_losses(output_dir):
@@ -180,13 +199,18 @@ def outcome(output_dir):
     """All that a run leaves behind that must not depend on how often it was stopped."""
     last = checkpoints(output_dir)[-1]
     places = {"final": output_dir / "final", "best": output_dir / "best", "last checkpoint": last}
-    return {"step": last.name, "metrics": metrics(output_dir)} | {name: saved(path) for name, path in places.items()}
+    return {"step": last.name, "metrics": metrics(output_dir)} | {
+        name: saved(path) for name, path in places.items()
+    }
 
 
 def snapshot(directory):
     """{file: (time of its last change, sha256)} of everything below a directory but the lock."""
     return {
-        str(file.relative_to(directory)): (file.stat().st_mtime_ns, hashlib.sha256(file.read_bytes()).hexdigest())
+        str(file.relative_to(directory)): (
+            file.stat().st_mtime_ns,
+            hashlib.sha256(file.read_bytes()).hexdigest(),
+        )
         for file in sorted(directory.rglob("*"))
         if file.is_file() and file.name != ".lock"
     }
@@ -230,7 +254,12 @@ def stopped_in(number, by=signal.SIGTERM, training=True):
 @pytest.fixture(scope="module")
 def batch(rows, bytes_tokenizer):
     """Eight rows of 2 to 70 tokens."""
-    kinds = {"text_format": FORMAT, "max_length": 96, "num_workers": 0, "tokenizer": bytes_tokenizer}
+    kinds = {
+        "text_format": FORMAT,
+        "max_length": 96,
+        "num_workers": 0,
+        "tokenizer": bytes_tokenizer,
+    }
     return next(iter(data_pipeline.final_dataset_loader(rows, padding="longest", **kinds)))
 
 
@@ -249,7 +278,9 @@ def technique_model(technique, base=None):
 @pytest.mark.parametrize("technique", TECHNIQUES)
 def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch):
     model = technique_model(technique)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     theirs = model(**batch).loss
     theirs_grad = torch.autograd.grad(theirs, list(trained.values()))
     (inputs,) = loss_inputs(batch, CPU)
@@ -260,7 +291,9 @@ def test_loss_and_gradients_are_those_of_transformers_own_loss(technique, batch)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for name, mine, reference in zip(trained, ours_grad, theirs_grad, strict=True):
         assert reference.abs().max() > 0, name
-        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6 * float(reference.abs().max()) + 1e-8)
+        torch.testing.assert_close(
+            mine, reference, rtol=1e-4, atol=1e-6 * float(reference.abs().max()) + 1e-8
+        )
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 90])
@@ -275,7 +308,9 @@ def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(techniqu
     assert several.item() == pytest.approx(one.item(), rel=1e-5)
     grads = (torch.autograd.grad(loss, trained) for loss in (several, one))
     for mine, reference in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-5 * float(reference.abs().max()))
+        torch.testing.assert_close(
+            mine, reference, rtol=1e-3, atol=1e-5 * float(reference.abs().max())
+        )
 
 
 @pytest.mark.parametrize("prefix", [0, 5])
@@ -284,7 +319,10 @@ def test_attention_block_by_block_on_a_cpu_is_what_pytorchs_own_computes_elsewhe
     queries = [(4, 300), (2, 32)]  # three blocks of queries, and one
     keys = [(n, prefix + width) for n, width in queries]
     counts = [sum(n * width for n, width in sizes) for sizes in (queries, keys, keys)]
-    states, upstream = [torch.randn(n, 8, requires_grad=True) for n in counts], torch.randn(counts[0], 8)
+    states, upstream = (
+        [torch.randn(n, 8, requires_grad=True) for n in counts],
+        torch.randn(counts[0], 8),
+    )
     results = []
     for dropout in (0.0, 1e-12):  # any dropout at all takes PyTorch's way, as a GPU does
         output = train_llm.causal_attention(*states, queries, keys, 0.3, dropout)
@@ -298,10 +336,17 @@ def test_rows_of_any_length_are_in_exactly_one_part():
     draw = random.Random(0)
     for _ in range(200):
         lengths = [draw.randint(1, draw.choice((5, 200, 3000))) for _ in range(draw.randint(1, 9))]
-        rows = [{"input_ids": torch.full((n,), i), "labels": torch.arange(n)} for i, n in enumerate(lengths, 1)]
+        rows = [
+            {"input_ids": torch.full((n,), i), "labels": torch.arange(n)}
+            for i, n in enumerate(lengths, 1)
+        ]
         parts = loss_inputs(data_pipeline.PadBatch(99, None)(rows), CPU, 500)
-        tokens = [[t for t in part["input_ids"][0].tolist() if t] for part in parts]  # 0: of the rows that fill up
-        assert sorted(itertools.chain(*tokens)) == [i for i, n in enumerate(lengths, 1) for _ in range(n)]
+        tokens = [
+            [t for t in part["input_ids"][0].tolist() if t] for part in parts
+        ]  # 0: of the rows that fill up
+        assert sorted(itertools.chain(*tokens)) == [
+            i for i, n in enumerate(lengths, 1) for _ in range(n)
+        ]
         assert all(0 < len(part) < 500 + max(lengths) for part in tokens)
 
 
@@ -315,33 +360,53 @@ def test_loss_is_the_hand_computed_sum_over_labelled_tokens():
     for row, position, token in ((0, 1, 3), (0, 2, 4), (1, 0, 6), (1, 1, 7)):
         scores = logits[row][position]
         expected += math.log(sum(math.exp(score) for score in scores)) - scores[token]
-    batch = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), "labels": labels}
-    assert SummedLoss(model)(**loss_inputs(batch, CPU)[0]).item() == pytest.approx(expected, rel=1e-6)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "labels": labels,
+    }
+    assert SummedLoss(model)(**loss_inputs(batch, CPU)[0]).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("trained", [(True, False), (False, True), (True, True)], ids=("hidden", "weight", "both"))
+@pytest.mark.parametrize(
+    "trained", [(True, False), (False, True), (True, True)], ids=("hidden", "weight", "both")
+)
 @pytest.mark.parametrize("rows_", [1, 128, 5000], ids="{} rows".format)
 def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradient(rows_, trained):
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(rows_, 16), torch.randn(50, 16), torch.randint(50, (rows_,))
+    hidden, weight, targets = (
+        torch.randn(rows_, 16),
+        torch.randn(50, 16),
+        torch.randint(50, (rows_,)),
+    )
     hidden.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
     wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
     ours = ChunkedCrossEntropy.apply(hidden, weight, targets, True)
     theirs = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
     for mine, reference in zip(
-        torch.autograd.grad(0.37 * ours, wanted), torch.autograd.grad(0.37 * theirs, wanted), strict=True
+        torch.autograd.grad(0.37 * ours, wanted),
+        torch.autograd.grad(0.37 * theirs, wanted),
+        strict=True,
     ):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_cross_entropy_of_bf16_states_is_summed_in_fp32():
     torch.manual_seed(0)
-    hidden, weight, targets = torch.randn(500, 16).bfloat16(), torch.randn(50, 16).bfloat16(), torch.arange(500) % 50
+    hidden, weight, targets = (
+        torch.randn(500, 16).bfloat16(),
+        torch.randn(50, 16).bfloat16(),
+        torch.arange(500) % 50,
+    )
     loss = ChunkedCrossEntropy.apply(hidden, weight, targets, False)
     reference = F.cross_entropy(hidden.float() @ weight.float().t(), targets, reduction="sum")
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(reference.item(), rel=1e-3)  # bf16 alone would be off by up to 4e-3
+    assert loss.item() == pytest.approx(
+        reference.item(), rel=1e-3
+    )  # bf16 alone would be off by up to 4e-3
 
 
 @pytest.mark.parametrize("technique", ["lora", "full"])
@@ -373,10 +438,40 @@ def cut_three_ways(tmp_path_factory, base_dir):
     ]
     (directory / "rows.json").write_text(json.dumps(text))
     for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        argv = ["--dataset_path", directory / "rows.json", "--model_name_or_path", base_dir, "--text_format", "alpaca"]
-        argv += ["--output_dir", directory / f"{batch_size}x{accumulation}", "--max_length", 128, "--epochs", 2]
-        argv += ["--batch_size", batch_size, "--gradient_accumulation_steps", accumulation, "--eval_fraction", 0.2]
-        argv += ["--precision", "fp32", "--log_interval", 1, "--num_samples", 0, "--learning_rate", "3e-3"]
+        argv = [
+            "--dataset_path",
+            directory / "rows.json",
+            "--model_name_or_path",
+            base_dir,
+            "--text_format",
+            "alpaca",
+        ]
+        argv += [
+            "--output_dir",
+            directory / f"{batch_size}x{accumulation}",
+            "--max_length",
+            128,
+            "--epochs",
+            2,
+        ]
+        argv += [
+            "--batch_size",
+            batch_size,
+            "--gradient_accumulation_steps",
+            accumulation,
+            "--eval_fraction",
+            0.2,
+        ]
+        argv += [
+            "--precision",
+            "fp32",
+            "--log_interval",
+            1,
+            "--num_samples",
+            0,
+            "--learning_rate",
+            "3e-3",
+        ]
         assert run([str(word) for word in argv]) == 0
     return directory
 
@@ -386,18 +481,26 @@ def test_accumulated_micro_batches_equal_the_large_batch(cut_three_ways, cut):
     whole, parts = cut_three_ways / "8x1", cut_three_ways / cut
     assert len(training_losses(whole)) == 2 * 3
     assert training_losses(parts) == pytest.approx(training_losses(whole), rel=1e-6)
-    assert list(held_out_losses(parts).values()) == pytest.approx(list(held_out_losses(whole).values()), rel=1e-6)
-    norms = [[row["grad_norm"] for row in metrics(run_) if "grad_norm" in row] for run_ in (whole, parts)]
+    assert list(held_out_losses(parts).values()) == pytest.approx(
+        list(held_out_losses(whole).values()), rel=1e-6
+    )
+    norms = [
+        [row["grad_norm"] for row in metrics(run_) if "grad_norm" in row] for run_ in (whole, parts)
+    ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     expected = load_file(whole / "final" / "adapter_model.safetensors")
     for name, tensor in load_file(parts / "final" / "adapter_model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: n + text)
+        torch.testing.assert_close(
+            tensor, expected[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: n + text
+        )
 
 
 def first_gradients(output_dir):
     """The gradients of a run of a single step, as AdamW saw them: its first moment is a tenth of them."""
     tensors = load_file(checkpoints(output_dir)[-1] / "optimizer.safetensors")
-    return {k.removesuffix(".exp_avg"): 10 * v for k, v in tensors.items() if k.endswith(".exp_avg")}
+    return {
+        k.removesuffix(".exp_avg"): 10 * v for k, v in tensors.items() if k.endswith(".exp_avg")
+    }
 
 
 def plain_loss(model, dataset, backward=False):
@@ -417,7 +520,9 @@ def total_norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
 
-def test_a_step_follows_the_mean_loss_over_the_tokens_of_the_whole_window(flags, tmp_path, rows, bytes_tokenizer):
+def test_a_step_follows_the_mean_loss_over_the_tokens_of_the_whole_window(
+    flags, tmp_path, rows, bytes_tokenizer
+):
     one_step = {"max_steps": 1, "max_grad_norm": 0, "max_samples": 8, "modification_type": "full"}
     assert run(flags(tmp_path, **one_step, gradient_accumulation_steps=4)) == 0
     dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
@@ -432,8 +537,12 @@ def test_a_step_follows_the_mean_loss_over_the_tokens_of_the_whole_window(flags,
 
 
 @pytest.mark.parametrize("limit", [0.05, 1000.0])
-def test_gradients_are_clipped_once_a_step_by_their_norm_over_all_parameters(flags, tmp_path, limit):
-    assert run(flags(tmp_path, max_steps=1, max_grad_norm=limit, gradient_accumulation_steps=4)) == 0
+def test_gradients_are_clipped_once_a_step_by_their_norm_over_all_parameters(
+    flags, tmp_path, limit
+):
+    assert (
+        run(flags(tmp_path, max_steps=1, max_grad_norm=limit, gradient_accumulation_steps=4)) == 0
+    )
     norm = metrics(tmp_path)[1]["grad_norm"]
     assert 0.05 < norm < 1000
     assert total_norm(first_gradients(tmp_path)) == pytest.approx(min(limit, norm), rel=1e-4)
@@ -442,36 +551,59 @@ def test_gradients_are_clipped_once_a_step_by_their_norm_over_all_parameters(fla
 def test_weight_decay_spares_parameters_with_one_dimension(flags, tmp_path):
     """AdamW decays the weight itself by learning rate x decay, besides the same step."""
     for decay in (0.0, 0.5):
-        argv = flags(tmp_path / str(decay), max_steps=1, weight_decay=decay, modification_type="full")
+        argv = flags(
+            tmp_path / str(decay), max_steps=1, weight_decay=decay, modification_type="full"
+        )
         assert run([*argv, "--scheduler=constant"]) == 0
     start = dict(small_gpt2().named_parameters())
-    plain, decayed = (load_file(tmp_path / d / "final" / "model.safetensors") for d in ("0.0", "0.5"))
+    plain, decayed = (
+        load_file(tmp_path / d / "final" / "model.safetensors") for d in ("0.0", "0.5")
+    )
     assert plain.keys() == decayed.keys()
     for name, tensor in plain.items():
         share = 0.01 * 0.5 if tensor.ndim > 1 else 0.0
-        torch.testing.assert_close(decayed[name], tensor - share * start[name], rtol=0, atol=2e-8 if share else 0)
+        torch.testing.assert_close(
+            decayed[name], tensor - share * start[name], rtol=0, atol=2e-8 if share else 0
+        )
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_gradient_checkpointing_trains_a_frozen_base_to_the_same_weights(flags, tmp_path):
     assert run(flags(tmp_path / "without")) == 0
     assert run(flags(tmp_path / "with", gradient_checkpointing="true")) == 0
-    assert training_losses(tmp_path / "with") == pytest.approx(training_losses(tmp_path / "without"), rel=1e-6)
+    assert training_losses(tmp_path / "with") == pytest.approx(
+        training_losses(tmp_path / "without"), rel=1e-6
+    )
 
 
 def test_logging_evaluating_sampling_and_workers_never_change_the_weights(flags, tmp_path):
-    dropouts = {"dropout": 0.1, "lora_dropout": 0.1, "num_samples": 0, "gradient_accumulation_steps": 1}
+    dropouts = {
+        "dropout": 0.1,
+        "lora_dropout": 0.1,
+        "num_samples": 0,
+        "gradient_accumulation_steps": 1,
+    }
     assert run(flags(tmp_path / "quiet", **dropouts, log_interval=100, eval_interval=100)) == 0
-    busy = {"num_samples": 2, "temperature": 0.9, "max_new_tokens": 4, "eval_interval": 2, "save_interval": 1}
+    busy = {
+        "num_samples": 2,
+        "temperature": 0.9,
+        "max_new_tokens": 4,
+        "eval_interval": 2,
+        "save_interval": 1,
+    }
     assert run(flags(tmp_path / "busy", **(dropouts | busy), num_workers=1)) == 0
     assert saved(tmp_path / "busy" / "final") == saved(tmp_path / "quiet" / "final")
 
 
-@pytest.mark.skipif(not train_llm.bf16_in_hardware(torch.device("cpu")), reason="no bf16 in this processor")
+@pytest.mark.skipif(
+    not train_llm.bf16_in_hardware(torch.device("cpu")), reason="no bf16 in this processor"
+)
 def test_bf16_follows_fp32(flags, tmp_path):
     for precision in ("fp32", "bf16"):
         assert run(flags(tmp_path / precision, precision=precision, modification_type="full")) == 0
-    assert training_losses(tmp_path / "bf16") == pytest.approx(training_losses(tmp_path / "fp32"), abs=0.05)
+    assert training_losses(tmp_path / "bf16") == pytest.approx(
+        training_losses(tmp_path / "fp32"), abs=0.05
+    )
     weights = load_file(checkpoints(tmp_path / "bf16")[-1] / "trainable.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
@@ -482,7 +614,13 @@ def test_bf16_follows_fp32(flags, tmp_path):
 @pytest.mark.parametrize(
     ("scheduler", "warmup", "min_lr", "total", "expected"),
     [
-        ("warmup_cosine", 4, 0.0, 14, {1: 0.25, 2: 0.5, 4: 1.0, 5: 1.0, 8: 0.75, 11: 0.25, 14: 0.0}),
+        (
+            "warmup_cosine",
+            4,
+            0.0,
+            14,
+            {1: 0.25, 2: 0.5, 4: 1.0, 5: 1.0, 8: 0.75, 11: 0.25, 14: 0.0},
+        ),
         ("warmup_cosine", 4, 0.2, 14, {1: 0.25, 4: 1.0, 5: 1.0, 8: 0.8, 11: 0.4, 14: 0.2}),
         ("linear", 4, 0.0, 14, {1: 0.25, 4: 1.0, 5: 1.0, 8: 2 / 3, 11: 1 / 3, 14: 0.0}),
         ("linear", 0, 0.5, 11, {1: 1.0, 6: 0.75, 11: 0.5}),
@@ -504,16 +642,22 @@ def logged_rates(output_dir):
 
 def test_the_logged_rate_is_the_schedules_counted_in_optimizer_steps(flags, tmp_path):
     assert run(flags(tmp_path, scheduler="linear", warmup_steps=2, learning_rate=0.04)) == 0
-    assert logged_rates(tmp_path) == pytest.approx([0.02, 0.04, 0.04, 0.08 / 3, 0.04 / 3, 0.0], abs=1e-12)
+    assert logged_rates(tmp_path) == pytest.approx(
+        [0.02, 0.04, 0.04, 0.08 / 3, 0.04 / 3, 0.0], abs=1e-12
+    )
 
 
 def test_the_logged_rate_is_the_one_that_moves_the_weights(flags, tmp_path):
     """AdamW's first step moves a weight by the rate itself, whatever the size of its gradient."""
-    argv = flags(tmp_path, max_steps=1, warmup_steps=4, learning_rate=0.04, weight_decay=0, log_interval=1)
+    argv = flags(
+        tmp_path, max_steps=1, warmup_steps=4, learning_rate=0.04, weight_decay=0, log_interval=1
+    )
     assert run(argv) == 0
     assert logged_rates(tmp_path) == [0.01]
     tensors = load_file(tmp_path / "final" / "adapter_model.safetensors")
-    moved = torch.cat([tensor.flatten() for name, tensor in tensors.items() if "lora_B" in name]).abs()
+    moved = torch.cat(
+        [tensor.flatten() for name, tensor in tensors.items() if "lora_B" in name]
+    ).abs()
     assert moved.median().item() == pytest.approx(0.01, rel=1e-3)
 
 
@@ -531,11 +675,17 @@ def test_a_warm_up_longer_than_the_run_is_allowed_with_a_warning(flags, tmp_path
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_is_the_plain_loss_row_by_row_whatever_the_batch_size_and_padding(rows, bytes_tokenizer):
+def test_evaluation_is_the_plain_loss_row_by_row_whatever_the_batch_size_and_padding(
+    rows, bytes_tokenizer
+):
     model = technique_model("lora")
     dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
     expected, tokens = plain_loss(model, dataset)
-    for batch_size, padding, grouped in ((1, "longest", False), (7, "longest", True), (26, "max_length", False)):
+    for batch_size, padding, grouped in (
+        (1, "longest", False),
+        (7, "longest", True),
+        (26, "max_length", False),
+    ):
         loader = data_pipeline.final_dataset_loader(
             dataset, tokenizer=bytes_tokenizer, batch_size=batch_size, padding=padding, group_by_length=grouped,
             max_length=96, num_workers=0, shuffle=False,
@@ -547,7 +697,12 @@ def test_evaluation_is_the_plain_loss_row_by_row_whatever_the_batch_size_and_pad
 
 def test_evaluation_is_without_dropout_and_leaves_the_mode_as_it_was(rows, bytes_tokenizer):
     model = small_gpt2(resid_pdrop=0.5)
-    kinds = {"text_format": FORMAT, "max_length": 96, "num_workers": 0, "tokenizer": bytes_tokenizer}
+    kinds = {
+        "text_format": FORMAT,
+        "max_length": 96,
+        "num_workers": 0,
+        "tokenizer": bytes_tokenizer,
+    }
     loader = data_pipeline.final_dataset_loader(rows, shuffle=False, **kinds)
     loss = SummedLoss(model).train()
     values = {evaluate(loss, loader, CPU) for _ in range(2)}
@@ -560,13 +715,20 @@ def technique_runs(flags, tmp_path_factory):
     """Every technique, trained for 4 steps with dropout."""
     directory = tmp_path_factory.mktemp("techniques")
     for name, settings in TECHNIQUES.items():
-        settings = {"lora_dropout": 0.1, "dropout": 0.1, "max_steps": 4, "eval_interval": 2} | settings
+        settings = {
+            "lora_dropout": 0.1,
+            "dropout": 0.1,
+            "max_steps": 4,
+            "eval_interval": 2,
+        } | settings
         assert run(flags(directory / name, **settings)) == 0
     return directory
 
 
 def printed_loss(capsys):
-    return re.findall(r"^Held-out loss: (\d+\.\d{4}) \| Held-out PPL: [\d.]+ \|", capsys.readouterr().out, re.M)
+    return re.findall(
+        r"^Held-out loss: (\d+\.\d{4}) \| Held-out PPL: [\d.]+ \|", capsys.readouterr().out, re.M
+    )
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
@@ -595,24 +757,39 @@ def test_the_logged_held_out_loss_is_that_of_transformers_on_the_model_that_was_
 
 def test_evaluation_starts_as_many_workers_as_it_is_told_to(flags, tmp_path, monkeypatch):
     started, start = [], multiprocessing.Process.start
-    monkeypatch.setattr(multiprocessing.Process, "start", lambda self: (started.append(self), start(self)))
+    monkeypatch.setattr(
+        multiprocessing.Process, "start", lambda self: (started.append(self), start(self))
+    )
     for number in (0, 1):
         started.clear()
         assert run([*flags(tmp_path / "unused", num_workers=number), "--eval_only"]) == 0
         assert len(started) == number
 
 
-def test_rows_of_hundreds_of_tokens_have_the_loss_that_transformers_gives_them(flags, tmp_path, bytes_tokenizer):
+def test_rows_of_hundreds_of_tokens_have_the_loss_that_transformers_gives_them(
+    flags, tmp_path, bytes_tokenizer
+):
     small_gpt2(n_positions=512).save_pretrained(tmp_path / "long")
     bytes_tokenizer.save_pretrained(tmp_path / "long")
-    text = [{"q": "Q", "a": "".join(random.Random(k).choices("abc de", k=k))} for k in (500, 450, 380, 120, 3)]
+    text = [
+        {"q": "Q", "a": "".join(random.Random(k).choices("abc de", k=k))}
+        for k in (500, 450, 380, 120, 3)
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(text))
     files = dict.fromkeys(("dataset_path", "eval_dataset_path"), tmp_path / "rows.json")
-    settings = {"max_length": 512, "max_steps": 1, "modification_type": "full", "max_grad_norm": 0, "batch_size": 1}
+    settings = {
+        "max_length": 512,
+        "max_steps": 1,
+        "modification_type": "full",
+        "max_grad_norm": 0,
+        "batch_size": 1,
+    }
     argv = flags(tmp_path / "out", **files, **settings, model_name_or_path=tmp_path / "long")
     assert run([*argv, "--gradient_accumulation_steps=5"]) == 0
     model = small_gpt2(n_positions=512)
-    dataset = data_pipeline.load_dataset(tmp_path / "rows.json", bytes_tokenizer, text_format=FORMAT)
+    dataset = data_pipeline.load_dataset(
+        tmp_path / "rows.json", bytes_tokenizer, text_format=FORMAT
+    )
     loss, _ = plain_loss(model, dataset, backward=True)
     assert held_out_losses(tmp_path / "out")[0] == pytest.approx(loss, abs=1e-5)
     ours = first_gradients(tmp_path / "out")
@@ -620,12 +797,16 @@ def test_rows_of_hundreds_of_tokens_have_the_loss_that_transformers_gives_them(f
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_without_an_adapter_the_untouched_base_is_evaluated(technique_runs, flags, tmp_path, capsys):
+def test_without_an_adapter_the_untouched_base_is_evaluated(
+    technique_runs, flags, tmp_path, capsys
+):
     assert run([*flags(tmp_path / "unused"), "--eval_only"]) == 0
     assert printed_loss(capsys) == [f"{held_out_losses(technique_runs / 'lora')[0]:.4f}"]
 
 
-def test_rows_beyond_the_models_positions_are_refused_in_evaluation_too(technique_runs, flags, tmp_path, capsys):
+def test_rows_beyond_the_models_positions_are_refused_in_evaluation_too(
+    technique_runs, flags, tmp_path, capsys
+):
     (tmp_path / "long.json").write_text(json.dumps([{"q": "Q", "a": "a" * 300}] * 2))
     argv = flags(tmp_path / "out", adapter_path=technique_runs / "lora" / "best", max_length=200)
     argv += ["--eval_dataset_path", str(tmp_path / "long.json"), "--eval_only"]
@@ -633,7 +814,9 @@ def test_rows_beyond_the_models_positions_are_refused_in_evaluation_too(techniqu
 
 
 @pytest.mark.parametrize("technique", ["lora", "key_value", "full"])
-def test_adapter_path_goes_on_from_what_an_earlier_run_saved(technique_runs, flags, tmp_path, technique):
+def test_adapter_path_goes_on_from_what_an_earlier_run_saved(
+    technique_runs, flags, tmp_path, technique
+):
     source = technique_runs / technique
     before = snapshot(source)
     argv = flags(tmp_path, adapter_path=source / "best", model_name_or_path=None, max_steps=2)
@@ -647,15 +830,28 @@ def test_adapter_path_goes_on_from_what_an_earlier_run_saved(technique_runs, fla
     assert snapshot(source) == before
 
 
-def test_a_base_given_by_name_is_taken_even_where_the_name_is_the_flags_default(technique_runs, capsys):
-    argv = ["--adapter_path", str(technique_runs / "lora" / "best"), "--model_name_or_path=gpt2", "--prompt=x"]
+def test_a_base_given_by_name_is_taken_even_where_the_name_is_the_flags_default(
+    technique_runs, capsys
+):
+    argv = [
+        "--adapter_path",
+        str(technique_runs / "lora" / "best"),
+        "--model_name_or_path=gpt2",
+        "--prompt=x",
+    ]
     assert "--model_name_or_path gpt2: " in refused(argv, capsys)
 
 
 def test_an_adapters_own_technique_decides_the_learning_rate(technique_runs, flags, tmp_path):
-    argv = flags(tmp_path, adapter_path=technique_runs / "prefix" / "best", learning_rate=None, max_steps=1)
+    argv = flags(
+        tmp_path, adapter_path=technique_runs / "prefix" / "best", learning_rate=None, max_steps=1
+    )
     assert run([*argv, "--scheduler=constant"]) == 0
-    assert logged_rates(tmp_path) == [train_llm.LEARNING_RATES["embedding"]]
+    assert logged_rates(tmp_path) == [
+        modify_llm.TECHNIQUES["prefix"].learning_rate(
+            modify_llm.with_defaults(modification_type="prefix")
+        )
+    ]
 
 
 # ---- what a run writes -----------------------------------------------------------------------------------------------
@@ -665,7 +861,9 @@ def test_an_adapters_own_technique_decides_the_learning_rate(technique_runs, fla
 def finished(flags, tmp_path_factory):
     """(output directory, stdout, stderr) of a run of two epochs through the script, on a terminal without emoji."""
     directory = tmp_path_factory.mktemp("finished") / "out"
-    argv = flags(directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
+    argv = flags(
+        directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2
+    )
     process = script(argv, PYTHONIOENCODING="cp1252")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()
@@ -684,7 +882,12 @@ def test_a_run_leaves_exactly_these_files(finished):
     assert [path.name for path in checkpoints(directory)] == ["step_00000006", "step_00000012"]
     for place in ("best", "final"):
         held = {path.name for path in (directory / place).iterdir()}
-        assert {"adapter_model.safetensors", "adapter_config.json", "modification.json", "tokenizer.json"} <= held
+        assert {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "modification.json",
+            "tokenizer.json",
+        } <= held
     assert (directory / "training_curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
@@ -715,7 +918,15 @@ def test_metrics_rows_have_these_keys_and_perplexity_is_exp_of_loss(finished):
     assert [row["epoch"] for row in training] == [0, 0, 0, 1, 1, 1]
     assert [(row["step"], row["epoch"]) for row in held_out] == [(0, 0), (6, 0), (12, 1)]
     for row in training:
-        assert list(row) == ["step", "epoch", "loss", "perplexity", "lr", "grad_norm", "tokens_per_second"]
+        assert list(row) == [
+            "step",
+            "epoch",
+            "loss",
+            "perplexity",
+            "lr",
+            "grad_norm",
+            "tokens_per_second",
+        ]
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert row["grad_norm"] > 0 and row["tokens_per_second"] > 0
     for row in held_out:
@@ -723,9 +934,18 @@ def test_metrics_rows_have_these_keys_and_perplexity_is_exp_of_loss(finished):
         assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
 
 
-def test_a_training_row_is_the_token_weighted_mean_since_the_row_before(flags, tmp_path, rows, bytes_tokenizer):
+def test_a_training_row_is_the_token_weighted_mean_since_the_row_before(
+    flags, tmp_path, rows, bytes_tokenizer
+):
     """With a rate too small to move a weight, an epoch's rows average to the base's own loss over the training rows."""
-    argv = flags(tmp_path, max_steps=None, epochs=1, learning_rate=1e-30, log_interval=100, scheduler="constant")
+    argv = flags(
+        tmp_path,
+        max_steps=None,
+        epochs=1,
+        learning_rate=1e-30,
+        log_interval=100,
+        scheduler="constant",
+    )
     assert run(argv) == 0
     dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
     expected, _ = plain_loss(small_gpt2(), dataset.split(0.2, 42)[0])
@@ -764,7 +984,9 @@ def test_the_log_file_has_the_line_with_its_emoji(finished, line):
     assert re.search(rf"^{decorated}$", log, re.M)
 
 
-def test_the_progress_bar_shows_the_loss_the_speed_and_the_time_left(flags, tmp_path, capsys, monkeypatch):
+def test_the_progress_bar_shows_the_loss_the_speed_and_the_time_left(
+    flags, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert run(flags(tmp_path, max_steps=3)) == 0
     shown = capsys.readouterr().err
@@ -791,7 +1013,9 @@ def test_a_saved_model_with_a_flipped_byte_is_refused_but_its_card_may_be_edited
 def test_a_run_that_fails_in_its_last_words_is_not_finished(flags, tmp_path, monkeypatch):
     argv = flags(tmp_path / "out", max_steps=2, num_samples=1)
     with monkeypatch.context() as patch:
-        patch.setattr(train_llm, "write_predictions", lambda *_: (_ for _ in ()).throw(OSError("no")))
+        patch.setattr(
+            train_llm, "write_predictions", lambda *_: (_ for _ in ()).throw(OSError("no"))
+        )
         assert run(argv) == 1
     assert run([*argv, "--resume_from=auto"]) == 0
     assert (tmp_path / "out" / "predictions.jsonl").exists()
@@ -801,7 +1025,9 @@ def test_a_run_that_fails_in_its_last_words_is_not_finished(flags, tmp_path, mon
 def test_compiled_training_takes_the_same_steps(flags, tmp_path):
     for name, compiled in (("plain", []), ("compiled", ["--compile"])):
         assert run([*flags(tmp_path / name, max_steps=3, num_samples=0), *compiled]) == 0
-    plain, compiled = (load_file(tmp_path / n / "final/adapter_model.safetensors") for n in ("plain", "compiled"))
+    plain, compiled = (
+        load_file(tmp_path / n / "final/adapter_model.safetensors") for n in ("plain", "compiled")
+    )
     for name, tensor in plain.items():
         # AdamW takes steps of 1e-2 whatever a gradient's size: where one is next to nothing, rounding shows
         torch.testing.assert_close(compiled[name], tensor, rtol=1e-4, atol=1e-4)
@@ -813,16 +1039,29 @@ def test_the_model_card_tells_the_results_and_its_lines_load_the_model(technique
     card = (directory / "README.md").read_text()
     before, *_, after = held_out_losses(technique_runs / technique).values()
     assert f": {math.exp(before):.2f} -> {math.exp(after):.2f}\n" in card
-    scope = {"PeftModel": PeftModel, "AutoModelForCausalLM": GPT2LMHeadModel, "modify_llm": modify_llm}
+    scope = {
+        "PeftModel": PeftModel,
+        "AutoModelForCausalLM": GPT2LMHeadModel,
+        "modify_llm": modify_llm,
+    }
     ids, logits = torch.arange(40, 60)[None], []
-    for line in card.split("```python\n")[1].split("```")[0].replace('"DIR"', repr(str(directory))).splitlines():
+    for line in (
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace('"DIR"', repr(str(directory)))
+        .splitlines()
+    ):
         exec(line, scope)
-        logits.append(scope["model"].eval()(input_ids=ids).logits[:, -20:])  # PEFT keeps a prompt's own logits
+        logits.append(
+            scope["model"].eval()(input_ids=ids).logits[:, -20:]
+        )  # PEFT keeps a prompt's own logits
     if len(logits) > 1:  # the last two lines: the library's way, and ours
         torch.testing.assert_close(logits[-1], logits[-2])
 
 
-def test_predictions_hold_reference_base_and_tuned_answers(finished, small_base, rows, bytes_tokenizer):
+def test_predictions_hold_reference_base_and_tuned_answers(
+    finished, small_base, rows, bytes_tokenizer
+):
     lines = (finished[0] / "predictions.jsonl").read_text().splitlines()
     predictions = [json.loads(line) for line in lines]
     texts = [(row["q"], row["a"]) for row in json.loads(rows.read_text())]
@@ -833,9 +1072,15 @@ def test_predictions_hold_reference_base_and_tuned_answers(finished, small_base,
         assert (row["prompt"], row["reference"]) in texts
         ids = torch.tensor([bytes_tokenizer(row["prompt"])["input_ids"]])
         answer = base.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, pad_token_id=EOS
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=EOS,
         )[0, ids.shape[1] :]
-        assert row["base"] == bytes_tokenizer.decode([token for token in answer.tolist() if token != EOS])
+        assert row["base"] == bytes_tokenizer.decode(
+            [token for token in answer.tolist() if token != EOS]
+        )
         assert isinstance(row["stopped"], bool)
 
 
@@ -843,7 +1088,9 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(flags, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert run(flags(tmp_path, max_steps=2, report_to="tensorboard")) == 0
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.value for event in events.Scalars("loss")] == pytest.approx(training_losses(tmp_path), rel=1e-6)
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(
+        training_losses(tmp_path), rel=1e-6
+    )
     assert {event.step: event.value for event in events.Scalars("eval_loss")} == pytest.approx(
         held_out_losses(tmp_path)
     )
@@ -851,9 +1098,15 @@ def test_tensorboard_gets_the_numbers_of_metrics_jsonl(flags, tmp_path):
 
 def test_tensorboard_gets_the_settings_and_an_answer_an_evaluation(flags, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    assert run(flags(tmp_path, max_steps=2, report_to="tensorboard", num_samples=1, max_new_tokens=2)) == 0
+    assert (
+        run(flags(tmp_path, max_steps=2, report_to="tensorboard", num_samples=1, max_new_tokens=2))
+        == 0
+    )
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert b"learning_rate: 0.01" in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+    assert (
+        b"learning_rate: 0.01"
+        in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0]
+    )
     assert [event.step for event in events.Tensors("samples/text_summary")] == [2]
 
 
@@ -873,7 +1126,10 @@ def worse_and_worse(flags, tmp_path_factory):
         (directory / f"{name}.json").write_text(json.dumps([{"q": "Q", "a": letter * 9}] * 8))
 
     def build(output_dir, **changes):
-        files = {"dataset_path": directory / "trained.json", "eval_dataset_path": directory / "held_out.json"}
+        files = {
+            "dataset_path": directory / "trained.json",
+            "eval_dataset_path": directory / "held_out.json",
+        }
         return flags(output_dir, eval_interval=1, scheduler="constant", **files, **changes)
 
     return build
@@ -904,10 +1160,14 @@ def test_a_checkpoint_that_cannot_be_removed_is_a_warning(flags, tmp_path, capsy
     monkeypatch.setattr(Path, "rename", held)
     assert run(flags(tmp_path, save_interval=1, save_total_limit=1, eval_fraction=0)) == 0
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000006"]
-    assert re.search(r"^WARNING:.*step_00000002: cannot be removed: .*denied", capsys.readouterr().out, re.M)
+    assert re.search(
+        r"^WARNING:.*step_00000002: cannot be removed: .*denied", capsys.readouterr().out, re.M
+    )
 
 
-def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(worse_and_worse, tmp_path):
+def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(
+    worse_and_worse, tmp_path
+):
     argv = worse_and_worse(tmp_path, max_steps=40, early_stopping_patience=3)
     assert run(argv) == 0
     assert list(held_out_losses(tmp_path)) == [0, 1, 2, 3, 4]
@@ -953,7 +1213,9 @@ def test_a_stopped_run_leaves_a_checkpoint_and_resumes_to_the_same_bits(
         assert run(argv) == 128 + by
     assert checkpoints(tmp_path)[-1].name == f"step_{step:08d}"
     assert not (tmp_path / "final").exists()
-    assert re.search(rf"Stopped by {by.name} at step {step}\b.*--resume_from auto", capsys.readouterr().out)
+    assert re.search(
+        rf"Stopped by {by.name} at step {step}\b.*--resume_from auto", capsys.readouterr().out
+    )
     assert run([*argv, *RESUME]) == 0
     assert f"at step {step}\n" in capsys.readouterr().out
     assert outcome(tmp_path) == never_stopped
@@ -970,7 +1232,9 @@ def test_a_run_stopped_in_every_step_equals_one_that_never_was(flags, tmp_path, 
 
 
 @pytest.mark.parametrize("evaluation", [1, 4, 8])
-def test_a_run_stopped_while_evaluating_resumes_to_the_same_bits(flags, tmp_path, never_stopped, evaluation):
+def test_a_run_stopped_while_evaluating_resumes_to_the_same_bits(
+    flags, tmp_path, never_stopped, evaluation
+):
     argv = flags(tmp_path, **DRAWN)
     with stopped_in(evaluation, training=False):
         assert run(argv) == 143
@@ -1000,7 +1264,9 @@ def test_the_rows_that_fill_up_a_batch_have_places_of_their_own_and_no_labels(le
     assert inputs["input_ids"].numel() - sum(lengths) <= max(31, sum(lengths) / 16)
 
 
-def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(flags, tmp_path, monkeypatch, never_stopped):
+def test_a_signal_in_the_middle_of_a_save_lets_the_save_complete(
+    flags, tmp_path, monkeypatch, never_stopped
+):
     argv, synced, fsync = flags(tmp_path, **DRAWN), itertools.count(1), os.fsync
 
     def signalled(descriptor):
@@ -1022,12 +1288,21 @@ def test_a_run_in_parts_takes_the_same_steps_a_backward_pass_after_each_part(
     flags, tmp_path, base_dir, monkeypatch, technique
 ):
     forward, backward, seen, rows = SummedLoss.forward, torch.Tensor.backward, [], []
-    monkeypatch.setattr(SummedLoss, "forward", lambda *a, **k: seen[-1].append("f") or forward(*a, **k))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: seen[-1].append("b") or backward(*a, **k))
+    monkeypatch.setattr(
+        SummedLoss, "forward", lambda *a, **k: seen[-1].append("f") or forward(*a, **k)
+    )
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda *a, **k: seen[-1].append("b") or backward(*a, **k)
+    )
     for at_once in (10**6, 20):
         monkeypatch.setattr(train_llm, "CPU_TOKENS", at_once)
         seen.append([])
-        changes = {"model_name_or_path": base_dir, "eval_fraction": 0, "max_length": 64, "learning_rate": 1e-3}
+        changes = {
+            "model_name_or_path": base_dir,
+            "eval_fraction": 0,
+            "max_length": 64,
+            "learning_rate": 1e-3,
+        }
         assert run(flags(tmp_path / str(at_once), modification_type=technique, **changes)) == 0
         rows.append([(row["loss"], row["grad_norm"]) for row in metrics(tmp_path / str(at_once))])
     whole, parts = ("".join(passes) for passes in seen)
@@ -1040,7 +1315,12 @@ def test_a_run_in_parts_takes_the_same_steps_a_backward_pass_after_each_part(
 
 def test_an_evaluation_in_parts_is_the_evaluation(rows, bytes_tokenizer, monkeypatch):
     summed_loss = SummedLoss(small_gpt2())
-    kinds = {"text_format": FORMAT, "padding": "longest", "num_workers": 0, "tokenizer": bytes_tokenizer}
+    kinds = {
+        "text_format": FORMAT,
+        "padding": "longest",
+        "num_workers": 0,
+        "tokenizer": bytes_tokenizer,
+    }
     loader, found = data_pipeline.final_dataset_loader(rows, **kinds), []
     for at_once in (10**6, 20):
         monkeypatch.setattr(train_llm, "CPU_TOKENS", at_once)
@@ -1058,7 +1338,9 @@ def test_the_mapped_file_of_the_base_is_let_go_before_training(base_dir):
             modification_type=technique, freeze_layers="0", model_name_or_path=str(base_dir)
         )
         assert file in maps.read_text()
-        train_llm.prepare_model(model, train_llm.parse(["--dataset_path=-"]), Runtime(CPU.device, torch.bfloat16))
+        train_llm.prepare_model(
+            model, train_llm.parse(["--dataset_path=-"]), Runtime(CPU.device, torch.bfloat16)
+        )
         assert file not in maps.read_text()
 
 
@@ -1082,7 +1364,11 @@ def test_a_run_resumed_within_the_second_adds_to_its_log(flags, tmp_path, monkey
         assert run(flags(tmp_path)) == 143
     assert run([*flags(tmp_path), *RESUME]) == 0
     (log,) = tmp_path.glob("training_*.log")
-    assert [word for word in ("Stopped by", "Resumed from") if word not in log.read_text(encoding="utf-8")] == []
+    assert [
+        word
+        for word in ("Stopped by", "Resumed from")
+        if word not in log.read_text(encoding="utf-8")
+    ] == []
 
 
 def test_resume_auto_without_a_checkpoint_warns_and_starts_at_step_0(flags, tmp_path, capsys):
@@ -1135,7 +1421,9 @@ def edit_the_manifest(checkpoint):
     (checkpoint / "optimizer.safetensors").write_bytes(content)
     text = (checkpoint / "manifest.json").read_text()
     assert before in text
-    (checkpoint / "manifest.json").write_text(text.replace(before, hashlib.sha256(content).hexdigest()))
+    (checkpoint / "manifest.json").write_text(
+        text.replace(before, hashlib.sha256(content).hexdigest())
+    )
 
 
 def drop_a_file(checkpoint):
@@ -1145,9 +1433,13 @@ def drop_a_file(checkpoint):
 def sign(checkpoint, **more):
     """Fits the manifest to the files, as one who knows its form can."""
     names = sorted(file.name for file in checkpoint.iterdir() if file.name != "manifest.json")
-    files = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names} | more
+    files = {
+        name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names
+    } | more
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    (checkpoint / "manifest.json").write_text(json.dumps({"files": files, "manifest_sha256": digest}))
+    (checkpoint / "manifest.json").write_text(
+        json.dumps({"files": files, "manifest_sha256": digest})
+    )
 
 
 def name_a_file_outside(checkpoint):
@@ -1178,7 +1470,9 @@ def put_nan(checkpoint):
 
 
 def put_nan_into_the_optimizer(checkpoint):
-    change_tensors(checkpoint, lambda ts: next(t for t in ts.values() if t.ndim).fill_(math.nan), "optimizer")
+    change_tensors(
+        checkpoint, lambda ts: next(t for t in ts.values() if t.ndim).fill_(math.nan), "optimizer"
+    )
 
 
 def add_a_tensor(checkpoint):
@@ -1231,15 +1525,21 @@ def make_settings_a_list(checkpoint):
 
 
 def shorten_the_random_state(checkpoint):
-    change_tensors(checkpoint, lambda ts: ts.update({name: t[:10].clone() for name, t in ts.items()}), "random")
+    change_tensors(
+        checkpoint, lambda ts: ts.update({name: t[:10].clone() for name, t in ts.items()}), "random"
+    )
 
 
 def put_another_type_into_the_random_state(checkpoint):
-    change_tensors(checkpoint, lambda ts: ts.update({name: t.float() for name, t in ts.items()}), "random")
+    change_tensors(
+        checkpoint, lambda ts: ts.update({name: t.float() for name, t in ts.items()}), "random"
+    )
 
 
 def round_to_whole_numbers(checkpoint):
-    change_tensors(checkpoint, lambda ts: ts.update({name: t.to(torch.int64) for name, t in ts.items()}))
+    change_tensors(
+        checkpoint, lambda ts: ts.update({name: t.to(torch.int64) for name, t in ts.items()})
+    )
 
 
 def name_a_file_that_no_disk_can_hold(checkpoint):
@@ -1255,7 +1555,9 @@ class Payload:
 
 
 def plant_a_pickle(checkpoint):
-    (checkpoint / "trainable.safetensors").write_bytes(pickle.dumps(Payload(checkpoint.parent.parent / "executed")))
+    (checkpoint / "trainable.safetensors").write_bytes(
+        pickle.dumps(Payload(checkpoint.parent.parent / "executed"))
+    )
     sign(checkpoint)
 
 
@@ -1269,7 +1571,9 @@ DAMAGES = (
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_auto_warns_of_a_damaged_checkpoint_and_goes_on_from_the_older_one(flags, half, half_done, capsys, damage):
+def test_auto_warns_of_a_damaged_checkpoint_and_goes_on_from_the_older_one(
+    flags, half, half_done, capsys, damage
+):
     newest = checkpoints(half)[-1]
     damage(newest)
     capsys.readouterr()
@@ -1282,16 +1586,22 @@ def test_auto_warns_of_a_damaged_checkpoint_and_goes_on_from_the_older_one(flags
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_asked_for_by_path_is_refused_and_nothing_changes(flags, half, capsys, damage):
+def test_a_damaged_checkpoint_asked_for_by_path_is_refused_and_nothing_changes(
+    flags, half, capsys, damage
+):
     newest = checkpoints(half)[-1]
     damage(newest)
     before = snapshot(half)
-    assert newest.name in refused([*flags(half, eval_interval=2), "--resume_from", str(newest)], capsys)
+    assert newest.name in refused(
+        [*flags(half, eval_interval=2), "--resume_from", str(newest)], capsys
+    )
     assert snapshot(half) == before
     assert not (half / "executed").exists()
 
 
-def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(flags, half, half_done, tmp_path):
+def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(
+    flags, half, half_done, tmp_path
+):
     again = Path(shutil.copytree(half, tmp_path / "again"))
     assert run([*flags(half, eval_interval=2), "--resume_from", str(checkpoints(half)[1])]) == 0
     assert outcome(half) == half_done[1]
@@ -1299,8 +1609,12 @@ def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(flags, h
     assert outcome(again) == half_done[1]
 
 
-def test_a_run_goes_on_in_fp16_from_a_checkpoint_written_without_a_gradient_scaler(flags, half, monkeypatch):
-    monkeypatch.setattr(train_llm, "choose_runtime", lambda _: Runtime(torch.device("cpu"), torch.float16))
+def test_a_run_goes_on_in_fp16_from_a_checkpoint_written_without_a_gradient_scaler(
+    flags, half, monkeypatch
+):
+    monkeypatch.setattr(
+        train_llm, "choose_runtime", lambda _: Runtime(torch.device("cpu"), torch.float16)
+    )
     assert run([*flags(half, eval_interval=2), *RESUME]) == 0
     assert checkpoints(half)[-1].name == "step_00000006"
 
@@ -1318,7 +1632,9 @@ def test_a_run_goes_on_in_fp16_from_a_checkpoint_written_without_a_gradient_scal
 )
 def test_a_checkpoint_continues_no_other_run(flags, half, capsys, changes, named):
     before = snapshot(half)
-    assert f"--{named}" in refused([*flags(half, **({"eval_interval": 2} | changes)), *RESUME], capsys)
+    assert f"--{named}" in refused(
+        [*flags(half, **({"eval_interval": 2} | changes)), *RESUME], capsys
+    )
     assert snapshot(half) == before
 
 
@@ -1336,7 +1652,9 @@ def test_another_base_model_is_refused_on_resuming(flags, half, capsys, tmp_path
     small_gpt2(seed=1).save_pretrained(tmp_path / "other")
     bytes_tokenizer.save_pretrained(tmp_path / "other")
     before = snapshot(half)
-    assert "base model" in refused([*flags(half, model_name_or_path=tmp_path / "other"), *RESUME], capsys)
+    assert "base model" in refused(
+        [*flags(half, model_name_or_path=tmp_path / "other"), *RESUME], capsys
+    )
     assert snapshot(half) == before
 
 
@@ -1358,7 +1676,9 @@ def test_hidden_directories_of_others_are_left_alone(flags, half, half_done):
 
 
 @pytest.mark.parametrize(("changes", "taken"), [({}, "best"), ({"from_scratch": "true"}, "base")])
-def test_a_directory_that_would_be_replaced_is_not_taken_for_empty(flags, tmp_path, capsys, changes, taken):
+def test_a_directory_that_would_be_replaced_is_not_taken_for_empty(
+    flags, tmp_path, capsys, changes, taken
+):
     (tmp_path / taken).mkdir()
     (tmp_path / taken / "precious").write_text("mine")
     before = snapshot(tmp_path)
@@ -1369,8 +1689,15 @@ def test_a_directory_that_would_be_replaced_is_not_taken_for_empty(flags, tmp_pa
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["another seed", "no checkpoint, another size"])
-def test_a_base_from_scratch_is_the_one_that_the_result_was_trained_on(flags, tmp_path, small_base, lost):
-    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "max_position_embeddings": 128}
+def test_a_base_from_scratch_is_the_one_that_the_result_was_trained_on(
+    flags, tmp_path, small_base, lost
+):
+    sizes = {
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 128,
+    }
     sizes |= {
         "model_name_or_path": None,
         "from_scratch": "true",
@@ -1385,14 +1712,18 @@ def test_a_base_from_scratch_is_the_one_that_the_result_was_trained_on(flags, tm
     assert model.config.n_embd == (48 if lost else 24)
 
 
-def test_a_run_is_not_continued_in_a_directory_around_it_that_holds_another(flags, tmp_path, capsys):
+def test_a_run_is_not_continued_in_a_directory_around_it_that_holds_another(
+    flags, tmp_path, capsys
+):
     for directory in (tmp_path, tmp_path / "inner"):
         assert run(flags(directory, max_steps=1)) == 0
     argv = [*flags(tmp_path), "--resume_from", str(tmp_path / "inner")]
     assert "holds a run" in refused(argv, capsys)
 
 
-@pytest.mark.parametrize("used", ["adapter_path", "model_name_or_path", "dataset_path", "eval_dataset_path"])
+@pytest.mark.parametrize(
+    "used", ["adapter_path", "model_name_or_path", "dataset_path", "eval_dataset_path"]
+)
 def test_overwriting_never_removes_what_the_new_run_needs(flags, rows, tmp_path, capsys, used):
     assert run(flags(tmp_path, modification_type="full", max_steps=1)) == 0
     shutil.copy(rows, tmp_path / "best" / "rows.json")
@@ -1405,7 +1736,9 @@ def test_overwriting_never_removes_what_the_new_run_needs(flags, rows, tmp_path,
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("changes", [{"text_format": "{q}{a}||{a}", "prompt": "no object"}, {"prompt": "a" * 128}])
+@pytest.mark.parametrize(
+    "changes", [{"text_format": "{q}{a}||{a}", "prompt": "no object"}, {"prompt": "a" * 128}]
+)
 def test_a_prompt_that_cannot_be_put_is_told_before_the_training(flags, tmp_path, capsys, changes):
     argv = flags(tmp_path / "out", **changes)
     assert "--prompt" in refused(argv, capsys)
@@ -1413,7 +1746,9 @@ def test_a_prompt_that_cannot_be_put_is_told_before_the_training(flags, tmp_path
 
 
 def test_a_bad_evaluation_file_is_told_by_its_own_flag(flags, tmp_path, capsys):
-    assert "--eval_dataset_path absent.json" in refused(flags(tmp_path, eval_dataset_path="absent.json"), capsys)
+    assert "--eval_dataset_path absent.json" in refused(
+        flags(tmp_path, eval_dataset_path="absent.json"), capsys
+    )
 
 
 def test_a_run_is_not_continued_in_a_directory_that_holds_another(flags, half, tmp_path, capsys):
@@ -1427,7 +1762,9 @@ def test_a_run_is_not_continued_in_a_directory_that_holds_another(flags, half, t
 
 def test_a_finished_run_resumes_to_exit_0_and_changes_nothing(finished, flags):
     directory = finished[0]
-    argv = flags(directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
+    argv = flags(
+        directory, max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2
+    )
     before = snapshot(directory)
     assert run([*argv, *RESUME]) == 0
     assert snapshot(directory) == before
@@ -1442,7 +1779,9 @@ def test_a_run_whose_final_is_damaged_is_not_finished(flags, tmp_path):
     assert saved(tmp_path / "final") == expected
 
 
-def test_an_output_directory_that_holds_a_run_is_refused_and_overwritten_only_when_asked(flags, half, capsys):
+def test_an_output_directory_that_holds_a_run_is_refused_and_overwritten_only_when_asked(
+    flags, half, capsys
+):
     (half / "notes.txt").write_text("mine")
     before = snapshot(half)
     assert "--overwrite_output_dir" in refused(flags(half), capsys)
@@ -1471,7 +1810,10 @@ def test_overwriting_destroys_nothing_when_the_new_run_cannot_start(
 ):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     (tmp_path / "empty").mkdir()
-    changes = {key: str(tmp_path / "empty") if value == "EMPTY" else value for key, value in changes.items()}
+    changes = {
+        key: str(tmp_path / "empty") if value == "EMPTY" else value
+        for key, value in changes.items()
+    }
     before = snapshot(half)
     refused([*flags(half, **changes), "--overwrite_output_dir"], capsys)
     assert snapshot(half) == before
@@ -1489,15 +1831,23 @@ def test_overwriting_the_run_that_the_new_one_starts_from_loses_neither(flags, h
 def test_a_second_run_in_the_same_directory_is_refused(flags, half, capsys, monkeypatch):
     acquire = filelock.FileLock.acquire
     before = snapshot(half)
-    with filelock.FileLock(half / ".lock"):  # the wait of some seconds is for a lock whose owner has just died
-        monkeypatch.setattr(filelock.FileLock, "acquire", lambda self, *_, **__: acquire(self, timeout=0.1))
+    with filelock.FileLock(
+        half / ".lock"
+    ):  # the wait of some seconds is for a lock whose owner has just died
+        monkeypatch.setattr(
+            filelock.FileLock, "acquire", lambda self, *_, **__: acquire(self, timeout=0.1)
+        )
         assert "another run" in refused([*flags(half, eval_interval=2), *RESUME], capsys)
         assert "another run" in refused([*flags(half), "--overwrite_output_dir"], capsys)
-        assert "another run" in refused(["--demo", "--output_dir", str(half), "--overwrite_output_dir"], capsys)
+        assert "another run" in refused(
+            ["--demo", "--output_dir", str(half), "--overwrite_output_dir"], capsys
+        )
     assert snapshot(half) == before
 
 
-def test_a_run_that_came_and_went_while_another_waited_is_not_written_over(flags, tmp_path, capsys, monkeypatch):
+def test_a_run_that_came_and_went_while_another_waited_is_not_written_over(
+    flags, tmp_path, capsys, monkeypatch
+):
     acquire = filelock.FileLock.acquire
 
     def finish_another_run_first(self, *args, **kwargs):
@@ -1520,19 +1870,27 @@ def test_a_lock_file_without_an_owner_stops_nobody(flags, tmp_path):
 CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
 
 
-def main_with_hooks(argv, output_dir, journal=os.devnull, die_at=0, signals=(), file_limit=None, environment=()):
+def main_with_hooks(
+    argv, output_dir, journal=os.devnull, die_at=0, signals=(), file_limit=None, environment=()
+):
     """train_llm.main in a process of its own: it writes down each change that it is about to make to the output
     directory, kills itself right before the die_at-th, sends itself signals, (micro-step of training, signal), and can
     write no file beyond the limit."""
     os.environ.update(environment)
-    book, changes, steps = os.open(journal, os.O_WRONLY | os.O_CREAT), itertools.count(1), itertools.count(1)
+    book, changes, steps = (
+        os.open(journal, os.O_WRONLY | os.O_CREAT),
+        itertools.count(1),
+        itertools.count(1),
+    )
     forward = SummedLoss.forward
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
     def watch(event, details):
         if event in CHANGES and str(details[0]).startswith(output_dir):
-            if event == "open" and not (isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)):
+            if event == "open" and not (
+                isinstance(details[2], int) and details[2] & (os.O_WRONLY | os.O_RDWR)
+            ):
                 return
             if next(changes) == die_at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -1571,7 +1929,10 @@ def in_new_processes(tmp_path_factory):
     """Runs requests, arguments of main_with_hooks, in new processes that may die: (exit statuses, stderr)."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     errors = tmp_path_factory.mktemp("server") / "stderr"
-    with errors.open("w") as stderr, subprocess.Popen([sys.executable, __file__], **pipes, stderr=stderr) as server:
+    with (
+        errors.open("w") as stderr,
+        subprocess.Popen([sys.executable, __file__], **pipes, stderr=stderr) as server,
+    ):
 
         def ask(*requests):
             said = errors.stat().st_size
@@ -1585,7 +1946,9 @@ def in_new_processes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_new_process(in_new_processes):
     """The exit status of one."""
-    return lambda argv, output_dir, **more: in_new_processes({"argv": argv, "output_dir": output_dir} | more)[0][0]
+    return lambda argv, output_dir, **more: in_new_processes(
+        {"argv": argv, "output_dir": output_dir} | more
+    )[0][0]
 
 
 KEEP_ONE = {"eval_interval": 2, "save_interval": 2, "save_total_limit": 1}
@@ -1608,7 +1971,11 @@ def killed_runs(flags, in_new_process, tmp_path_factory):
         assert in_new_process(argv, output_dir, die_at=i + 1) == -signal.SIGKILL, journal[i]
         with redirect_stdout(io.StringIO()) as out:
             status = run([*argv, *RESUME])
-        leftovers = {"leftovers": hidden_leftovers(output_dir), "status": status, "log": out.getvalue()}
+        leftovers = {
+            "leftovers": hidden_leftovers(output_dir),
+            "status": status,
+            "log": out.getvalue(),
+        }
         resumed[f"{i}: {journal[i]}"] = outcome(output_dir) | leftovers
     assert len(resumed) > 10
     return outcome(whole), resumed
@@ -1620,7 +1987,9 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_good_checkpoint(kil
         assert (found["status"], found["leftovers"]) == (0, set()), moment
         assert "WARNING" not in found["log"], moment
         assert re.search(r"Resumed from \S+ at step [246]\n", found["log"]), moment
-        assert [key for key in expected if key != "metrics" and found[key] != expected[key]] == [], moment
+        assert [
+            key for key in expected if key != "metrics" and found[key] != expected[key]
+        ] == [], moment
 
 
 def test_metrics_of_a_killed_run_have_every_row_once(killed_runs):
@@ -1629,13 +1998,21 @@ def test_metrics_of_a_killed_run_have_every_row_once(killed_runs):
         assert found["metrics"] == expected["metrics"], moment
 
 
-def test_a_kill_while_a_checkpoint_replaces_itself_leaves_one(flags, in_new_process, tmp_path, capsys):
+def test_a_kill_while_a_checkpoint_replaces_itself_leaves_one(
+    flags, in_new_process, tmp_path, capsys
+):
     """A stop in a step that ends with a checkpoint anyway writes it twice; in between it must not be gone."""
     settings, stop = KEEP_ONE | {"eval_fraction": 0}, [(8, signal.SIGTERM)]
     argv = flags(tmp_path / "probe", **settings)
-    assert in_new_process(argv, tmp_path / "probe", journal=tmp_path / "journal", signals=stop) == 143
+    assert (
+        in_new_process(argv, tmp_path / "probe", journal=tmp_path / "journal", signals=stop) == 143
+    )
     journal = (tmp_path / "journal").read_text().splitlines()
-    moves = [i for i, line in enumerate(journal) if line.startswith("os.rename") and "step_00000004" in line]
+    moves = [
+        i
+        for i, line in enumerate(journal)
+        if line.startswith("os.rename") and "step_00000004" in line
+    ]
     for i in moves[1:]:
         output_dir = tmp_path / f"killed_{i}"
         argv = flags(output_dir, **settings)
@@ -1645,7 +2022,9 @@ def test_a_kill_while_a_checkpoint_replaces_itself_leaves_one(flags, in_new_proc
         assert re.search(r"Resumed from \S+ at step 4\n", capsys.readouterr().out), journal[i]
 
 
-def test_a_second_sigint_leaves_at_once_with_the_older_checkpoint_good(flags, in_new_process, tmp_path):
+def test_a_second_sigint_leaves_at_once_with_the_older_checkpoint_good(
+    flags, in_new_process, tmp_path
+):
     argv = flags(tmp_path, **KEEP_ONE)
     assert in_new_process(argv, tmp_path, signals=[(5, signal.SIGINT), (6, signal.SIGINT)]) == 130
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
@@ -1682,9 +2061,15 @@ NO_MEMORY = (out_of_memory, out_of_memory_on_a_cpu)
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [(nan_loss, "loss is nan"), (infinite_gradient, "norm"), *((fault, "--batch_size") for fault in NO_MEMORY)],
+    [
+        (nan_loss, "loss is nan"),
+        (infinite_gradient, "norm"),
+        *((fault, "--batch_size") for fault in NO_MEMORY),
+    ],
 )
-def test_a_fault_in_a_step_ends_in_one_line_with_earlier_checkpoints_intact(flags, tmp_path, capsys, fault, said):
+def test_a_fault_in_a_step_ends_in_one_line_with_earlier_checkpoints_intact(
+    flags, tmp_path, capsys, fault, said
+):
     argv = flags(tmp_path, save_interval=2)
     with in_micro_step(6, fault):
         assert said in refused(argv, capsys, status=1)
@@ -1694,7 +2079,9 @@ def test_a_fault_in_a_step_ends_in_one_line_with_earlier_checkpoints_intact(flag
     assert all(math.isfinite(loss) for loss in training_losses(tmp_path))
 
 
-def test_a_held_out_loss_that_is_nan_ends_the_run_before_it_can_become_the_best(flags, tmp_path, capsys):
+def test_a_held_out_loss_that_is_nan_ends_the_run_before_it_can_become_the_best(
+    flags, tmp_path, capsys
+):
     with in_micro_step(5, nan_loss, training=False):
         assert "held-out loss is nan" in refused(flags(tmp_path, eval_interval=2), capsys, status=1)
     assert not (tmp_path / "best").exists()
@@ -1705,7 +2092,15 @@ def test_a_dead_worker_ends_the_run_in_one_line(flags, tmp_path, capsys):
         for child in multiprocessing.active_children():
             os.kill(child.pid, signal.SIGKILL)
 
-    argv = flags(tmp_path, num_workers=1, max_steps=None, epochs=1, batch_size=1, save_interval=1, eval_fraction=0)
+    argv = flags(
+        tmp_path,
+        num_workers=1,
+        max_steps=None,
+        epochs=1,
+        batch_size=1,
+        save_interval=1,
+        eval_fraction=0,
+    )
     with in_micro_step(4, kill_workers):
         refused(argv, capsys, status=1)
     assert checkpoints(tmp_path)
@@ -1727,9 +2122,15 @@ def test_a_full_disk_ends_in_exit_1_with_no_leftovers_and_the_older_checkpoint_g
     assert outcome(half) == half_done[1]
 
 
-def test_a_disk_that_is_full_from_the_start_is_no_fault_of_the_input(flags, tmp_path, in_new_processes):
-    statuses, error = in_new_processes({"argv": flags(tmp_path), "output_dir": tmp_path, "file_limit": 1000})
-    assert statuses == [1] and "Traceback" not in error  # which is written to a file, under the limit too
+def test_a_disk_that_is_full_from_the_start_is_no_fault_of_the_input(
+    flags, tmp_path, in_new_processes
+):
+    statuses, error = in_new_processes(
+        {"argv": flags(tmp_path), "output_dir": tmp_path, "file_limit": 1000}
+    )
+    assert (
+        statuses == [1] and "Traceback" not in error
+    )  # which is written to a file, under the limit too
     assert run([*flags(tmp_path, max_steps=1), *RESUME]) == 0
 
 
@@ -1754,19 +2155,32 @@ def test_a_closed_stdout_does_not_end_the_run(flags, tmp_path):
     process.stderr.close()
     assert process.wait(120) == 0, error
     assert (tmp_path / "final" / "adapter_model.safetensors").exists()
-    assert re.search(r"^Epoch 0 \| Step    6/6 ", next(tmp_path.glob("*.log")).read_text(encoding="utf-8"), re.M)
+    assert re.search(
+        r"^Epoch 0 \| Step    6/6 ", next(tmp_path.glob("*.log")).read_text(encoding="utf-8"), re.M
+    )
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell")
 def test_a_run_without_stdout_and_stderr_trains(flags, tmp_path):
-    command = [sys.executable, str(ROOT / "train_llm.py"), *flags(tmp_path, max_steps=1, eval_fraction=0)]
-    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=120).returncode == 0
+    command = [
+        sys.executable,
+        str(ROOT / "train_llm.py"),
+        *flags(tmp_path, max_steps=1, eval_fraction=0),
+    ]
+    assert (
+        subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command], timeout=120).returncode
+        == 0
+    )
     assert (tmp_path / "final" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 def test_a_full_disk_below_stdout_does_not_end_the_run(flags, tmp_path):
-    command = [sys.executable, str(ROOT / "train_llm.py"), *flags(tmp_path, max_steps=1, eval_fraction=0)]
+    command = [
+        sys.executable,
+        str(ROOT / "train_llm.py"),
+        *flags(tmp_path, max_steps=1, eval_fraction=0),
+    ]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
@@ -1813,19 +2227,31 @@ def nothing_loads(monkeypatch):
     monkeypatch.setattr("builtins.open", load)
 
 
-@pytest.mark.parametrize(("flag", "value"), [(flag, value) for flag, values in BAD_NUMBERS.items() for value in values])
-def test_a_number_out_of_range_is_refused_before_anything_loads(flags, tmp_path, capsys, nothing_loads, flag, value):
+@pytest.mark.parametrize(
+    ("flag", "value"), [(flag, value) for flag, values in BAD_NUMBERS.items() for value in values]
+)
+def test_a_number_out_of_range_is_refused_before_anything_loads(
+    flags, tmp_path, capsys, nothing_loads, flag, value
+):
     assert f"--{flag}" in refused([*flags(tmp_path / "out"), f"--{flag}={value}"], capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_every_numeric_flag_is_among_those():
-    numeric = {action.dest for action in train_llm.build_parser()._actions if action.type in (int, float)}
+    numeric = {
+        action.dest for action in train_llm.build_parser()._actions if action.type in (int, float)
+    }
     assert numeric == BAD_NUMBERS.keys()
 
 
 def test_all_that_is_wrong_stands_in_one_line(flags, tmp_path, capsys, nothing_loads):
-    bad = {"epochs": 0, "lora_rank": 0, "batch_size": -1, "learning_rate": "nan", "text_format": "{q"}
+    bad = {
+        "epochs": 0,
+        "lora_rank": 0,
+        "batch_size": -1,
+        "learning_rate": "nan",
+        "text_format": "{q",
+    }
     line = refused(flags(tmp_path / "out", **bad), capsys)
     assert [flag for flag in bad if f"--{flag}" not in line] == []
 
@@ -1862,7 +2288,10 @@ def test_auto_takes_the_best_device_and_no_emulated_precision(machine, device, d
         (["--modification_type", "magic"], "--modification_type"),
         (["--freeze_layers", "a"], "--freeze_layers"),
         (["--resume_from", "auto", "--overwrite_output_dir"], "--overwrite_output_dir"),
-        (["--gradient_checkpointing", "--modification_type=prefix", "--prefix_type=key_value"], "--gradient_check"),
+        (
+            ["--gradient_checkpointing", "--modification_type=prefix", "--prefix_type=key_value"],
+            "--gradient_check",
+        ),
         (["--precision", "fp16"], "--precision fp16"),
         (["--demo", "--resume_from", "auto"], "--resume_from"),
         (["--adapter_path", "absent", "--from_scratch"], "--from_scratch"),
@@ -1884,14 +2313,26 @@ def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_l
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"adapter_size": 8}, "--adapter_size: without effect, it belongs to --modification_type adapter"),
+        (
+            {"adapter_size": 8},
+            "--adapter_size: without effect, it belongs to --modification_type adapter",
+        ),
         ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect without --from_scratch"),
-        ({"modification_type": "full", "trainable_modules": "wte"}, "--trainable_modules: without effect"),
+        (
+            {"modification_type": "full", "trainable_modules": "wte"},
+            "--trainable_modules: without effect",
+        ),
         ({"scheduler": "cosine", "warmup_steps": 2}, "--warmup_steps: without effect"),
         ({"scheduler": "constant", "min_lr": 1e-6}, "--min_lr: without effect"),
         ({"eval_only": "true", "max_steps": 2}, "--max_steps: without effect, nothing is trained"),
-        ({"dataset_path": None, "prompt": "x", "learning_rate": 1}, "--learning_rate: without effect"),
-        ({"dataset_path": None, "prompt": "x", "modification_type": "full"}, "--modification_type: without effect"),
+        (
+            {"dataset_path": None, "prompt": "x", "learning_rate": 1},
+            "--learning_rate: without effect",
+        ),
+        (
+            {"dataset_path": None, "prompt": "x", "modification_type": "full"},
+            "--modification_type: without effect",
+        ),
     ],
 )
 def test_a_flag_without_effect_is_pointed_out(flags, tmp_path, capsys, given, said):
@@ -1913,13 +2354,26 @@ def test_eval_fraction_beside_a_file_of_held_out_rows_is_pointed_out(flags, tmp_
 
 def test_the_demo_points_out_flags_that_it_does_not_look_at(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_llm, "demo", lambda *_: None)
-    run(["--demo", "--epochs=9", "--learning_rate=1", f"--output_dir={tmp_path}", "--seed=1", "--precision=fp32"])
+    run(
+        [
+            "--demo",
+            "--epochs=9",
+            "--learning_rate=1",
+            f"--output_dir={tmp_path}",
+            "--seed=1",
+            "--precision=fp32",
+        ]
+    )
     said = re.findall("--(.*): without effect", capsys.readouterr().out)
     assert sorted(said) == ["epochs", "learning_rate"]
 
 
 def test_flags_that_have_an_effect_are_not_pointed_out(flags, tmp_path, capsys):
-    run(flags(tmp_path / "out", max_steps=1, lora_rank=2, lora_target_modules="c_attn", warmup_steps=1))
+    run(
+        flags(
+            tmp_path / "out", max_steps=1, lora_rank=2, lora_target_modules="c_attn", warmup_steps=1
+        )
+    )
     assert "without effect" not in capsys.readouterr().out
 
 
@@ -1951,13 +2405,21 @@ def test_a_device_that_is_not_there_is_refused(flags, tmp_path, capsys, nothing_
         ({"lora_target_modules": "nothing"}, "c_attn"),
         ({"modification_type": "selective", "freeze_layers": "2"}, "--freeze_layers 2"),
         ({"max_length": 129}, "--max_length 129"),
-        ({"max_length": 120, "modification_type": "prefix", "prefix_length": 9}, "--max_length 120"),
+        (
+            {"max_length": 120, "modification_type": "prefix", "prefix_length": 9},
+            "--max_length 120",
+        ),
         ({"tokenizer_name_or_path": "gpt2"}, "50257"),
-        ({"from_scratch": "true", "max_position_embeddings": 64, "hidden_size": 24}, "64 positions"),
+        (
+            {"from_scratch": "true", "max_position_embeddings": 64, "hidden_size": 24},
+            "64 positions",
+        ),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_bad_input_is_refused_in_one_line_with_nothing_written(flags, tmp_path, capsys, changes, said):
+def test_bad_input_is_refused_in_one_line_with_nothing_written(
+    flags, tmp_path, capsys, changes, said
+):
     (tmp_path / "rows.json").write_text("[]")
     (tmp_path / "unlabelled.json").write_text(json.dumps([{"q": "x", "a": ""}]))
     places = {"EMPTY": "rows.json", "UNLABELLED": "unlabelled.json", "TMP": ""}
@@ -1974,10 +2436,23 @@ def test_an_output_dir_that_is_a_file_is_refused(flags, tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_rows_without_a_label_are_left_out_and_fewer_rows_than_a_batch_train(flags, tmp_path, capsys):
-    text = [{"q": "x", "a": "y"}, {"q": "x", "a": ""}, {"q": "z" * 200, "a": "y"}, {"q": "", "a": "y"}]
+def test_rows_without_a_label_are_left_out_and_fewer_rows_than_a_batch_train(
+    flags, tmp_path, capsys
+):
+    text = [
+        {"q": "x", "a": "y"},
+        {"q": "x", "a": ""},
+        {"q": "z" * 200, "a": "y"},
+        {"q": "", "a": "y"},
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, text)))
-    argv = flags(tmp_path / "out", dataset_path=tmp_path / "rows.jsonl", eval_fraction=0, max_steps=None, batch_size=8)
+    argv = flags(
+        tmp_path / "out",
+        dataset_path=tmp_path / "rows.jsonl",
+        eval_fraction=0,
+        max_steps=None,
+        batch_size=8,
+    )
     assert run([*argv, "--epochs=2"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"^INFO:train_llm:2 rows .*left out", out, re.M)
@@ -1985,7 +2460,9 @@ def test_rows_without_a_label_are_left_out_and_fewer_rows_than_a_batch_train(fla
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
 
 
-def test_a_held_out_file_replaces_the_fraction_and_limits_take_the_first_rows(flags, tmp_path, rows, capsys):
+def test_a_held_out_file_replaces_the_fraction_and_limits_take_the_first_rows(
+    flags, tmp_path, rows, capsys
+):
     argv = flags(tmp_path, eval_dataset_path=rows, max_samples=7, max_eval_samples=3, max_steps=1)
     assert run(argv) == 0
     assert re.search(r"Rows: +7 to train on, 3 held out", capsys.readouterr().out)
@@ -1995,15 +2472,27 @@ def test_a_held_out_file_replaces_the_fraction_and_limits_take_the_first_rows(fl
 
 def test_a_hub_that_never_answers_ends_in_exit_2_within_seconds(flags, tmp_path, small_base):
     absent = {"model_name_or_path": "nobody/nothing", "tokenizer_name_or_path": small_base}
-    asked = {"model_name_or_path": absent, "tokenizer_name_or_path": {"tokenizer_name_or_path": "nobody/nothing"}}
+    asked = {
+        "model_name_or_path": absent,
+        "tokenizer_name_or_path": {"tokenizer_name_or_path": "nobody/nothing"},
+    }
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         deaf.settimeout(60)
-        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{deaf.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{deaf.getsockname()[1]}",
+            "HF_HUB_OFFLINE": "0",
+        }
         environment["HF_HOME"] = str(tmp_path / "home")
-        processes = {flag: script(flags(tmp_path / "out", **names), **environment) for flag, names in asked.items()}
+        processes = {
+            flag: script(flags(tmp_path / "out", **names), **environment)
+            for flag, names in asked.items()
+        }
         with deaf.accept()[0], deaf.accept()[0]:  # from the first questions on
             start = time.monotonic()
-            errors = {flag: process.communicate(timeout=120)[1].decode() for flag, process in processes.items()}
+            errors = {
+                flag: process.communicate(timeout=120)[1].decode()
+                for flag, process in processes.items()
+            }
             seconds = time.monotonic() - start
     for flag, error in errors.items():
         assert processes[flag].returncode == 2
@@ -2032,7 +2521,9 @@ def learned(flags, tmp_path_factory):
 
 
 def test_a_model_learns_to_answer_and_to_stop_by_itself(learned):
-    rows_ = [json.loads(line) for line in (learned[0] / "predictions.jsonl").read_text().splitlines()]
+    rows_ = [
+        json.loads(line) for line in (learned[0] / "predictions.jsonl").read_text().splitlines()
+    ]
     expected = [(f"Q: {question}\nA:", f" {answer}") for question, answer in learned[1].items()]
     assert sorted((row["prompt"], row["tuned"]) for row in rows_) == sorted(expected)
     assert all(row["reference"] == row["tuned"] and row["stopped"] for row in rows_)
@@ -2040,19 +2531,38 @@ def test_a_model_learns_to_answer_and_to_stop_by_itself(learned):
 
 
 def test_prompts_are_answered_in_the_runs_own_format_up_to_the_end_of_text(learned, capsys):
-    assert run(["--adapter_path", str(learned[0] / "best"), "--prompt", "grass", "--prompt=sky"]) == 0
+    assert (
+        run(["--adapter_path", str(learned[0] / "best"), "--prompt", "grass", "--prompt=sky"]) == 0
+    )
     out = capsys.readouterr().out
-    assert re.findall(r"^Prompt: (.*)\nAnswer: (.*)$", out, re.M) == [("grass", "green"), ("sky", "blue")]
+    assert re.findall(r"^Prompt: (.*)\nAnswer: (.*)$", out, re.M) == [
+        ("grass", "green"),
+        ("sky", "blue"),
+    ]
 
 
 def test_an_answer_that_is_cut_off_is_marked(learned, capsys):
-    argv = ["--adapter_path", str(learned[0] / "best"), "--prompt", "grass", "--max_new_tokens", "4"]
+    argv = [
+        "--adapter_path",
+        str(learned[0] / "best"),
+        "--prompt",
+        "grass",
+        "--max_new_tokens",
+        "4",
+    ]
     assert run(argv) == 0
     assert re.search(r"^Answer: gre \[\.\.\.\]$", capsys.readouterr().out, re.M)
 
 
 def test_a_seed_fixes_what_a_temperature_draws(learned, capsys):
-    argv = ["--adapter_path", str(learned[0] / "best"), "--prompt", "Who?", "--temperature=1.5", "--max_new_tokens=30"]
+    argv = [
+        "--adapter_path",
+        str(learned[0] / "best"),
+        "--prompt",
+        "Who?",
+        "--temperature=1.5",
+        "--max_new_tokens=30",
+    ]
     answers = []
     for seed in ("1", "1", "2"):
         assert run([*argv, "--seed", seed]) == 0
@@ -2103,26 +2613,39 @@ def test_the_end_of_text_inside_a_prompt_is_text_as_in_training(small_base):
 
 
 def test_a_model_whose_vocabulary_is_too_small_for_the_prompt_is_refused(capsys):
-    sizes = ["--hidden_size=16", "--num_attention_heads=2", "--num_hidden_layers=1", "--vocab_size=100"]
-    assert "embeddings for 100" in refused(["--from_scratch", *sizes, "--prompt=hello", "--device=cpu"], capsys)
+    sizes = [
+        "--hidden_size=16",
+        "--num_attention_heads=2",
+        "--num_hidden_layers=1",
+        "--vocab_size=100",
+    ]
+    assert "embeddings for 100" in refused(
+        ["--from_scratch", *sizes, "--prompt=hello", "--device=cpu"], capsys
+    )
 
 
 def test_a_finished_run_still_answers_a_prompt(flags, finished, capsys):
     before = snapshot(finished[0])
-    argv = flags(finished[0], max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2)
+    argv = flags(
+        finished[0], max_steps=None, epochs=2, num_samples=2, max_new_tokens=5, log_interval=2
+    )
     assert run([*argv, *RESUME, "--prompt", "a"]) == 0
     out = capsys.readouterr().out
     assert "nothing to do" in out and "Answer: " in out and snapshot(finished[0]) == before
 
 
 @pytest.mark.parametrize("name", ["demo", "output_dir", "model_name_or_path", "epochs"])
-def test_what_a_directory_was_trained_with_sets_no_other_flag(flags, finished, small_base, tmp_path, name):
+def test_what_a_directory_was_trained_with_sets_no_other_flag(
+    flags, finished, small_base, tmp_path, name
+):
     shutil.copytree(finished[0] / "final", tmp_path / "final")
     (tmp_path / "final" / "manifest.json").unlink()
     settings = modify_llm.read_json(tmp_path / "final" / "modification.json")
     modify_llm.write_json(tmp_path / "final" / "modification.json", settings | {name: 7})
     args = train_llm.parse(["--adapter_path", str(tmp_path / "final"), "--prompt", "a"])
-    assert getattr(args, name) == (None if name == "model_name_or_path" else train_llm.build_parser().get_default(name))
+    assert getattr(args, name) == (
+        None if name == "model_name_or_path" else train_llm.build_parser().get_default(name)
+    )
 
 
 def test_a_result_made_of_links_loads_as_the_hubs_cache_is(finished, tmp_path):
@@ -2131,22 +2654,46 @@ def test_a_result_made_of_links_loads_as_the_hubs_cache_is(finished, tmp_path):
     assert modify_llm.load_trained(tmp_path).modification["modification_type"] == "lora"
 
 
-def test_a_lora_that_peft_made_is_used_with_its_bases_tokenizer_and_its_own_rank(flags, tmp_path, small_base, capsys):
+def test_a_lora_that_peft_made_is_used_with_its_bases_tokenizer_and_its_own_rank(
+    flags, tmp_path, small_base, capsys
+):
     base = GPT2LMHeadModel.from_pretrained(small_base)
-    made = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True))
+    made = get_peft_model(
+        base, LoraConfig(r=3, lora_alpha=6, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
     made.save_pretrained(tmp_path / "peft")
     assert (
-        run(["--adapter_path", str(tmp_path / "peft"), "--text_format=output", "--prompt=ab", "--precision=fp32"]) == 0
+        run(
+            [
+                "--adapter_path",
+                str(tmp_path / "peft"),
+                "--text_format=output",
+                "--prompt=ab",
+                "--precision=fp32",
+            ]
+        )
+        == 0
     )
     assert "Answer: " in capsys.readouterr().out
-    argv = flags(tmp_path / "out", adapter_path=tmp_path / "peft", model_name_or_path=None, max_steps=1)
-    assert run(argv) == 0, capsys.readouterr().err  # GPT-2's 50,257 tokens would not fit this model's 257
+    argv = flags(
+        tmp_path / "out", adapter_path=tmp_path / "peft", model_name_or_path=None, max_steps=1
+    )
+    assert run(argv) == 0, (
+        capsys.readouterr().err
+    )  # GPT-2's 50,257 tokens would not fit this model's 257
     assert modify_llm.read_json(tmp_path / "out" / "run.json")["settings"]["lora_rank"] == 3
     assert "trained with 3" in refused([*argv, "--lora_rank=5", "--overwrite_output_dir"], capsys)
 
 
-def test_a_base_from_scratch_is_saved_beside_the_result_and_both_can_move(flags, tmp_path, small_base, rows, capsys):
-    sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1, "max_position_embeddings": 128}
+def test_a_base_from_scratch_is_saved_beside_the_result_and_both_can_move(
+    flags, tmp_path, small_base, rows, capsys
+):
+    sizes = {
+        "hidden_size": 24,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 128,
+    }
     argv = flags(
         tmp_path / "out", model_name_or_path=None, from_scratch="true", vocab_size=257, max_steps=3, **sizes,
         tokenizer_name_or_path=small_base,
@@ -2166,7 +2713,12 @@ def test_a_base_from_scratch_is_saved_beside_the_result_and_both_can_move(flags,
 
 # ---- several processes -----------------------------------------------------------------------------------------------
 
-TWO_BY_FOUR = {"batch_size": 4, "gradient_accumulation_steps": 1, "max_steps": 8, "eval_interval": 2}
+TWO_BY_FOUR = {
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "max_steps": 8,
+    "eval_interval": 2,
+}
 # The script, but rank 1 dies before its sixth step.
 MORTAL = """
 import os, signal, sys
@@ -2191,9 +2743,18 @@ sys.exit(train_llm.main())
 
 
 def torchrun(program, argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(program),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *argv], capture_output=True, text=True, timeout=150, env=environment)
+    return subprocess.run(
+        [*command, *argv], capture_output=True, text=True, timeout=150, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
@@ -2207,7 +2768,13 @@ def two_processes(flags, tmp_path_factory):
     pids = [int((directory / f"pid_{rank}").read_text()) for rank in (0, 1)]
     program.write_text(IN_PARTS.format(root=str(ROOT)))
     finished = torchrun(program, [*flags(output_dir, **TWO_BY_FOUR), *RESUME])
-    return output_dir, {"killed": killed, "seconds": seconds, "kept": kept, "pids": pids, "finished": finished}
+    return output_dir, {
+        "killed": killed,
+        "seconds": seconds,
+        "kept": kept,
+        "pids": pids,
+        "finished": finished,
+    }
 
 
 def test_torchrun_leaves_within_a_minute_when_a_rank_is_killed(two_processes):
@@ -2220,7 +2787,9 @@ def test_torchrun_leaves_within_a_minute_when_a_rank_is_killed(two_processes):
             os.kill(pid, 0)
 
 
-def test_torchrun_with_two_times_four_rows_has_the_losses_of_one_process_with_eight(two_processes, flags, tmp_path):
+def test_torchrun_with_two_times_four_rows_has_the_losses_of_one_process_with_eight(
+    two_processes, flags, tmp_path
+):
     output_dir, told = two_processes
     assert told["finished"].returncode == 0, told["finished"].stderr
     assert "at step 4\n" in told["finished"].stdout  # resumed
@@ -2233,19 +2802,36 @@ def test_torchrun_with_two_times_four_rows_has_the_losses_of_one_process_with_ei
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(two_processes, flags, capsys):
     before = snapshot(two_processes[0])
-    assert "2 processes, not 1" in refused([*flags(two_processes[0], **TWO_BY_FOUR), *RESUME], capsys)
+    assert "2 processes, not 1" in refused(
+        [*flags(two_processes[0], **TWO_BY_FOUR), *RESUME], capsys
+    )
     assert snapshot(two_processes[0]) == before
 
 
 def test_two_processes_train_on_one_row(flags, in_new_processes, tmp_path, rows):
     with socket.create_server(("127.0.0.1", 0)) as free:
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        shared = {
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     argv = flags(tmp_path, max_samples=1, eval_dataset_path=rows, max_eval_samples=1, max_steps=2)
     ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     asked = [{"argv": argv, "output_dir": tmp_path, "environment": rank} for rank in ranks]
     statuses, error = in_new_processes(*asked)
     assert statuses == [0, 0], error
-    assert run(flags(tmp_path / "alone", max_samples=1, eval_dataset_path=rows, max_eval_samples=1, max_steps=2)) == 0
+    assert (
+        run(
+            flags(
+                tmp_path / "alone",
+                max_samples=1,
+                eval_dataset_path=rows,
+                max_eval_samples=1,
+                max_steps=2,
+            )
+        )
+        == 0
+    )
     assert training_losses(tmp_path) == pytest.approx(training_losses(tmp_path / "alone"), rel=1e-5)
 
 
@@ -2254,7 +2840,11 @@ def test_when_one_rank_is_told_to_stop_all_stop_in_that_step_and_resume_to_the_s
 ):
     def two_ranks(output_dir, *more, signals=()):
         with socket.create_server(("127.0.0.1", 0)) as free:
-            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            shared = {
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+            }
         argv = [*flags(output_dir, **TWO_BY_FOUR, lora_dropout=0.1, dropout=0.1), *more]
         ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | shared for rank in (0, 1)]
         told = [{"argv": argv, "output_dir": output_dir, "environment": rank} for rank in ranks]
