@@ -96,7 +96,7 @@ class Stopped(Exception):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-zero_or_more, above_zero = number_type(float, 0), number_type(float, 1e-12)
+zero_or_more, above_zero = number_type(float, 0), number_type(float, sys.float_info.min)
 OPTIMISATION_FLAGS = {
     "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
     "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
@@ -1477,14 +1477,13 @@ def train(run: Run) -> None:
             run_evaluation(run, summed_loss)
             clock, tokens = time.perf_counter(), 0
 
-        ended, stopping = state.step >= run.total_steps or state.stopped_early, run.told_to_stop()
-        interval = args.save_interval
+        ended, interval = state.step >= run.total_steps or state.stopped_early, args.save_interval
         save_due = state.step % interval == 0 if interval else evaluated
-        if stopping or (state.step > saved_step and (save_due or ended)):
+        if run.told_to_stop() or (state.step > saved_step and (save_due or ended)):
             save_checkpoint(run)
             saved_step = state.step
-        if stopping:
-            raise Stopped(run.signal or signal.SIGTERM)
+            if run.told_to_stop():
+                raise Stopped(run.signal or signal.SIGTERM)
         if ended:
             break
 
@@ -1696,7 +1695,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
     """A tiny GPT-2 from scratch on one half of the bundled sample, then LoRA on it with the other
     half."""
     output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
-    args.output_dir = str(output_dir)
+    args.output_dir, args.from_scratch = str(output_dir), True  # base/ is its own to write, too
     with suppress(ValueError, KeyError, TypeError):  # an earlier demo is the demo's to overwrite
         settings = modify_llm.read_json(output_dir / "run.json")["settings"]
         args.overwrite_output_dir |= settings["demo"]

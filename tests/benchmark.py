@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from measure import LAYERS, ROOT, TECHNIQUES, technique_flags, train_with_peft
+from measure import LAYERS, ROOT, TECHNIQUES, parse, technique_flags, train_with_peft
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import data_pipeline  # importable since measure has been imported
@@ -74,7 +74,7 @@ def matmul_rate() -> float:
 def flops_per_token(flags: list[str]) -> float:
     """Of the products with weight matrices: 2 a parameter forward, 2 back to the input, 2 for what trains."""
 
-    args = train_llm.parse(["--dataset_path=-", *flags])
+    args = parse(["--dataset_path=-", *flags])
     parameters = {
         n: p
         for n, p in modify_llm.meta_model(args).named_parameters()

@@ -48,6 +48,11 @@ RATES = {
 }
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    """All flags of train_llm.py, as its command line gives them."""
+    return train_llm.resolve(vars(train_llm.build_parser().parse_args(argv)))
+
+
 def run_flags(args: argparse.Namespace) -> list[str]:
     """What all runs have in common."""
     flags = [
@@ -214,7 +219,7 @@ def beside_peft(args: argparse.Namespace) -> None:
 
 def peft_loss(args: argparse.Namespace, seed: int) -> float:
     """The held-out loss of PEFT's LoRA after Hugging Face's Trainer, by the same evaluation as ours."""
-    flags = train_llm.parse([*run_flags(args), "--seed", str(seed)])
+    flags = parse([*run_flags(args), "--seed", str(seed)])
     runtime, tokenizer = train_llm.choose_runtime(flags), data_pipeline.load_tokenizer()
     rows, held_out = train_llm.load_rows(flags, tokenizer)
     set_seed(seed)
