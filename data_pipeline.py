@@ -659,6 +659,15 @@ class PadBatch:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def check_settings(**settings: Any) -> None:
+    """Raises ValueError that names a setting out of its flag's range."""
+    for name, value in settings.items():
+        try:
+            DATA_FLAGS[name].type(value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
 def final_dataset_loader(
     dataset_path: str | Path | AlpacaDataset = BUNDLED_SAMPLE, *, text_format: str = "output",
     split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length",
@@ -679,13 +688,10 @@ def final_dataset_loader(
         raise ValueError(f"padding={padding!r}: 'max_length' or 'longest'")
     if split not in (None, "train", "eval"):
         raise ValueError(f"split={split!r}: None, 'train' or 'eval'")
-    numbers = {"max_length": max_length, "batch_size": batch_size, "num_workers": num_workers}
-    others = {"eval_fraction": eval_fraction, "seed": seed, "text_format": text_format}
-    for name, value in {**numbers, **others}.items():
-        try:
-            DATA_FLAGS[name].type(value)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{name}: {error}") from None
+    check_settings(
+        max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed,
+        eval_fraction=eval_fraction, text_format=text_format,
+    )  # fmt: skip
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or "gpt2")
     check_tokenizer(tokenizer)

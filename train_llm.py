@@ -1347,6 +1347,14 @@ def windows(run: Run) -> Iterator[tuple[int, int, list[dict[str, Tensor]]]]:
         epoch, first_step = epoch + 1, 0
 
 
+def refuse_non_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Raises RuntimeError before such a step is taken."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            advice = "try a lower --learning_rate"
+            raise RuntimeError(f"the {name} is {value} at step {step}: {advice}")
+
+
 def train_step(
     run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]
 ) -> tuple[float, float]:
@@ -1381,10 +1389,7 @@ def train_step(
     loss_sum, stop, labels, grad_norm = torch.stack([*totals, label_count, norm.float()]).tolist()
     run.stopping = stop > 0  # one process was told: all stop after the same step
     fp16 = run.scaler.is_enabled()
-    for name, value in (("loss", loss_sum), ("gradient norm", 0.0 if fp16 else grad_norm)):
-        if not math.isfinite(value):
-            advice = "try a lower --learning_rate"
-            raise RuntimeError(f"the {name} is {value} at step {state.step + 1}: {advice}")
+    refuse_non_finite(loss_sum, 0.0 if fp16 else grad_norm, state.step + 1)
     rate = learning_rate_at(state.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -1478,8 +1483,9 @@ def train(run: Run) -> None:
             clock, tokens = time.perf_counter(), 0
 
         ended, interval = state.step >= run.total_steps or state.stopped_early, args.save_interval
-        save_due = state.step % interval == 0 if interval else evaluated
-        if run.told_to_stop() or (state.step > saved_step and (save_due or ended)):
+        after_evaluation = evaluated and state.step > 0 and (ended or not interval)
+        interval_over = interval and state.step > saved_step and state.step % interval == 0
+        if run.told_to_stop() or after_evaluation or interval_over:
             save_checkpoint(run)
             saved_step = state.step
             if run.told_to_stop():

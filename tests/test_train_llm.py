@@ -1262,6 +1262,18 @@ def test_a_run_stopped_while_evaluating_resumes_to_the_same_bits(
     assert outcome(tmp_path) == never_stopped
 
 
+def test_a_run_stopped_in_its_last_evaluation_is_finished_once_resumed(flags, tmp_path, capsys):
+    argv = flags(tmp_path, max_steps=2, eval_interval=2)
+    with stopped_in(4, training=False):  # 3 batches before the first step, then the last ones
+        assert run(argv) == 143
+    assert run([*argv, *RESUME]) == 0
+    before = snapshot(tmp_path)
+    capsys.readouterr()
+    assert run([*argv, *RESUME]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert snapshot(tmp_path) == before
+
+
 def test_a_signal_during_an_evaluation_is_heeded_before_it_ends(flags, tmp_path):
     evaluated = []
     with stopped_in(1, training=False), pytest.MonkeyPatch.context() as patch:
