@@ -93,7 +93,7 @@ def nonempty(value: str) -> str:
     """A flag's type: any text but an empty one."""
     if not value:
         raise argparse.ArgumentTypeError("an empty name")
-    return value
+    return str(value)  # of a Path, too
 
 
 def boolean(value: str | bool) -> bool:
@@ -126,7 +126,8 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
     """Declares flags. None gets its default here, so that what was parsed is what was given."""
     group = parser.add_argument_group(title)
     for name, flag in flags.items():
-        shown = "" if flag.default in (None, []) else f" ({flag.default})".translate(PLAIN_LIST)
+        default = str(flag.default).translate(PLAIN_LIST)
+        shown = "" if flag.default in (None, []) else f" ({default})"
         switch = {"nargs": "?", "const": True} if flag.type is boolean else {}  # may stand bare
         group.add_argument(
             f"--{name}", type=flag.type, default=argparse.SUPPRESS, help=flag.help + shown, **switch
@@ -181,7 +182,12 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     if architecture != "gpt2":
         raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
     try:
-        return GPT2Config.from_pretrained(path)
+        config = GPT2Config.from_pretrained(path)
+        if min(config.n_layer, config.n_embd, config.n_head, config.n_positions) < 1:
+            raise ValueError("a size below 1")
+        if config.vocab_size < 1:
+            raise ValueError("an empty vocabulary")
+        return config
     except Exception as error:  # of any type, for values that are none of GPT-2's
         raise ValueError(f"{where}: config.json: {first_line(error)}") from None
 
@@ -251,7 +257,9 @@ def load_weights(path: str, where: str) -> GPT2LMHeadModel:
         transformers_logging.set_verbosity(verbosity)
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"{where}: its weights lack {missing[0]} ({len(missing)} tensors in all)")
-    if surplus := sorted(loading["unexpected_keys"]):
+    # Older files of GPT-2 hold the masks of its attention too.
+    unexpected = loading["unexpected_keys"]
+    if surplus := sorted(key for key in unexpected if not key.endswith(".attn.masked_bias")):
         raise ValueError(f"{where}: config.json leaves no place for {surplus[0]} of its weights")
     if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
         raise ValueError(f"{where}: {misshapen[0]} has another shape than config.json says")
@@ -495,6 +503,8 @@ def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
             layer.merge()
         model.set_submodule(name, layer.original_layer)
     del model.modification
+    model.base_path = model.base_name = None  # the merged weights lie in no file yet
+    model.base_fingerprint = fingerprint(model)
     return model
 
 
@@ -983,7 +993,9 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
     wrapped = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
     targets = args.lora_target_modules or sorted(wrapped)
     thirds = match_targets(model, targets)
-    layers = sorted(thirds.keys() | wrapped)
+    if surplus := wrapped - thirds.keys():
+        raise ValueError(f"{path}: {min(surplus)} is no target of its settings")
+    layers = sorted(thirds)
     for key in (f"{name}.lora_{matrix}.weight" for name in layers for matrix in "AB"):
         if key not in tensors:
             raise ValueError(f"{path}: lacks {key}")
@@ -1347,9 +1359,11 @@ def trained_settings(directory: Path) -> dict:
         if missing := flags.keys() - settings.keys():
             raise ValueError(f"lacks {min(missing)}")
         with_defaults(argparse.Namespace(**settings))
+        base = settings.get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise ValueError(f"base_model_name_or_path is {base!r}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    base = settings.get("base_model_name_or_path")
     if base and base.startswith(os.pardir) and (directory / base).is_dir():
         # It lies beside the result, wherever the two are now.
         settings["base_model_name_or_path"] = os.path.normpath(directory / base)

@@ -1078,7 +1078,7 @@ def model_card(run: Run) -> str:
     if modify_llm.is_plain(technique):
         load = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers']
         library = "transformers"
-    elif technique == "adapter":
+    elif TECHNIQUES[technique].save is modify_llm.save_state:  # a format of ours alone
         load, library = [], ""
     settings = ["learning_rate", "scheduler", "warmup_steps", "weight_decay", "max_grad_norm"]
     settings += ["batch_size", "gradient_accumulation_steps", "max_length", "seed"]

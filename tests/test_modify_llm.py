@@ -1,5 +1,6 @@
-"""Claim: each technique of modify_llm.py computes what its paper writes and trains what the published tables count,
-and what it saves is what PEFT and transformers themselves load, with equal logits.
+"""Claim: each technique of modify_llm.py computes what its paper writes and trains what the
+published tables count, and what it saves is what PEFT and transformers themselves load, with equal
+logits.
 
     python -m pytest tests/test_modify_llm.py -q
 
@@ -39,6 +40,7 @@ from transformers import (
     TrainingArguments,
     pipeline,
 )
+from transformers.pytorch_utils import Conv1D
 
 import modify_llm
 from modify_llm import (
@@ -64,7 +66,7 @@ CONV1D = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 
 
 def small(**overrides):
-    """A GPT-2 small enough for dozens of tests, with weights large enough for clearly different logits."""
+    """A GPT-2 small enough for dozens of tests, its weights large enough to make logits differ."""
     sizes = {
         "vocab_size": VOCAB,
         "n_layer": LAYERS,
@@ -76,7 +78,7 @@ def small(**overrides):
 
 
 def perturb(model, scale=0.05, seed=1):
-    """Moves every trainable parameter off its start, as training would, so that no update is zero."""
+    """Moves every trainable parameter off its start, as training would: no update is zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters()):
@@ -95,7 +97,7 @@ def logits(model, ids=None, **inputs):
 
 
 def close(a, b, relative=1e-5):
-    """Equal up to rounding, as the norm of the difference: fp32 sums in another order differ in the last bits."""
+    """Equal up to rounding, by the norm of the difference: fp32 sums differ in their last bits."""
     return a.shape == b.shape and bool(torch.linalg.norm(a - b) <= relative * torch.linalg.norm(b))
 
 
@@ -151,7 +153,7 @@ TECHNIQUES = {
 every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=TECHNIQUES.keys())
 
 
-# ---- counts ----------------------------------------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,8 +251,9 @@ def test_the_script_counts_what_the_built_model_holds(capsys, base, settings):
 
 
 def test_a_model_from_scratch_takes_its_sizes_from_the_flags(capsys):
-    flags = "--from_scratch --vocab_size 100 --hidden_size 24 --num_attention_heads 3 --num_hidden_layers 5"
-    main([*flags.split(), "--max_position_embeddings", "40", "--modification_type", "full"])
+    flags = "--from_scratch --vocab_size 100 --hidden_size 24 --num_attention_heads 3"
+    flags += " --num_hidden_layers 5 --max_position_embeddings 40 --modification_type full"
+    main(flags.split())
     total = (100 + 40) * 24 + 5 * (12 * 24**2 + 13 * 24) + 2 * 24
     assert f"Total parameters: {total:,}\n" in capsys.readouterr().out
 
@@ -273,6 +276,19 @@ def test_compare_shows_every_technique_and_plot_writes_a_picture(capsys, tmp_pat
     assert picture.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_compare_has_a_row_for_each_variant_of_the_table_the_largest_first(capsys, base):
+    rows = modify_llm.compare(modify_llm.with_defaults(model_name_or_path=base))
+    listed = [entry[:2] for row in modify_llm.TECHNIQUES.values() for entry in row.compared]
+    assert sorted((row["label"], row["paper"]) for row in rows) == sorted(listed)
+    trainable = [row["trainable"] for row in rows]
+    assert trainable == sorted(trainable, reverse=True) and len(set(trainable)) > 5
+    main(["--compare", "--model_name_or_path", base])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    for line, row in zip(lines, rows, strict=True):
+        assert line.startswith(row["label"]) and f" {row['trainable']:,} " in line
+        assert line.endswith(row["paper"])
+
+
 def test_compare_says_what_the_files_will_weigh(base, tmp_path):
     rows = modify_llm.compare(modify_llm.with_defaults(model_name_or_path=base))
     settings = {
@@ -280,7 +296,6 @@ def test_compare_says_what_the_files_will_weigh(base, tmp_path):
         for technique, entry in modify_llm.TECHNIQUES.items()
         for label, _, changes in entry.compared
     }
-    assert {row["label"] for row in rows} == settings.keys()
     for row in rows:
         if "selective" not in row["label"]:  # whose layers follow from the model's
             model = modify_llm.final_modify(model_name_or_path=base, **settings[row["label"]])
@@ -293,24 +308,41 @@ def test_compare_says_what_the_files_will_weigh(base, tmp_path):
             assert written == pytest.approx(row["saved_mb"] * 1e6), row["label"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"n_embd": "x"},
-        {"n_layer": None},
-        {"n_layer": -1},
-        {"n_head": 0},
-        {"activation_function": "nope"},
-    ],
-)
+def base_with(base, directory, **changes):
+    """A copy of the base, with other values in its config.json."""
+    shutil.copytree(base, directory)
+    config = modify_llm.read_json(directory / "config.json")
+    modify_llm.write_json(directory / "config.json", config | changes)
+    return str(directory)
+
+
+IMPOSSIBLE = [
+    {"n_embd": "x"},
+    {"n_layer": None},
+    {"n_head": 0},
+    {"n_head": 5},
+    {"n_positions": -3},
+    {"activation_function": "nope"},
+    {"n_layer": -1},
+    {"vocab_size": 0},
+]
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=str)
 def test_a_configuration_that_no_model_can_have_is_refused_in_one_line(base, tmp_path, changes):
-    directory = shutil.copytree(base, tmp_path / "base")
-    modify_llm.write_json(
-        directory / "config.json", modify_llm.read_json(directory / "config.json") | changes
-    )
-    with pytest.raises(ValueError, match=r"--model_name_or_path .*: \S") as error:
-        modified(str(directory))
+    directory = base_with(base, tmp_path / "base", **changes)
+    where = f"--model_name_or_path {directory}"
+    with pytest.raises(ValueError, match=rf"^{re.escape(where)}: \S") as error:
+        modified(directory)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", [[], ["--compare"]], ids=["count", "compare"])
+@pytest.mark.parametrize("changes", IMPOSSIBLE, ids=str)
+def test_the_script_refuses_to_count_what_no_model_can_have(capsys, base, tmp_path, changes, task):
+    directory = base_with(base, tmp_path / "base", **changes)
+    message = refused(capsys, ["--model_name_or_path", directory, *task])
+    assert re.match(rf"{re.escape(f'--model_name_or_path {directory}')}: \S", message)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +393,7 @@ def test_the_help_fits_80_columns_and_ends_each_flag_with_its_default(capsys, mo
     )
     flags = [part.split("\n\n")[0].strip() for part in shown.split("\n  --")[1:]]
     assert [flag for flag in flags if not flag.endswith(")")] == []
+    assert ">= 1 (4)" in shown and "(c_attn,c_proj,c_fc)" in shown
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a shell's pipes")
@@ -384,7 +417,7 @@ def test_no_peft_at_run_time():
     assert packages <= {"torch", "transformers", "safetensors", "huggingface_hub", "matplotlib"}
 
 
-# ---- LoRA ------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 def peft_twin(model, ours, **config):
@@ -440,6 +473,38 @@ def test_lora_trains_as_peft_does(targets, rank, alpha, untied):
     assert not close(outputs[0].logits, model(input_ids=ids).logits, 1e-3)
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["Conv1D", "Linear", "thirds of a Conv1D"])
+def test_lora_s_product_is_its_plain_version_in_value_and_gradient(kind, bias):
+    """The expression in LoRAProduct's docstring, under autograd."""
+    torch.manual_seed(0)
+    inner, outer = 20, 24
+    original = nn.Linear(inner, outer) if kind == "Linear" else Conv1D(outer, inner)
+    original.bias = nn.Parameter(torch.randn(outer)) if bias else None
+    thirds = "qv" if kind == "thirds of a Conv1D" else ""
+    layer = LoRALayer(original.requires_grad_(False), 3, 2.0, thirds=thirds)
+    nn.init.normal_(layer.lora_B)
+    x, upstream = torch.randn(2, 7, inner, requires_grad=True), torch.randn(2, 7, outer)
+
+    W = original.weight.T if kind == "Linear" else original.weight  # (in, out)
+    b, A, B, s = original.bias, layer.lora_A, layer.full_B(), 2.0 / 3
+    tokens = x.flatten(0, 1)
+    expected = torch.addmm(b, tokens, W) if bias else tokens @ W
+    expected = (expected + s * (tokens @ A.T) @ B.T).view(2, 7, outer)
+    h = layer(x)
+    assert type(h.grad_fn).__name__ == "LoRAProductBackward"  # the layer takes this path
+    assert h.dtype == torch.float32 and close(h, expected, 1e-6)
+
+    inputs = [x, layer.lora_A, layer.lora_B]
+    gradients = torch.autograd.grad(expected, inputs, upstream)
+    for own, theirs in zip(torch.autograd.grad(h, inputs, upstream), gradients, strict=True):
+        assert close(own, theirs, 1e-6)
+    # In the lowest layer x needs no gradient: A and B have theirs all the same.
+    lowest = torch.autograd.grad(layer(x.detach()), inputs[1:], upstream)
+    for own, theirs in zip(lowest, gradients[1:], strict=True):
+        assert close(own, theirs, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("target", "layers"),
     [
@@ -480,9 +545,7 @@ def test_a_starts_uniform_within_its_fan_in_and_b_at_zero(targets):
     base = small(n_embd=64)
     model = apply_lora(copy.deepcopy(base), 16, target_modules=targets)
     for layer in (module for module in model.modules() if isinstance(module, LoRALayer)):
-        bound = 1 / math.sqrt(
-            layer.original_layer.weight.shape[0]
-        )  # Conv1D: (in_features, out_features)
+        bound = 1 / math.sqrt(layer.original_layer.weight.shape[0])  # Conv1D: (in, out)
         assert 0.95 * bound < layer.lora_A.abs().max() <= bound
         assert layer.lora_A.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
         assert not layer.lora_B.any()
@@ -569,7 +632,7 @@ def test_merging_a_model_whose_layers_are_partly_merged_adds_each_update_once():
         merge_lora(small())
 
 
-# ---- bottleneck adapters ---------------------------------------------------------------------------------------------
+# ---- bottleneck adapters -------------------------------------------------------------------------
 
 
 def gelu(x):
@@ -585,7 +648,7 @@ def adapted(adapter, h):
 
 
 def forward_by_hand(model, ids, dropout):
-    """GPT-2's logits written out, with an adapter between each sub-layer's dropout and its residual addition."""
+    """GPT-2's logits written out, an adapter between each sub-layer's dropout and its residual."""
     body, (rows, length) = model.transformer, ids.shape
 
     def normed(norm, h):
@@ -639,7 +702,7 @@ def test_adapters_start_as_the_exact_identity_and_are_all_that_trains(placement)
     assert all(p.grad.any() for n, p in model.named_parameters() if "up_proj.weight" in n)
 
 
-# ---- prefixes --------------------------------------------------------------------------------------------------------
+# ---- prefixes ------------------------------------------------------------------------------------
 
 PREFIXES = {name: settings for name, settings in TECHNIQUES.items() if "prefix" in name}
 every_prefix = pytest.mark.parametrize("settings", PREFIXES.values(), ids=PREFIXES.keys())
@@ -680,6 +743,44 @@ def test_a_prefix_starts_as_the_real_tokens_it_is_made_of(
     assert not close(logits(model), logits(base), 0.1)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "relative"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=["fp32", "fp64"]
+)
+def test_an_embedding_prefix_has_the_logits_and_gradients_of_concatenated_embeddings(
+    dtype, relative
+):
+    """The prefix is computed once for the batch; plainly, it stands before each row."""
+    beside = ["wte", "wpe", "ln_1", "mlp.c_proj", "ln_f"]
+    model = prefixed("embedding", noise=0.3, trainable_modules=beside).to(dtype).train()
+    reference = small().to(dtype).train()
+    reference.load_state_dict({n: p for n, p in model.state_dict().items() if "prefix" not in n})
+    ids = token_ids(3, 9)
+    mask = torch.ones_like(ids)
+    mask[1, 6:], mask[2, 3:] = 0, 0
+    labels = ids.masked_fill(mask == 0, -100)
+
+    prefix = model.transformer.prefix.embedding.detach().clone().requires_grad_()
+    whole = reference(
+        inputs_embeds=torch.cat([prefix.expand(3, -1, -1), reference.transformer.wte(ids)], 1),
+        attention_mask=F.pad(mask, (LENGTH, 0), value=1),
+        # the loss is over the text alone, where nothing before the first token predicts it
+        labels=F.pad(labels[:, 1:], (LENGTH + 1, 0), value=-100),
+    )
+    output = model(input_ids=ids, attention_mask=mask, labels=labels)
+    real = mask.bool()
+    assert close(output.logits[real], whole.logits[:, LENGTH:][real], relative)
+    assert output.loss.item() == pytest.approx(whole.loss.item(), rel=1e-6)
+
+    output.loss.backward()
+    whole.loss.backward()
+    expected = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    expected["transformer.prefix.embedding"] = prefix.grad
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 1 + 2 + LAYERS * (2 + 2) + 2
+    for name, gradient in trained.items():
+        assert close(gradient, expected[name], relative), name
+
+
 @both_prefixes
 def test_the_base_s_dropout_stays_out_of_a_prefix_s_start(prefix_type):
     base = small(embd_pdrop=0.5, resid_pdrop=0.5)
@@ -701,7 +802,7 @@ STRIDES = 8
 
 
 def counting_rows(generator, rows, stride=None):
-    """Rows that count modulo 32 in steps of a stride; a row of a random stride says so in its first token."""
+    """Rows that count modulo 32 in steps of a stride; a random stride stands in the first token."""
     strides = (
         torch.randint(1, STRIDES + 1, (rows, 1), generator=generator) if stride is None else stride
     )
@@ -740,9 +841,8 @@ def test_a_real_start_trains_faster_than_a_random_one(counting_base, settings):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
         generator, losses = torch.Generator().manual_seed(1), []
         for _ in range(20):
-            ids = counting_rows(
-                generator, 16, stride=5
-            )  # token 37 would ask for it: not among those it starts from
+            # Token 37 would ask for this stride; it is not among those that the prefix starts from.
+            ids = counting_rows(generator, 16, stride=5)
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
             optimizer.step()
@@ -886,13 +986,7 @@ def test_the_reparametrisation_is_computed_out_when_saved(base, tmp_path):
     assert close(logits(loaded), logits(model))
 
 
-def test_prefix_bounds_are_checked():
-    for wrong in ({"prefix_length": 0}, {"prefix_type": "other"}, {"projection_size": 8}):
-        with pytest.raises(ValueError, match=next(iter(wrong)).removeprefix("prefix_")):
-            apply_prefix(small(), **wrong)
-
-
-# ---- selective and full ----------------------------------------------------------------------------------------------
+# ---- selective and full --------------------------------------------------------------------------
 
 
 def trained_modules(model):
@@ -970,7 +1064,7 @@ def test_backward_stops_below_the_lowest_layer_that_trains(base, freeze_head, re
     assert [fired[i] for i in range(LAYERS)] == reached and fired["wte"] is not freeze_head
 
 
-# ---- all techniques --------------------------------------------------------------------------------------------------
+# ---- all techniques ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1034,6 +1128,56 @@ def test_a_second_technique_on_the_same_model_is_refused(base, settings):
         apply_adapters(modified(base, **settings))
 
 
+def test_a_second_lora_is_refused_as_such_and_the_model_works_on():
+    model = perturb(apply_lora(small()))
+    expected, trained = logits(model), set(trainable_state(model))
+    with pytest.raises(ValueError, match=r"^the model carries lora already"):
+        apply_lora(model)
+    assert torch.equal(logits(model), expected) and set(trainable_state(model)) == trained
+    model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert close(logits(merge_lora(model)), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("apply", "wrong", "message"),
+    [
+        (apply_lora, {"rank": 0}, "--lora_rank '0': expected int >= 1"),
+        (apply_lora, {"rank": 2.5}, "--lora_rank '2.5': expected int >= 1"),
+        (apply_lora, {"alpha": 0}, "--lora_alpha '0': expected float"),
+        (apply_lora, {"alpha": math.nan}, "--lora_alpha 'nan': expected float"),
+        (apply_lora, {"dropout": 1.0}, "--lora_dropout '1.0': expected float >= 0 and < 1"),
+        (apply_lora, {"dropout": -0.1}, "--lora_dropout '-0.1': expected float >= 0"),
+        (apply_adapters, {"adapter_size": 0}, "--adapter_size '0': expected int >= 1"),
+        (apply_adapters, {"placement": "other"}, "--adapter_placement 'other': expected one of"),
+        (apply_prefix, {"prefix_length": 0}, "--prefix_length '0': expected int >= 1"),
+        (
+            apply_prefix,
+            {"prefix_length": POSITIONS},
+            f"--prefix_length {POSITIONS}: leaves no room",
+        ),
+        (apply_prefix, {"prefix_type": "other"}, "--prefix_type 'other': expected one of"),
+        (apply_prefix, {"projection_size": 8}, "--prefix_projection_size 8: needs --prefix_type"),
+        (
+            apply_prefix,
+            {"projection_size": -8, "prefix_type": "key_value"},
+            "--prefix_projection_size '-8': expected int >= 0",
+        ),
+        (apply_selective_freezing, {"freeze_layers": [LAYERS]}, "--freeze_layers 3: the model has"),
+    ],
+)
+def test_the_functions_check_their_arguments_by_the_flags_and_leave_the_model_as_it_was(
+    monkeypatch, apply, wrong, message
+):
+    monkeypatch.setattr(argparse, "ArgumentParser", None)  # the ranges need no parser
+    model = small()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        apply(model, **wrong)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(logits(model), logits(small()))
+    apply_lora(model)  # nothing stands in the way of another try
+
+
 @pytest.mark.parametrize(
     "options", [None, {"use_reentrant": False}], ids=["default", "not reentrant"]
 )
@@ -1043,7 +1187,8 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(base, set
     models = [model, copy.deepcopy(model)]
     models[1].gradient_checkpointing_enable(options)
     if settings.get("modification_type") == "prefix":
-        with pytest.raises(ValueError, match=r"gradient checkpointing.*prefix"):
+        reason = "gradient checkpointing drops the cache that carries a prefix"
+        with pytest.raises(ValueError, match=reason):
             models[1](input_ids=token_ids(), labels=token_ids())
         assert close(logits(models[1]), logits(models[0]))
         return
@@ -1117,7 +1262,100 @@ def test_hugging_face_s_trainer_trains_what_is_trainable_and_nothing_else(base, 
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-# ---- final_modify ----------------------------------------------------------------------------------------------------
+# ---- the table of techniques ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("technique", "apply"),
+    [
+        ("lora", apply_lora),
+        ("adapter", apply_adapters),
+        ("prefix", apply_prefix),
+        ("selective", apply_selective_freezing),
+        ("full", apply_full_finetuning),
+    ],
+)
+def test_the_functions_have_the_defaults_of_the_flags(technique, apply):
+    sizes = {"n_layer": 5, "n_positions": 64}  # room for every default
+    row = modify_llm.TECHNIQUES[technique]
+    flags = {name: flag.default for name, flag in row.flags.items()}
+    by_function = apply(small(**sizes))
+    noted = {"modification_type": technique, "trainable_modules": [], **flags}
+    assert by_function.modification == noted
+    by_flags = row.apply(small(**sizes), modify_llm.with_defaults(modification_type=technique))
+    assert by_flags.modification == noted
+    shapes = [{n: p.shape for n, p in trainable_state(m).items()} for m in (by_function, by_flags)]
+    assert shapes[0] == shapes[1]
+
+
+class ScaledLayer(nn.Module):
+    """IA3's l * (W x), with l trained from ones (Liu et al., 2022)."""
+
+    def __init__(self, original_layer):
+        super().__init__()
+        self.original_layer = original_layer
+        self.scale = nn.Parameter(torch.ones(original_layer.nf))
+
+    def forward(self, x):
+        return self.original_layer(x) * self.scale.to(x.dtype)
+
+
+def apply_scaling(model, targets=("c_attn", "c_fc"), trainable_modules=()):
+    modify_llm.start_modification(model, "scaling", scaling_targets=list(targets))
+    for target in targets:
+        for name, layer in modify_llm.modules_named(model, target).items():
+            model.set_submodule(name, ScaledLayer(layer))
+    modify_llm.train_modules(model, trainable_modules)
+    return model
+
+
+SCALING = modify_llm.Technique(
+    apply=lambda model, args: apply_scaling(model, args.scaling_targets, args.trainable_modules),
+    flags={"scaling_targets": modify_llm.Flag(["c_attn", "c_fc"], modify_llm.names, "by suffix")},
+    learning_rate=lambda args: 1e-3,
+    compared=[
+        ("scaled c_attn and c_fc", "Liu 2022", {}),
+        ("scaled c_fc", "", {"scaling_targets": ["c_fc"]}),
+    ],
+)
+
+
+@pytest.mark.parametrize("trainable_modules", [[], ["ln_f"]], ids=["alone", "and a norm"])
+def test_a_new_technique_is_one_row_that_builds_counts_saves_and_loads(
+    base, tmp_path, monkeypatch, trainable_modules
+):
+    monkeypatch.setitem(modify_llm.TECHNIQUES, "scaling", SCALING)
+    # MODEL_FLAGS is made of the table when modify_llm is imported, which has happened already.
+    flags = {
+        "modification_type": modify_llm.Flag("lora", modify_llm.one_of(*modify_llm.TECHNIQUES), "")
+    }
+    for name, flag in (flags | SCALING.flags).items():
+        monkeypatch.setitem(modify_llm.MODEL_FLAGS, name, flag)
+    settings = modify_llm.with_defaults(
+        model_name_or_path=base, modification_type="scaling", trainable_modules=trainable_modules,
+        scaling_targets="attn.c_attn,c_fc",
+    )  # fmt: skip
+    model = final_modify(settings)
+    assert torch.equal(logits(model), logits(plain(base)))
+    widths, norm = LAYERS * (3 + 4) * HIDDEN, 2 * HIDDEN * len(trainable_modules)
+    total = plain(base).num_parameters()
+    assert parameter_counts(perturb(model)) == (total + widths, widths + norm)
+    assert not close(logits(model), logits(plain(base)), 1e-2)
+
+    rows = {row["label"]: row for row in modify_llm.compare(settings)}
+    assert rows["scaled c_attn and c_fc"]["trainable"] == widths
+    assert rows["scaled c_fc"]["trainable"] == LAYERS * 4 * HIDDEN
+    assert rows["scaled c_fc"]["saved_mb"] == pytest.approx(LAYERS * 4 * HIDDEN * 4e-6)
+
+    save_trained(model, tmp_path)
+    assert load_file(tmp_path / "adapter.safetensors").keys() == trainable_state(model).keys()
+    loaded = load_trained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    assert loaded.modification == model.modification
+    assert set(trainable_state(loaded)) == set(trainable_state(model))
+
+
+# ---- final_modify --------------------------------------------------------------------------------
 
 
 def test_a_namespace_may_hold_some_of_the_flags_only(base):
@@ -1177,6 +1415,13 @@ def test_a_wrong_value_is_a_value_error_that_names_the_flag(base, name, value):
         final_modify(model_name_or_path=base, **{name: value})
 
 
+def test_a_wrong_value_has_the_same_words_from_python_and_from_the_script(capsys):
+    with pytest.raises(ValueError, match=r"^--lora_rank '0': expected int >= 1$"):
+        final_modify(lora_rank=0)
+    message = refused(capsys, ["--lora_rank", "0", "--adapter_size", "-1"])
+    assert message == "argument --lora_rank: '0': expected int >= 1"
+
+
 def test_dropout_is_off_unless_asked_for(tmp_path):
     small(attn_pdrop=0.1, resid_pdrop=0.1, embd_pdrop=0.1).save_pretrained(tmp_path)
     still = final_modify(model_name_or_path=str(tmp_path)).train()
@@ -1196,7 +1441,7 @@ def test_random_weights_are_said_loudly(caplog):
     )
 
 
-# ---- saving and loading ----------------------------------------------------------------------------------------------
+# ---- saving and loading --------------------------------------------------------------------------
 
 LN = ["ln_1", "ln_2", "ln_f"]
 SAVED = {
@@ -1261,9 +1506,8 @@ def test_peft_loads_what_was_saved_with_equal_logits(base, settings, tmp_path):
     model = perturb(modified(base, **settings))
     save_trained(model, tmp_path)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "error", message="fan_in_fan_out"
-        )  # PEFT corrects it, with a warning a layer
+        # PEFT would correct a wrong one, with a warning a layer.
+        warnings.filterwarnings("error", message="fan_in_fan_out")
         theirs = peft.PeftModel.from_pretrained(plain(base), tmp_path)
     inputs = {"attention_mask": torch.ones_like(token_ids())}
     assert close(logits(theirs, **inputs)[:, -9:], logits(model), 1e-5)
@@ -1482,19 +1726,36 @@ def test_each_missing_tensor_is_noticed_and_named(saved):
         own_name = (
             name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".bias")
         )
-        if own_name == "lm_head":  # PEFT may have trained wte alone; the manifest vouches for ours
+        if own_name == "lm_head":  # beside wte: PEFT may have trained that alone
+            assert "base_model.model.transformer.wte.weight" in tensors
             continue
         with pytest.raises(ValueError, match=own_name.replace(".", r"\.")):
             load_trained(directory)
 
 
-def test_a_matrix_that_lacks_its_partner_in_what_peft_made_is_named(base, tmp_path):
+def test_a_head_missing_beside_its_embeddings_is_found_out_by_the_manifest(base, tmp_path):
+    save_trained(perturb(modified(base, **SAVED["lora and embeddings"])), tmp_path)
+    modify_llm.write_manifest(tmp_path)
+    load_trained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
+        load_trained(tmp_path)
+
+
+@pytest.mark.parametrize("matrix", ["lora_A", "lora_B"])
+def test_a_matrix_that_lacks_its_partner_in_what_peft_made_is_named(base, tmp_path, matrix):
     peft_made(base, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
-    for name in list(tensors)[::5]:
+    missing = [name for name in tensors if matrix in name]
+    assert len(missing) == 2 * LAYERS
+    for name in missing:
         save_file({n: t for n, t in tensors.items() if n != name}, file, metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=name.removeprefix("base_model.model.")):
+        own_name = name.removeprefix("base_model.model.")
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{file}: lacks {own_name}')}$"):
             load_trained(tmp_path)
 
 
@@ -1570,27 +1831,37 @@ def test_damaged_settings_are_named(base, tmp_path, file, content):
         load_trained(tmp_path, base)
 
 
+DAMAGED_SETTINGS = "its settings are damaged"
+
+
 @pytest.mark.parametrize(
-    ("file", "key", "value"),
+    ("file", "key", "value", "said"),
     [
-        *(("modification.json", "lora_rank", v) for v in ([1], {}, "x", None, 3.5)),
+        *(("modification.json", "lora_rank", v, "lora_rank") for v in ([1], {}, "x", None, 3.5)),
         *(
-            ("modification.json", key, v)
+            ("modification.json", key, v, key)
             for key in ("lora_target_modules", "trainable_modules")
             for v in ([1], 5)
         ),
-        *(("adapter_config.json", "alpha_pattern", v) for v in ([1], "x", 5, {"(": 4})),
-        ("adapter_config.json", "r", "x"),
+        ("adapter_config.json", "r", "x", "lora_rank"),
+        *(
+            ("adapter_config.json", "alpha_pattern", v, DAMAGED_SETTINGS)
+            for v in ([1], "x", 5, {"(": 4})
+        ),
     ],
 )
-def test_settings_of_another_type_are_named(base, tmp_path, file, key, value):
+def test_settings_of_another_type_are_refused_in_one_line_that_says_where(
+    base, tmp_path, file, key, value, said
+):
     save_trained(perturb(modified(base)), tmp_path)
     if file != "modification.json":  # as PEFT would have left it
         (tmp_path / "modification.json").unlink()
     settings = modify_llm.read_json(tmp_path / file)
     modify_llm.write_json(tmp_path / file, settings | {key: value})
-    with pytest.raises(ValueError, match=file.replace(".", r"\.") + "|settings are damaged"):
+    where = f"{tmp_path}: " if said == DAMAGED_SETTINGS else f"{tmp_path / file}: --"
+    with pytest.raises(ValueError, match=f"^{re.escape(where + said)}") as error:
         load_trained(tmp_path, base)
+    assert "\n" not in str(error.value)
 
 
 def test_a_directory_without_anything_trained_is_refused(tmp_path):
@@ -1682,7 +1953,7 @@ def test_a_plain_model_keeps_its_base_s_dropouts(tmp_path, name):
     assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.1, 0.2, 0.3)
 
 
-# ---- merging from the command line -----------------------------------------------------------------------------------
+# ---- merging from the command line ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1783,7 +2054,7 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
     assert "LOAD REPORT" not in caplog.text, "transformers writes a report of its own to stderr"
 
 
-# ---- refusals --------------------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1819,15 +2090,15 @@ def test_a_base_that_lacks_a_tensor_is_refused_in_one_line(capsys, caplog, base,
             "--modification_type selective --freeze_layers 0-11 --freeze_head",
             ["--freeze_layers", "--freeze_head"],
         ),
-        ("--lora_rank 0", ["--lora_rank", "'0'", "int >= 1"]),
-        ("--adapter_size -1", ["--adapter_size", "'-1'"]),
-        ("--prefix_length 0", ["--prefix_length", "'0'"]),
-        ("--dropout 1.5", ["--dropout", "'1.5'", "< 1"]),
-        ("--dropout nan", ["--dropout", "'nan'"]),
-        ("--lora_dropout=-0.1", ["--lora_dropout", "'-0.1'"]),
-        ("--lora_alpha nan", ["--lora_alpha", "'nan'"]),
-        ("--lora_alpha inf", ["--lora_alpha", "'inf'"]),
-        ("--lora_alpha 0", ["--lora_alpha", "'0'"]),
+        ("--lora_rank 0", ["argument --lora_rank: '0': expected int >= 1"]),
+        ("--adapter_size -1", ["argument --adapter_size: '-1': expected int >= 1"]),
+        ("--prefix_length 0", ["argument --prefix_length: '0': expected int >= 1"]),
+        ("--dropout 1.5", ["argument --dropout: '1.5': expected float >= 0 and < 1"]),
+        ("--dropout nan", ["argument --dropout: 'nan': expected float >= 0"]),
+        ("--lora_dropout=-0.1", ["argument --lora_dropout: '-0.1': expected float >= 0"]),
+        ("--lora_alpha nan", ["argument --lora_alpha: 'nan': expected float"]),
+        ("--lora_alpha inf", ["argument --lora_alpha: 'inf': expected float"]),
+        ("--lora_alpha 0", ["argument --lora_alpha: '0': expected float"]),
         ("--lora_rank four", ["--lora_rank", "'four'"]),
         (
             "--from_scratch --hidden_size 100 --num_attention_heads 3",
@@ -1932,8 +2203,66 @@ def test_a_head_of_its_own_that_is_missing_is_not_filled_in_quietly(tmp_path):
         final_modify(model_name_or_path=str(tmp_path))
 
 
+def test_weights_that_the_configuration_leaves_no_place_for_are_refused(base, tmp_path):
+    fewer = base_with(base, tmp_path / "fewer", n_layer=1)
+    reason = r"config\.json leaves no place for transformer\.h\.1\.\S+ of its weights"
+    message = f"^{re.escape(f'--model_name_or_path {fewer}')}: {reason}$"
+    with pytest.raises(ValueError, match=message):
+        modified(fewer)
+    save_trained(modified(base), tmp_path / "final")
+    with pytest.raises(ValueError, match=message):
+        load_trained(tmp_path / "final", fewer)
+
+
+def test_a_tied_head_that_the_file_holds_as_well_has_its_place(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = modified(str(tmp_path / "base"))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(logits(model), logits(plain(base)))
+
+
+def test_a_base_may_be_named_by_a_path_object(base):
+    model = modify_llm.final_modify(model_name_or_path=Path(base))
+    assert torch.equal(logits(model), logits(plain(base)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"modification_type": "selective", "freeze_layers": "0"}])
+def test_what_is_trained_on_a_merged_model_is_saved_on_the_merged_weights(base, tmp_path, settings):
+    merged = modify_llm.merge_lora(perturb(modified(base)))
+    expected = logits(merged)
+    model = modify_llm.modify(merged, modify_llm.with_defaults(**settings))
+    save_trained(model, tmp_path / "tuned")
+    if settings:  # a plain model: it holds the merged weights
+        assert close(logits(load_trained(tmp_path / "tuned")), expected)
+    else:  # an adapter: the old base is not what it was trained on
+        with pytest.raises(ValueError, match="names no base model"):
+            load_trained(tmp_path / "tuned")
+
+
+def test_a_layer_in_the_file_that_is_no_target_is_named(base, tmp_path):
+    save_trained(perturb(modified(base)), tmp_path)
+    settings = modify_llm.read_json(tmp_path / "modification.json")
+    settings["lora_target_modules"] = ["c_attn"]
+    modify_llm.write_json(tmp_path / "modification.json", settings)
+    with pytest.raises(ValueError, match=r"c_(fc|proj) is no target of its settings"):
+        load_trained(tmp_path)
+
+
+def test_a_base_that_is_no_name_is_refused(base, tmp_path):
+    save_trained(perturb(modified(base)), tmp_path)
+    settings = modify_llm.read_json(tmp_path / "modification.json")
+    settings |= {"base_model_name_or_path": 5}
+    modify_llm.write_json(tmp_path / "modification.json", settings)
+    with pytest.raises(ValueError, match=r"modification\.json: base_model_name_or_path is 5"):
+        load_trained(tmp_path)
+
+
 def test_the_layout_of_the_published_files_loads(base, tmp_path):
-    """Names without `transformer.`, no head, and the causal masks that GPT-2's files have carried since 2019."""
+    """Names without `transformer.`, no head, and the causal masks that the files hold."""
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     tensors = {
@@ -1942,6 +2271,7 @@ def test_the_layout_of_the_published_files_loads(base, tmp_path):
     tensors |= {
         f"h.{i}.attn.bias": torch.ones(1, 1, POSITIONS, POSITIONS).tril() for i in range(LAYERS)
     }
+    tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(LAYERS)}
     save_file(tensors, file, metadata={"format": "pt"})
     model = modified(str(tmp_path / "base"), modification_type="selective", freeze_layers=[0])
     assert torch.equal(logits(model), logits(plain(base)))
@@ -1965,121 +2295,3 @@ def test_a_hub_that_never_answers_is_given_up_within_seconds(capsys, monkeypatch
     assert (
         "nobody/no-such-gpt2" in message and "timed out" in message and "local directory" in message
     )
-
-
-# ---- one place for each thing --------------------------------------------------------------------
-
-
-class ScaledLayer(torch.nn.Module):
-    """IA3's l * (W x), with l trained from ones (Liu et al., 2022)."""
-
-    def __init__(self, original_layer):
-        super().__init__()
-        self.original_layer = original_layer
-        self.scale = torch.nn.Parameter(torch.ones(original_layer.nf))
-
-    def forward(self, x):
-        return self.original_layer(x) * self.scale.to(x.dtype)
-
-
-def apply_scaling(model, targets=("c_attn", "c_fc")):
-    modify_llm.start_modification(model, "scaling")
-    for target in targets:
-        for name, layer in modify_llm.modules_named(model, target).items():
-            model.set_submodule(name, ScaledLayer(layer))
-    return model
-
-
-def test_a_new_technique_is_one_row_that_builds_counts_saves_and_loads(base, tmp_path, monkeypatch):
-    row = modify_llm.Technique(
-        apply=lambda model, args: apply_scaling(model), flags={},
-        learning_rate=lambda args: 1e-3, compared=[("scaled layers", "Liu 2022", {})],
-    )  # fmt: skip
-    monkeypatch.setitem(modify_llm.TECHNIQUES, "scaling", row)
-    # one_of reads the table when the file is imported, which has happened already
-    choice = modify_llm.Flag("lora", modify_llm.one_of(*modify_llm.TECHNIQUES), "")
-    monkeypatch.setitem(modify_llm.MODEL_FLAGS, "modification_type", choice)
-    settings = modify_llm.with_defaults(model_name_or_path=base, modification_type="scaling")
-    model = perturb(modify_llm.final_modify(settings))
-    config = model.config
-    widths = config.n_layer * (3 + 4) * config.n_embd  # c_attn and c_fc
-    assert modify_llm.parameter_counts(model)[1] == widths
-    counted = {r["label"]: r["trainable"] for r in modify_llm.compare(settings)}
-    assert counted["scaled layers"] == widths
-    save_trained(model, tmp_path)
-    assert close(logits(load_trained(tmp_path)), logits(model))
-
-
-def test_defaults_of_the_functions_are_those_of_the_flags(base):
-    for apply, technique in (
-        (modify_llm.apply_lora, "lora"),
-        (modify_llm.apply_adapters, "adapter"),
-        (modify_llm.apply_prefix, "prefix"),
-        (modify_llm.apply_selective_freezing, "selective"),
-    ):
-        by_function = apply(GPT2LMHeadModel(GPT2Config(n_layer=5, n_embd=8, n_head=2)))
-        for name, flag in modify_llm.TECHNIQUES[technique].flags.items():
-            assert by_function.modification[name] == flag.default, name
-
-
-def test_lora_twice_is_refused_as_such_and_leaves_the_model_as_it_was():
-    model = perturb(modify_llm.apply_lora(tiny_gpt2()))
-    before = logits(model)
-    with pytest.raises(ValueError, match="carries lora already"):
-        modify_llm.apply_lora(model)
-    assert torch.equal(logits(model), before)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_loras_product_is_its_equation_in_value_and_gradient(bias):
-    torch.manual_seed(0)
-    x, W, A, B = (torch.randn(*shape) for shape in ((2, 7, 5), (5, 6), (3, 5), (6, 3)))
-    b = torch.randn(6) if bias else None
-    trained = [tensor.requires_grad_() for tensor in (x, A, B)]
-    ours = modify_llm.LoRAProduct.apply(x, W, b, A, B, 0.7)
-    theirs = x @ W + (b if bias else 0) + 0.7 * (x @ A.T) @ B.T
-    upstream = torch.randn_like(theirs)
-    torch.testing.assert_close(ours, theirs)
-    grads = (torch.autograd.grad(h, trained, upstream) for h in (ours, theirs))
-    for mine, reference in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, reference)
-
-
-def test_an_embedding_prefix_has_the_logits_and_gradients_of_concatenated_embeddings():
-    """The prefix is computed once for the batch; plainly, it stands before each row."""
-    model = modify_llm.apply_prefix(tiny_gpt2(), 5, trainable_modules=["ln_f", "wte"])
-    perturb(model)
-    plain = tiny_gpt2()
-    state = {n: p for n, p in model.state_dict().items() if "prefix" not in n}
-    plain.load_state_dict(state)
-    prefix = model.transformer.prefix.embedding.detach().clone().requires_grad_()
-    ids, mask = torch.randint(100, (3, 9)), torch.ones(3, 9, dtype=torch.long)
-    mask[1, 6:], mask[2, 3:] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    embeddings = torch.cat([prefix.expand(3, -1, -1), plain.transformer.wte(ids)], dim=1)
-    whole = plain(
-        inputs_embeds=embeddings, attention_mask=torch.nn.functional.pad(mask, (5, 0), value=1)
-    )
-    ours = model(input_ids=ids, attention_mask=mask, labels=labels)
-    theirs = torch.nn.functional.cross_entropy(
-        whole.logits[:, 5:-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
-    )
-    real = mask.bool()
-    torch.testing.assert_close(ours.logits[real], whole.logits[:, 5:][real], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours.loss, theirs)
-    ours.loss.backward()
-    theirs.backward()
-    for mine, reference in (
-        (model.transformer.prefix.embedding.grad, prefix.grad),
-        (model.transformer.ln_f.weight.grad, plain.transformer.ln_f.weight.grad),
-        (model.transformer.wte.weight.grad, plain.transformer.wte.weight.grad),
-    ):
-        torch.testing.assert_close(mine, reference, rtol=1e-3, atol=1e-6)
-
-
-def test_weights_that_the_configuration_has_no_place_for_are_refused(base, tmp_path):
-    directory = shutil.copytree(base, tmp_path / "base")
-    config = modify_llm.read_json(directory / "config.json") | {"n_layer": 1}
-    modify_llm.write_json(directory / "config.json", config)
-    with pytest.raises(ValueError, match=r"leaves no place for transformer\.h\.1\."):
-        modified(str(directory))
