@@ -242,13 +242,17 @@ def read_frames(
         if suffix not in (".json", ".jsonl", ".csv"):
             raise ValueError("expected a .json, .jsonl or .csv file")
         with open_text(dataset_path) as file:
-            for records in read_csv(file) if suffix == ".csv" else read_json(file, suffix):
+            chunks = read_csv(file) if suffix == ".csv" else read_json(file, suffix)
+            # In pairs, so that the number of rows is told before the last of them are shown.
+            for records, following in itertools.pairwise(itertools.chain(chunks, [None])):
                 for row, record in enumerate(records, rows_read + 1):
                     try:
                         check_record(record, columns)
                     except ValueError as error:
                         raise ValueError(f"row {row}: {error}") from None
                 rows_read += len(records)
+                if not following and rows_read:
+                    logger.info("Dataset loaded successfully with %d entries.", rows_read)
                 if records:
                     # dtype=object: any value in a column that is not read
                     yield pd.DataFrame(records, dtype=object)
@@ -256,7 +260,6 @@ def read_frames(
             raise ValueError("holds no rows")
     except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
         raise ValueError(" ".join(f"--{flag} {dataset_path}: {error}".split())) from None
-    logger.info("Dataset loaded successfully with %d entries.", rows_read)
 
 
 # ---- from a row to its text ----------------------------------------------------------------------

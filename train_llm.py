@@ -176,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(parser, "evaluation and saving", EVALUATION_FLAGS)
     add_flags(parser, "run", RUN_FLAGS)
     add_flags(parser, "using a model", USE_FLAGS)
-    parser.add_argument(
+    parser.add_argument_group("prompts").add_argument(
         "--prompt", action="append", default=argparse.SUPPRESS, type=utf8_text,
         help="answer it; repeatable (none)",
     )  # fmt: skip
@@ -1404,8 +1404,9 @@ def train_step(
     return rate, grad_norm
 
 
-def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, speed: float) -> None:
-    """The row and the line of the steps since the last one. `step` is the epoch's, from 1."""
+def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, speed: float) -> float:
+    """The row and the line of the steps since the last one: returns their loss. `step` is the
+    epoch's, from 1."""
     state, steps = run.progress, run.steps_per_epoch
     loss = state.loss_sum / max(1, state.target_count)
     row = {"step": state.step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
@@ -1416,6 +1417,7 @@ def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, spee
         f"{speed:,.0f}",
     )  # fmt: skip
     state.loss_sum, state.target_count = 0.0, 0
+    return loss
 
 
 def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
@@ -1502,10 +1504,8 @@ def train(run: Run) -> None:
         if state.step % args.log_interval == 0 or last:
             (all_tokens,) = runtime.sum_over_ranks(tokens)
             speed = all_tokens / (time.perf_counter() - clock)
-            bar.set_postfix_str(
-                f"loss {state.loss_sum / max(1, state.target_count):.3f}, {speed:,.0f} tok/s"
-            )
-            log_training(run, epoch, step_of_epoch + 1, rate, norm, speed)
+            loss = log_training(run, epoch, step_of_epoch + 1, rate, norm, speed)
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
             clock, tokens = time.perf_counter(), 0
         interval = args.eval_interval
         state.evaluation_due = last or (state.step % interval == 0 if interval else end_of_epoch)
@@ -1635,6 +1635,8 @@ def finish(run: Run, started: float) -> None:
         table.info(words, before, after, state.step, best, state.best_step)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     table.info("Time: %d min %02d s", minutes, seconds)
+    if run.args.demo and run.args.from_scratch:  # the first part's directory is a temporary one
+        return
     written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
     table.info("Written to %s: %s", output_dir, written)
     use = output_dir / ("best" if (output_dir / "best").exists() else "final")

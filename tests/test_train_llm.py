@@ -2831,6 +2831,7 @@ def test_the_demo_lowers_perplexity_in_both_parts_and_closes_with_a_sample(tmp_p
     assert process.returncode == 0, error.decode()
     falls = re.findall(r"^Held-out perplexity: ([\d.]+) before, ([\d.]+) after", out, re.M)
     assert len(falls) == 2
+    assert out.count("Written to ") == out.count("Try it: ") == 1  # the first part's is temporary
     assert all(float(after) < 0.9 * float(before) for before, after in falls), falls
     assert re.search(r"^Prompt: .*\nAnswer: \S", out, re.M)
     losses = held_out_losses(tmp_path / "demo")
