@@ -53,6 +53,7 @@ import modify_llm
 from data_pipeline import (
     DATA_FLAGS,
     IGNORED,
+    WIDTH_MULTIPLE,
     AlpacaDataset,
     final_dataset_loader,
     load_dataset,
@@ -252,14 +253,14 @@ def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
     plain = args.adapter_path and modify_llm.is_plain(args.modification_type)
     without_warmup = args.scheduler in ("cosine", "constant")
     idle_beside = {
-        "eval_fraction": ("beside --eval_dataset_path", args.eval_dataset_path),
-        "model_name_or_path": (": --adapter_path holds a whole model", plain),
-        "warmup_steps": (f": --scheduler {args.scheduler} has no warm-up", without_warmup),
-        "min_lr": (": --scheduler constant does not decay", args.scheduler == "constant"),
+        "eval_fraction": (" beside --eval_dataset_path", args.eval_dataset_path),
+        "model_name_or_path": (", --adapter_path holds a whole model", plain),
+        "warmup_steps": (f", --scheduler {args.scheduler} has no warm-up", without_warmup),
+        "min_lr": (", --scheduler constant does not decay", args.scheduler == "constant"),
     }
     for name in idle_beside.keys() & given.keys():
         reason, holds = idle_beside[name]
-        lines += [f"--{name}: without effect {reason}".replace(" :", ",")] if holds else []
+        lines += [f"--{name}: without effect{reason}"] if holds else []
     return sorted(lines)
 
 
@@ -567,10 +568,7 @@ def loss_inputs(
     lengths, parts = batch["attention_mask"].sum(1).tolist(), []
     next_labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # what a place predicts
     for rows in cut_rows(lengths, max_tokens):
-        width = (
-            math.ceil(lengths[rows[0]] / data_pipeline.WIDTH_MULTIPLE)
-            * data_pipeline.WIDTH_MULTIPLE
-        )
+        width = math.ceil(lengths[rows[0]] / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         labels = next_labels[rows, :width].flatten()
         positions = (labels != IGNORED).nonzero().squeeze(1)
         part = {"input_ids": batch["input_ids"][rows, :width], "positions": positions}
