@@ -623,7 +623,9 @@ class GlobalBatches(Sampler[list[int]]):
         return [batches[i] for i in shuffled] + short
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self.global_batches()[self.first_step :]:
+        batches = self.global_batches()[self.first_step :]
+        self.set_epoch(self.epoch + 1)  # the next pass has another order
+        for batch in batches:
             for part in batch.split(self.batch_size * self.world_size):
                 yield part[self.rank * self.batch_size :][: self.batch_size].tolist()
 
@@ -671,6 +673,14 @@ def check_settings(**settings: Any) -> None:
             raise ValueError(f"{name}: {error}") from None
 
 
+def ignore_signals(_worker: int) -> None:
+    """In a worker: what is sent to a whole process group is for the process that it works for,
+    which ends it, to answer."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def final_dataset_loader(
     dataset_path: str | Path | AlpacaDataset = BUNDLED_SAMPLE, *, text_format: str = "output",
     split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length",
@@ -683,8 +693,8 @@ def final_dataset_loader(
     dataset_path: a file or URL, or rows already tokenised. split: None for all rows, "train" or
     "eval" for either side of the held-out split by `eval_fraction` and `seed`. padding:
     "max_length", or "longest" (of each batch, to a multiple of 8). tokenizer: a tokenizer, a local
-    directory or hub id; None: GPT-2's. `len(loader)` is the number of batches, and
-    `loader.batch_sampler.set_epoch(n)` reshuffles.
+    directory or hub id; None: GPT-2's. `len(loader)` is the number of batches; each pass has
+    another order, and `loader.batch_sampler.set_epoch(n)` says which.
     Raises ValueError that names the argument, or the file and row.
     """
     if padding not in ("max_length", "longest"):
@@ -716,6 +726,7 @@ def final_dataset_loader(
         batch_sampler=batches,
         collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
         num_workers=num_workers,
+        worker_init_fn=ignore_signals,
         # Seeds the workers, which would otherwise draw from the training's random state.
         generator=torch.Generator().manual_seed(seed),
     )

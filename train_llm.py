@@ -11,7 +11,7 @@ A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_st
 """
 
 import argparse
-import hashlib
+import errno
 import importlib.util
 import io
 import itertools
@@ -20,15 +20,20 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,9 +49,18 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AttentionInterface, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import (
+    AttentionInterface,
+    GenerationConfig,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 import data_pipeline
 import modify_llm
@@ -87,6 +101,17 @@ OUTPUTS = (  # what a run writes, and --overwrite_output_dir removes
     "run.json", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png", "predictions.jsonl",
     "training_*.log", "checkpoints", "best", "final", "base", "tensorboard",
 )  # fmt: skip
+# Each asks for a checkpoint and the end; terminals, `timeout`, SLURM and torchrun send them.
+STOP_SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)  # Windows has but two
+]
+EMOJI = re.compile("[🔧📊🔢] ?")
+GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
+STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
+# What a file system says that has no locks, or cannot sync a directory
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 # What PyTorch says when memory is short
 OUT_OF_MEMORY = "not enough memory|annot allocate memory|can't allocate memory|ALLOC_FAILED"
 
@@ -98,6 +123,16 @@ class Stopped(Exception):
 # ---- flags ---------------------------------------------------------------------------------------
 
 zero_or_more, above_zero = number_type(float, 0), number_type(float, sys.float_info.min)
+
+
+def temperature(value: object) -> float:
+    """A flag's type: 0, or what logits can be divided by."""
+    parsed = number_type(float, 0, 100.000001)(value)
+    if 0 < parsed < 0.01:
+        raise argparse.ArgumentTypeError(f"{value!r}: expected 0 (greedy), or 0.01 to 100")
+    return parsed
+
+
 OPTIMISATION_FLAGS = {
     "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
     "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
@@ -137,7 +172,7 @@ USE_FLAGS = {
     "adapter_path": Flag(None, nonempty, "start from, evaluate or prompt what a run saved (none)"),
     "eval_only": Flag(False, boolean, "evaluate on the held-out rows, train nothing"),
     "max_new_tokens": Flag(128, at_least_one, "of an answer; >= 1"),
-    "temperature": Flag(0.0, zero_or_more, "of sampling; 0: greedy"),
+    "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
 }
 TRAINING_DATA_FLAGS = DATA_FLAGS | {
     "text_format": DATA_FLAGS["text_format"]._replace(default="alpaca"),
@@ -148,10 +183,12 @@ FLAGS = TRAINING_DATA_FLAGS | modify_llm.MODEL_FLAGS | OPTIMISATION_FLAGS | EVAL
 FLAGS |= RUN_FLAGS | USE_FLAGS
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {"prompt": []}
 # What may differ between a run and its continuation; all else must be equal: it is the same run.
+# Paths may, as the contents are compared; so may what cuts the same steps in another way.
 FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, "prompt", "num_workers"}
 FREE_TO_CHANGE |= {"dataset_path", "eval_dataset_path", "model_name_or_path"}
-FREE_TO_CHANGE |= {"tokenizer_name_or_path"}
-FREE_TO_CHANGE -= {"early_stopping_patience", "precision"}
+FREE_TO_CHANGE |= {"tokenizer_name_or_path", "max_eval_samples", "epochs", "max_steps"}
+FREE_TO_CHANGE |= {"batch_size", "gradient_accumulation_steps"}
+FREE_TO_CHANGE |= {"gradient_checkpointing", "compile"}
 
 
 def utf8_text(value: str) -> str:
@@ -221,11 +258,16 @@ def conflict(args: argparse.Namespace) -> str:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     tensorboard_missing = not importlib.util.find_spec("tensorboard")
     prefix_dropped = args.gradient_checkpointing and args.modification_type == "prefix"
+    held_out = args.eval_dataset_path or args.eval_fraction
+    ends_above = args.learning_rate is not None and args.min_lr > args.learning_rate
     conflicts = {
         "--gradient_checkpointing: drops the cache that carries a prefix": prefix_dropped,
         "--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of":
             args.eval_only and not has_rows,
         "--dataset_path: needed to train (or --demo)": no_task,
+        "--early_stopping_patience: needs held-out rows; --eval_fraction is 0":
+            args.early_stopping_patience and not held_out,
+        f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
         "--from_scratch: --adapter_path brings the base that it was trained on":
             args.adapter_path and args.from_scratch,
         "--resume_from: --demo always starts anew": args.demo and args.resume_from,
@@ -276,6 +318,10 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def fp16(self) -> bool:
+        return self.dtype == torch.float16
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
@@ -296,32 +342,89 @@ def bf16_in_hardware(device: torch.device) -> bool:
     return any(abilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
-def choose_runtime(args: argparse.Namespace) -> Runtime:
-    """Raises ValueError for a device or precision that is not there."""
+def unusable_gpu() -> str:
+    """Why PyTorch cannot use the NVIDIA GPU of this machine, by its driver; "" where none is."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):  # hidden on purpose
+        return ""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    line = next(iter(found.stdout.strip().splitlines()), "")
+    if found.returncode or not line:
+        return f"nvidia-smi says: {line or found.stderr.strip() or found.returncode}"
+    gpu, _, driver = line.rpartition(", ")
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    way_out = "install the build that fits the driver (README, Installation)"
+    return f"{gpu}, driver {driver}: this PyTorch is {built} and cannot use it; {way_out}"
+
+
+def choose_device(wanted: str, processes: int) -> torch.device:
+    """--device, this process's own GPU under torchrun. Raises ValueError for one not there."""
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
     }  # fmt: skip
-    name = next(n for n in available if available[n]) if args.device == "auto" else args.device
+    name = next(n for n in available if available[n]) if wanted == "auto" else wanted
+    reason = unusable_gpu() if wanted in ("auto", "cuda") and not available["cuda"] else ""
     if not available[name]:
-        raise ValueError(f"--device {name}: PyTorch finds none here; auto takes what there is")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device(name, local_rank if name == "cuda" else None)
-    bf16, precision = bf16_in_hardware(device), args.precision
+        why = reason or "PyTorch finds none here"
+        raise ValueError(f"--device {name}: {why}; auto takes what there is")
+    if reason:
+        logger.warning("Training on the %s, not on the GPU: %s", name, reason)
+    if processes > 1 and name == "mps":
+        raise ValueError("--device mps: a Mac's GPU takes one process; torchrun with --device cpu")
+    if name != "cuda":
+        return torch.device(name)
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise ValueError(f"--device cuda: {gpus} GPUs here; torchrun with --nproc_per_node={gpus}")
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """--precision as a dtype. Raises ValueError for one that the device does not have."""
+    bf16, cuda = bf16_in_hardware(device), device.type == "cuda"
     if precision == "auto":
-        precision = "bf16" if bf16 else "fp16" if name == "cuda" else "fp32"
+        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
     if precision == "bf16" and not bf16:
-        raise ValueError(f"--precision bf16: this {name} has none; auto takes what there is")
-    if precision == "fp16" and name != "cuda":
-        needs = f"needs a CUDA GPU, this is {name}; auto takes what there is"
+        raise ValueError(f"--precision bf16: this {device.type} has none; auto takes what there is")
+    if precision == "fp16" and not cuda:
+        needs = f"needs a CUDA GPU, this is {device.type}; auto takes what there is"
         raise ValueError(f"--precision fp16: {needs}")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def choose_runtime(args: argparse.Namespace) -> Runtime:
+    """Where and how the run computes; joins the other processes under torchrun. Raises ValueError
+    for a device or precision that is not there."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if name == "cuda":
+    device = choose_device(args.device, world_size)
+    dtype, cuda = choose_dtype(args.precision, device), device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is still fp32
+        # Where PyTorch prefers cuDNN's attention, as on an H100, each new width is planned anew.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    return Runtime(device, dtypes[precision], int(os.environ.get("RANK", 0)), world_size)
+        # The others wait while process 0 answers prompts, writes and hashes: for hours at most,
+        # not NCCL's ten minutes. One that fails ends them all at once, see `main`.
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timedelta(hours=3),
+            device_id=device if cuda else None,
+        )  # fmt: skip
+    return Runtime(device, dtype, int(os.environ.get("RANK", 0)), world_size)
+
+
+@contextmanager
+def one_first(runtime: Runtime) -> Iterator[None]:
+    """One process of each machine goes ahead, and the others find what it has downloaded."""
+    ahead = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if runtime.world_size > 1 and not ahead:
+        dist.barrier()
+    yield
+    if runtime.world_size > 1 and ahead:
+        dist.barrier()
 
 
 class LogHandler(logging.Handler):
@@ -341,29 +444,53 @@ class LogHandler(logging.Handler):
         with suppress(OSError):  # on a full disk, what fails next tells it in one line
             print(line, file=self.file, flush=True)
         try:
-            tqdm.write(line, file=sys.stdout)
+            tqdm.write(for_terminal(line), file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def set_up_logging(rank: int) -> None:
-    """Process 0 alone speaks."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets lines without the emoji
-    handler = LogHandler() if rank == 0 else logging.NullHandler()
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+def for_terminal(line: str) -> str:
+    """The line as stdout's encoding can show it: emoji left out, other characters escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        line.encode(encoding)
+        return line
+    except UnicodeEncodeError:
+        return EMOJI.sub("", line).encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def logging_to_screen(rank: int) -> Iterator[None]:
+    """Process 0 alone speaks. Afterwards logging and streams are the caller's again."""
+    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]  # as by `>&-`
+    for name in closed:
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    root, http, bars = logging.getLogger(), logging.getLogger("httpx"), is_progress_bar_enabled()
+    before = root.handlers[:], root.level, http.level
+    root.handlers = [LogHandler() if rank == 0 else logging.NullHandler()]
+    root.setLevel(logging.INFO)
+    http.setLevel(logging.WARNING)
     disable_progress_bar()
+    try:
+        yield
+    finally:
+        root.handlers, level, http_level = before
+        root.setLevel(level)
+        http.setLevel(http_level)
+        if bars:
+            enable_progress_bar()
+        for name in closed:
+            setattr(sys, name, None)
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """Directs to a file what is logged, and what was since the start or the file before."""
-    (handler,) = logging.getLogger().handlers
+    handler = next((h for h in logging.getLogger().handlers if isinstance(h, LogHandler)), None)
+    if handler is None:  # inside another program, whose logging this is
+        yield
+        return
     file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
     file.write(handler.file.getvalue())
     file.flush()
@@ -643,7 +770,8 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train_rows: AlpacaDataset
     eval_rows: AlpacaDataset
-    dataset_hash: str
+    dataset_hash: str  # of the training rows
+    held_out_hash: str
     model: GPT2LMHeadModel
     counts: tuple[int, int]  # parameters, those that train
     trainable: dict[str, nn.Parameter]
@@ -655,6 +783,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     resumed_from: int | None = None
     signal: int | None = None  # what asked this process to stop
+    signal_time: float = 0.0  # seconds, of time.monotonic
     stopping: bool = False  # what all processes agreed on after a step
     writer: Any = None  # tensorboard's
 
@@ -665,6 +794,10 @@ class Run:
     @property
     def steps_per_epoch(self) -> int:
         return self.loader.batch_sampler.steps
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.loader.batch_sampler.global_size
 
     def told_to_stop(self) -> bool:
         """A single process at any moment; several after a step, when all have heard of it."""
@@ -788,7 +921,7 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=args.learning_rate, betas=(0.9, 0.999),
-        eps=1e-8, fused=trainable[0].device.type in ("cpu", "cuda"),
+        eps=1e-8, fused=True,
     )  # fmt: skip
 
 
@@ -831,31 +964,42 @@ def prompt_ids(
     return ids or [tokenizer.eos_token_id]
 
 
-@torch.no_grad()
+@contextmanager
+def answering(model: GPT2LMHeadModel, runtime: Runtime, seed: int, **settings: Any) -> Iterator:
+    """Inside, the model generates by these settings alone, whatever its base's
+    generation_config.json says, and draws nothing from the training's random state."""
+    training, before, states = model.training, model.generation_config, random_states(runtime)
+    model.eval()
+    model.generation_config = GenerationConfig(**settings)
+    torch.manual_seed(seed)
+    try:
+        with torch.no_grad(), runtime.autocast():
+            yield
+    finally:
+        set_random_states(states)
+        model.generation_config = before
+        model.train(training)
+
+
 def generate_text(
     prompt_ids: list[int], model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace, runtime: Runtime,
+    args: argparse.Namespace, runtime: Runtime, number: int = 0,
 ) -> tuple[str, bool]:  # fmt: skip
-    """(the model's answer, whether it stopped by itself).
-
-    Draws nothing from the training's random state.
-    """
-    eos, training = tokenizer.eos_token_id, model.training
+    """(the model's answer, whether it stopped by itself). number: of the prompt among those of
+    the same moment, so that equal prompts draw different answers."""
+    eos = tokenizer.eos_token_id
     room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
-    model.eval()
     ids = torch.tensor([prompt_ids], device=runtime.device)
-    sampling = {"temperature": args.temperature, "top_k": 0} if args.temperature else {}
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), runtime.autocast():
-        torch.manual_seed(args.seed)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), use_cache=True, eos_token_id=eos,
-            pad_token_id=eos, max_new_tokens=min(args.max_new_tokens, room),
-            do_sample=bool(sampling), **sampling,
-        )[0, len(prompt_ids) :].tolist()  # fmt: skip
-    model.train(training)
-    stopped = eos in output
-    return tokenizer.decode(output[: output.index(eos)] if stopped else output), stopped
+    settings = {"max_new_tokens": min(args.max_new_tokens, room), "do_sample": False}
+    if args.temperature:
+        settings |= {"do_sample": True, "temperature": args.temperature, "top_k": 0}
+    settings |= {"eos_token_id": eos, "pad_token_id": eos}
+    with answering(model, runtime, args.seed + number, **settings):
+        output = model.generate(ids, attention_mask=torch.ones_like(ids))
+    output = output[0, len(prompt_ids) :].tolist()
+    if eos in output:
+        return tokenizer.decode(output[: output.index(eos)]), True
+    return tokenizer.decode(output).removesuffix("\ufffd"), False  # a character cut in half
 
 
 def answer_prompts(
@@ -863,10 +1007,11 @@ def answer_prompts(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:  # fmt: skip
     """Prints the answer to each --prompt."""
-    for text in args.prompt if runtime.rank == 0 else []:
+    for number, text in enumerate(args.prompt if runtime.rank == 0 else []):
         ids = prompt_ids(text, model, tokenizer, args.text_format)
-        answer, stopped = generate_text(ids, model, tokenizer, args, runtime)
-        table.info("Prompt: %s\nAnswer: %s%s", text, answer.strip(), "" if stopped else " [...]")
+        answer, stopped = generate_text(ids, model, tokenizer, args, runtime, number)
+        answer = re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip())  # indentation stays
+        table.info("Prompt: %s\nAnswer: %s%s", text, answer, "" if stopped else " [...]")
 
 
 def held_out_prompts(run: Run) -> list[tuple[list[int], list[int]]]:
@@ -883,32 +1028,47 @@ def held_out_prompts(run: Run) -> list[tuple[list[int], list[int]]]:
 # ---- what a run writes ---------------------------------------------------------------------------
 
 
-def claim_directory(
-    args: argparse.Namespace, runtime: Runtime, closing: ExitStack, create: bool
-) -> None:
-    """Locks the output directory until `closing` closes, and puts right what a crash left there.
+def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitStack) -> None:
+    """Makes and locks the output directory until `closing` closes, and puts right what a crash
+    left there. A directory made for a run that is then refused is removed again.
 
-    create: also one that is not there yet. Raises ValueError for one that is not to be had.
+    Raises ValueError for one that is not to be had.
     """
-    output_dir = Path(args.output_dir)
     if runtime.rank != 0:
         return
+    output_dir = Path(args.output_dir)
     refuse_used_directory(args)
-    if not (create or output_dir.exists()):
-        return
+    missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     # A singleton: this process may take it more than once.
     lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)
+    closing.callback(remove_unused, missing)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         # A killed run's DataLoader workers hold the lock for seconds.
         closing.enter_context(lock.acquire(timeout=10))
+    except FileNotFoundError:  # another start was refused, and has removed it
+        claim_directory(args, runtime, closing)
+        return
     except filelock.Timeout:
-        raise ValueError(f"--output_dir {output_dir}: another run is writing there") from None
-    except OSError as error:
-        unwritable = f"cannot be written to: {error.strerror}"
-        raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
+        stale = f"if none is (a run killed on another host), remove {output_dir / '.lock'}"
+        raise ValueError(f"--output_dir {output_dir}: another run writes there; {stale}") from None
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
+            unwritable = f"cannot be written to: {error.strerror}"
+            raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
+        unguarded = "its file system has no locks: see that no second run writes there"
+        logger.warning("--output_dir %s: %s", output_dir, unguarded)
     refuse_used_directory(args)  # another run may have come and gone meanwhile
     recover_and_clean(output_dir)
+
+
+def remove_unused(directories: list[Path]) -> None:
+    """Removes directories, innermost first, where the first holds nothing but its lock."""
+    with suppress(OSError):
+        if directories and {path.name for path in directories[0].iterdir()} <= {".lock"}:
+            (directories[0] / ".lock").unlink(missing_ok=True)
+            for directory in directories:
+                directory.rmdir()
 
 
 def refuse_used_directory(args: argparse.Namespace) -> None:
@@ -929,16 +1089,24 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
 def recover_and_clean(output_dir: Path) -> None:
     """After a crash: puts back what was moved away for a replacement that never came, removes what
     was half-written."""
-    staging = re.compile(r"\.(new|old|trash)_(best|final|base|step_\d+)")
-    ours = [path for path in output_dir.glob(".*") if staging.fullmatch(path.name)]
-    for old in [path for path in ours if path.name.startswith(".old_")]:
-        name = old.name.removeprefix(".old_")
-        parent = output_dir / "checkpoints" if name.startswith("step_") else output_dir
-        if not (parent / name).exists():
-            parent.mkdir(exist_ok=True)
-            old.rename(parent / name)
-    for stale in ours:
-        shutil.rmtree(stale, ignore_errors=True)
+    for path in [*output_dir.glob(".*"), *output_dir.glob("checkpoints/.*")]:
+        staged = STAGED.fullmatch(path.name)
+        if not staged:
+            continue
+        replaced = path.with_name(staged["name"])
+        if staged["state"] == "old" and not is_whole(replaced) and is_whole(path):
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether all that a run wrote into a directory is there, by its checksums."""
+    try:
+        modify_llm.verify_directory(directory)
+    except (ValueError, OSError):
+        return False
+    return True
 
 
 def written_by_a_run(output_dir: Path) -> Iterator[Path]:
@@ -955,35 +1123,63 @@ def clear_directory(output_dir: Path) -> None:
 @contextmanager
 def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
     """A directory to fill; only when it is whole, with sha256 sums, and synced, does it become
-    output_dir/name."""
+    output_dir/name. It is filled beside what it replaces, so on the same disk."""
     path = output_dir / name
-    new, old = output_dir / f".new_{path.name}", output_dir / f".old_{path.name}"
+    new, old = staging(path, "new"), staging(path, "old")
+    path.parent.mkdir(exist_ok=True)
     try:
         new.mkdir()
         yield new
         modify_llm.write_manifest(new, leave_out=CARD)
         for item in [*new.iterdir(), new]:
             sync(item)
-        path.parent.mkdir(exist_ok=True)
         if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            path.rename(old)
+            move_away(path, old)
         new.rename(path)
         sync(path.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)  # on NFS a file that is still read stays for a while
+
+
+def staging(path: Path, state: str) -> Path:
+    """A name beside `path` that nothing has: .new_best_1f0c92ab."""
+    return path.with_name(f".{state}_{path.name}_{uuid.uuid4().hex[:8]}")
+
+
+def move_away(path: Path, target: Path) -> None:
+    """Renames a directory; one of a container image's layers, which cannot be, is copied."""
+    try:
+        path.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.move(path, target)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or directory is on the disk."""
+    """Waits until a file or directory is on the disk, where its file system can."""
     if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        logger.warning("%s: not synced, its file system cannot: %s", path, error.strerror)
     finally:
         os.close(descriptor)
+
+
+def attempt(what: str, work: Callable[..., object], *args: object) -> None:
+    """Does what a run can do without: where it fails, a warning says so and the run goes on."""
+    try:
+        work(*args)
+    except Exception as error:
+        logger.warning("%s: %s; the run goes on without", what, modify_llm.first_line(error))
 
 
 def start_records(run: Run, closing: ExitStack) -> None:
@@ -995,6 +1191,8 @@ def start_records(run: Run, closing: ExitStack) -> None:
     if args.overwrite_output_dir:
         clear_directory(output_dir)
     resumed = run.progress if run.resumed_from is not None else None
+    for name in EXTRAS:  # an earlier end's, of a run that goes on
+        (output_dir / name).unlink(missing_ok=True)
     cut_metrics(output_dir / "metrics.jsonl", resumed)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     closing.enter_context(log_file(log))
@@ -1013,6 +1211,7 @@ def start_records(run: Run, closing: ExitStack) -> None:
             "transformers": transformers.__version__,
         },
         "dataset_sha256": run.dataset_hash,
+        "held_out_sha256": run.held_out_hash,
         "parameters": {"total": total, "trainable": trainable},
         "world_size": runtime.world_size,
         "device": str(runtime.device),
@@ -1039,10 +1238,12 @@ def write_metrics(run: Run, row: dict[str, Any]) -> None:
     """Appends a row to metrics.jsonl and to tensorboard."""
     if run.runtime.rank != 0:
         return
+    # JSON has no Infinity: the norm of an fp16 step that was left out is null.
+    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
     with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    if run.writer:
-        for name in row.keys() - {"step", "epoch"}:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+    for name in row.keys() - {"step", "epoch"} if run.writer else ():
+        if row[name] is not None:
             run.writer.add_scalar(name, row[name], row["step"])
 
 
@@ -1063,7 +1264,11 @@ def write_model(run: Run, name: str) -> None:
     with whole_directory(run.output_dir, name) as directory:
         save_trained(run.model, directory)
         run.tokenizer.save_pretrained(directory)
-        (directory / CARD).write_text(model_card(run), encoding="utf-8")
+        attempt("the model card", write_card, run, directory)
+
+
+def write_card(run: Run, directory: Path) -> None:
+    (directory / CARD).write_text(model_card(run), encoding="utf-8")
 
 
 def model_card(run: Run) -> str:
@@ -1086,7 +1291,8 @@ def model_card(run: Run) -> str:
     results = " -> ".join(f"{perplexity(loss):.2f}" for loss in losses) or "not evaluated"
     dataset = f"{len(run.train_rows):,} rows of {Path(args.dataset_path).name}"
     return "\n".join([
-        "---", f"base_model: {base}", *([f"library_name: {library}"] if library else []), "---",
+        "---", f"base_model: {json.dumps(base)}",
+        *([f"library_name: {library}"] if library else []), "---",
         f"# {technique} on {base}", "",
         f"- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
         f"{state.step:,} steps",
@@ -1112,30 +1318,32 @@ def write_predictions(run: Run) -> None:
     )
     base = modify_llm.load_base(chosen).requires_grad_(False)
     prepare_model(base, run.args, run.runtime)
-    with open(run.output_dir / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
-            untuned, _ = generate_text(prompt, base, *settings)
-            row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
-            row |= {"base": untuned, "tuned": answer, "stopped": stopped}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    lines = []
+    for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
+        untuned, _ = generate_text(prompt, base, *settings)
+        row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
+        row |= {"base": untuned, "tuned": answer, "stopped": stopped}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    (run.output_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
     logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
 
 
-def plot_curves(output_dir: Path) -> None:
+def plot_curves(run: Run) -> None:
     """training_curves.png: loss, perplexity, learning rate and gradient norm over the steps."""
     from matplotlib.figure import Figure
 
-    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     titles = {"loss": "loss per token", "perplexity": "perplexity"}
     titles |= {"lr": "learning rate", "grad_norm": "gradient norm"}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         training, held_out = (
-            [(r["step"], r[k]) for r in rows if k in r] for k in (key, f"eval_{key}")
+            [(r["step"], r[k]) for r in rows if r.get(k) is not None] for k in (key, f"eval_{key}")
         )
-        if training:
-            axes.plot(*zip(*training, strict=True), color="#4c72b0", label="training")
+        if training:  # a single point is no line
+            style = "o-" if len(training) == 1 else "-"
+            axes.plot(*zip(*training, strict=True), style, color="#4c72b0", label="training")
         if held_out:
             axes.plot(*zip(*held_out, strict=True), "o-", color="#c44e52", label="held out")
             axes.legend()
@@ -1143,7 +1351,20 @@ def plot_curves(output_dir: Path) -> None:
         axes.grid(alpha=0.3)
         if key == "perplexity":
             axes.set_yscale("log")
-    figure.savefig(output_dir / "training_curves.png", dpi=110)
+    figure.savefig(run.output_dir / "training_curves.png", dpi=110)
+
+
+# Written once final/ is; what a run can do without.
+EXTRAS = {"training_curves.png": plot_curves, "predictions.jsonl": write_predictions}
+
+
+def write_extras(run: Run) -> None:
+    """The curves and the predictions that are not there yet. Raises Stopped after a signal."""
+    for name, write in EXTRAS.items():
+        if run.signal:
+            raise Stopped(run.signal)
+        if not (run.output_dir / name).exists():
+            attempt(name, write, run)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -1153,7 +1374,7 @@ def save_checkpoint(run: Run) -> None:
     """checkpoints/step_N: trainable weights, optimizer, random states, progress. What rotates out
     is removed."""
     runtime, step = run.runtime, run.progress.step
-    tensors = {"trainable": run.trainable, "random": random_states(runtime)}
+    tensors = {"trainable": run.trainable, "random": gathered_random_states(runtime)}
     if runtime.rank != 0:
         return
     tensors["optimizer"] = {
@@ -1169,7 +1390,11 @@ def save_checkpoint(run: Run) -> None:
             "progress": asdict(run.progress),
             "settings": vars(run.args),
             "world_size": runtime.world_size,
+            "dtype": str(runtime.dtype),
+            "total_steps": run.total_steps,
+            "rows_per_step": run.rows_per_step,
             "dataset_sha256": run.dataset_hash,
+            "held_out_sha256": run.held_out_hash,
             "base_fingerprint": run.model.base_fingerprint,
             "grad_scaler": run.scaler.state_dict(),
         })  # fmt: skip
@@ -1177,23 +1402,38 @@ def save_checkpoint(run: Run) -> None:
     for path in others[run.args.save_total_limit - 1 :]:
         if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
             try:
-                trash = run.output_dir / f".trash_{path.name}"
-                path.rename(trash)
+                trash = staging(path, "trash")
+                move_away(path, trash)
                 shutil.rmtree(trash)
             except OSError as error:
                 logger.warning("%s: cannot be removed: %s", path, error)
 
 
 def random_states(runtime: Runtime) -> dict[str, Tensor]:
-    """The state of every process's generators, gathered."""
-    states = {f"cpu.{runtime.rank}": torch.get_rng_state()}
-    if runtime.device.type == "cuda":
-        states[f"cuda.{runtime.rank}"] = torch.cuda.get_rng_state(runtime.device)
-    if runtime.world_size == 1:
-        return states
-    gathered: list[dict] = [{}] * runtime.world_size
-    dist.all_gather_object(gathered, states)
-    return {name: state for states in gathered for name, state in states.items()}
+    """The states of this process's generators, by kind of device."""
+    states, kind = {"cpu": torch.get_rng_state()}, runtime.device.type
+    return states if kind == "cpu" else states | {kind: getattr(torch, kind).get_rng_state()}
+
+
+def set_random_states(states: dict[str, Tensor]) -> None:
+    for kind, state in states.items():
+        (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(state)
+
+
+def gathered_random_states(runtime: Runtime) -> dict[str, Tensor]:
+    """The states of every process's generators: {"cpu.0": ..., "cuda.0": ..., "cpu.1": ...}"""
+    gathered = gather(random_states(runtime), runtime)
+    return {
+        f"{kind}.{rank}": s for rank, states in enumerate(gathered) for kind, s in states.items()
+    }
+
+
+def gather(value: Any, runtime: Runtime) -> list[Any]:
+    """What each process holds, by rank."""
+    gathered = [value] * runtime.world_size
+    if runtime.world_size > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def checkpoint_step(path: Path) -> int:
@@ -1228,9 +1468,13 @@ def resume(run: Run) -> None:
             logger.warning("Checkpoint skipped: %s: %s", path, reason)
             continue
         if other_run:
-            raise ValueError(f"--resume_from {path}: {other_run}")
+            best = (root.parent.parent if by_path else root) / "best"
+            new_run = f"--adapter_path {best} starts a new run from its weights"
+            raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)
+        for line in changes(run, state):
+            logger.info("%s", line)
         return
     if wanted != "auto":
         missing = "no such directory, or no good checkpoint in it"
@@ -1257,17 +1501,40 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def difference(run: Run, state: dict) -> str:
     """What sets the run that wrote a checkpoint apart from this one; nothing: ""."""
+    if run.args.warmup_steps is None:  # a longer run keeps its warm-up
+        run.args.warmup_steps = state["settings"].get("warmup_steps")
     for name, now in vars(run.args).items():
         before = state["settings"].get(name)
         if name not in FREE_TO_CHANGE and before != now:
             return f"was trained with --{name} {before}, not {now}"
-    if state["world_size"] != run.runtime.world_size:
-        return f"was trained by {state['world_size']} processes, not {run.runtime.world_size}"
+    rows, steps = state.get("rows_per_step"), state.get("total_steps", 0)
+    if rows != run.rows_per_step:
+        product = "--batch_size x --gradient_accumulation_steps x processes"
+        return f"took {rows} rows a step ({product}), not {run.rows_per_step}"
+    if steps > run.total_steps:
+        return f"was to take {steps} steps, not {run.total_steps}: a run may grow, not shrink"
     if state["dataset_sha256"] != run.dataset_hash:
         return "the dataset has changed since (its content hash differs)"
     if state["base_fingerprint"] != run.model.base_fingerprint:
         return "was trained on another base model"
     return ""
+
+
+def changes(run: Run, state: dict) -> list[str]:
+    """A line for each thing that is another one from here on."""
+    runtime, lines = run.runtime, []
+    if state["world_size"] != runtime.world_size:
+        lines += [f"By {runtime.world_size} processes from here on, not {state['world_size']}"]
+    if f"{runtime.device.type}.{runtime.world_size - 1}" not in state["random"]:
+        lines += ["Random states of processes or devices that were not there are seeded anew"]
+    if state["dtype"] != str(runtime.dtype):
+        lines += [f"In {runtime.dtype} from here on, not {state['dtype']}"]
+    if state["total_steps"] < run.total_steps:
+        longer = f"The run grows from {state['total_steps']} to {run.total_steps} steps"
+        lines += [f"{longer}: from here on with the learning rates of the longer one"]
+    if state["held_out_sha256"] != run.held_out_hash:
+        lines += ["Other held-out rows from here on: the best loss is sought anew"]
+    return lines
 
 
 def check_shapes(run: Run, state: dict) -> None:
@@ -1286,19 +1553,26 @@ def check_shapes(run: Run, state: dict) -> None:
 
 def restore(run: Run, state: dict) -> None:
     """Puts a checkpoint's tensors, progress and random state into the run."""
-    run.progress, run.resumed_from = state["progress"], state["progress"].step
+    run.progress = progress = state["progress"]
+    run.resumed_from = progress.step
+    if state["held_out_sha256"] != run.held_out_hash:
+        progress.best_loss = progress.first_loss = progress.last_loss = None
+        progress.best_step = progress.evaluations_without_gain = 0
+        progress.evaluation_due = True
+    patience = run.args.early_stopping_patience
+    progress.stopped_early = 0 < patience <= progress.evaluations_without_gain
     modify_llm.put_tensors(run.model, state["trainable"], run.output_dir)
     for name, parameter in run.trainable.items() if run.progress.step else ():
         run.optimizer.state[parameter] = {
             key: state["optimizer"][f"{name}.{key}"].to(parameter.device)
             for key in ("step", "exp_avg", "exp_avg_sq")
         }
-    if state["grad_scaler"]:  # empty from a run that needed none, say on another device
+    if state["grad_scaler"] and run.runtime.fp16:  # empty from a run that needed none
         run.scaler.load_state_dict(state["grad_scaler"])
-    runtime, states = run.runtime, state["random"]
-    torch.set_rng_state(states[f"cpu.{runtime.rank}"])
-    if runtime.device.type == "cuda" and f"cuda.{runtime.rank}" in states:
-        torch.cuda.set_rng_state(states[f"cuda.{runtime.rank}"], runtime.device)
+    rank, states = run.runtime.rank, state["random"]
+    torch.manual_seed(run.args.seed + rank + 100_003 * progress.step)  # where there is no state
+    kinds = [kind for kind in ("cpu", run.runtime.device.type) if f"{kind}.{rank}" in states]
+    set_random_states({kind: states[f"{kind}.{rank}"] for kind in kinds})
 
 
 def finished(run: Run) -> bool:
@@ -1307,11 +1581,7 @@ def finished(run: Run) -> bool:
     at_end = state.step >= run.total_steps or state.stopped_early
     if run.resumed_from is None or not at_end or state.evaluation_due:
         return False
-    try:
-        modify_llm.verify_directory(run.output_dir / "final")
-    except ValueError:
-        return False
-    return True
+    return is_whole(run.output_dir / "final")
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -1345,9 +1615,9 @@ def windows(run: Run) -> Iterator[tuple[int, int, list[dict[str, Tensor]]]]:
         epoch, first_step = epoch + 1, 0
 
 
-def refuse_non_finite(loss: float, grad_norm: float, step: int) -> None:
-    """Raises RuntimeError before such a step is taken."""
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+def refuse_non_finite(loss: float, grad_norm: float, step: int, fp16: bool) -> None:
+    """Raises RuntimeError before such a step is taken. fp16: overflowing gradients are usual."""
+    for name, value in (("loss", loss), ("gradient norm", 0.0 if fp16 else grad_norm)):
         if not math.isfinite(value):
             advice = "try a lower --learning_rate"
             raise RuntimeError(f"the {name} is {value} at step {step}: {advice}")
@@ -1383,17 +1653,16 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(run.trainable.values(), args.max_grad_norm or math.inf)
     if runtime.world_size > 1:
         dist.all_reduce(totals)
-    # The one wait for the device in a step (with fp16, its scaler waits too).
+    # The one wait for the device in a step.
     loss_sum, stop, labels, grad_norm = torch.stack([*totals, label_count, norm.float()]).tolist()
     run.stopping = stop > 0  # one process was told: all stop after the same step
-    fp16 = run.scaler.is_enabled()
-    refuse_non_finite(loss_sum, 0.0 if fp16 else grad_norm, state.step + 1)
+    refuse_non_finite(loss_sum, grad_norm, state.step + 1, runtime.fp16)
     rate = learning_rate_at(state.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.scaler.step(run.optimizer)  # leaves out a step whose fp16 gradients overflowed
     run.scaler.update()
-    if fp16 and run.scaler.get_scale() < 1e-3:
+    if not math.isfinite(grad_norm) and run.scaler.get_scale() < 1e-3:  # asking makes it wait
         raise RuntimeError("fp16 gradients overflow again and again: use --precision fp32 or bf16")
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
@@ -1408,7 +1677,10 @@ def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, spee
     state, steps = run.progress, run.steps_per_epoch
     loss = state.loss_sum / max(1, state.target_count)
     row = {"step": state.step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
-    write_metrics(run, row | {"lr": rate, "grad_norm": norm, "tokens_per_second": speed})
+    row |= {"lr": rate, "grad_norm": norm, "tokens_per_second": speed}
+    if run.runtime.device.type == "cuda":
+        row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    write_metrics(run, row)
     table.info(
         "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
         epoch, max(4, len(str(steps))), step, steps, loss, perplexity(loss), rate, norm,
@@ -1419,11 +1691,10 @@ def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, spee
 
 
 def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
-    """Evaluates, logs, answers the held-out prompts, keeps the best model and counts towards early
-    stopping. Stays due where a signal breaks it off."""
-    state, runtime, loss = run.progress, run.runtime, 0.0
+    """Evaluates, logs and counts towards early stopping. Stays due where a signal breaks it off."""
+    state, loss = run.progress, 0.0
     if run.eval_loader:
-        loss, tokens = evaluate(summed_loss, run.eval_loader, runtime, run.told_to_stop)
+        loss, tokens = evaluate(summed_loss, run.eval_loader, run.runtime, run.told_to_stop)
         if run.told_to_stop():
             return
     state.evaluation_due = False
@@ -1442,21 +1713,26 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
     if state.step == 0:
         state.first_loss = loss
         return
-    show_samples(run)
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
-        if runtime.rank == 0:
-            write_model(run, "best")
     else:
         state.evaluations_without_gain += 1
         patience = run.args.early_stopping_patience
         state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
 
 
+def keep_best(run: Run) -> None:
+    """best/, where the model as it stands is the best so far."""
+    state = run.progress
+    if run.runtime.rank == 0 and state.best_loss is not None and state.best_step == state.step:
+        attempt(f"{run.output_dir / 'best'}", write_model, run, "best")
+
+
 def show_samples(run: Run) -> None:
     """Logs what the model answers to a few held-out prompts."""
-    for prompt, _ in held_out_prompts(run) if run.runtime.rank == 0 else ():
-        answer, _ = generate_text(prompt, run.model, run.tokenizer, run.args, run.runtime)
+    pairs = held_out_prompts(run) if run.runtime.rank == 0 and run.progress.step else []
+    for number, (prompt, _) in enumerate(pairs):
+        answer, _ = generate_text(prompt, run.model, run.tokenizer, run.args, run.runtime, number)
         text = run.tokenizer.decode(prompt)
         logger.info("Sample: %.160r -> %.160r", text[-60:], answer)
         if run.writer:
@@ -1467,20 +1743,22 @@ def train(run: Run) -> None:
     """The loop: evaluate, save and stop where these are due, then take a step and log it.
 
     (An evaluation comes before the first step too, so it stands at the head of the loop.)
-    Raises Stopped after a signal, RuntimeError for a loss that is no number.
+    The checkpoint comes before all that may fail. Raises Stopped after a signal, RuntimeError for
+    a loss that is no number.
     """
     args, state, runtime = run.args, run.progress, run.runtime
     summed_loss = wrapped = SummedLoss(run.model).train()
     if runtime.world_size > 1:
-        wrapped = DistributedDataParallel(summed_loss, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(summed_loss, gradient_as_bucket_view=True)
     steps, saved_step, clock, tokens = windows(run), state.step, time.perf_counter(), 0
     quiet = None if runtime.rank == 0 else True
     bar = tqdm(total=run.total_steps, initial=state.step, desc="training", disable=quiet)
+    if run.resumed_from is not None:  # a kill may have come between a checkpoint and its best/
+        keep_best(run)
     while True:
         evaluated = state.evaluation_due and not run.told_to_stop()
         if evaluated:
             run_evaluation(run, summed_loss)
-            clock, tokens = time.perf_counter(), 0
 
         ended, interval = state.step >= run.total_steps or state.stopped_early, args.save_interval
         after_evaluation = evaluated and state.step > 0 and (ended or not interval)
@@ -1490,6 +1768,10 @@ def train(run: Run) -> None:
             saved_step = state.step
             if run.told_to_stop():
                 raise Stopped(run.signal or signal.SIGTERM)
+        if evaluated:
+            attempt("samples", show_samples, run)
+            keep_best(run)
+            clock, tokens = time.perf_counter(), 0
         if ended:
             break
 
@@ -1518,11 +1800,11 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
 
     Raises ValueError.
     """
-    if not (args.adapter_path or args.from_scratch):
-        modify_llm.locate(args.model_name_or_path)  # out of reach: told before the rows are read
-    tokenizer = tokenizer_for(args)
+    with one_first(runtime):
+        if not (args.adapter_path or args.from_scratch):
+            modify_llm.locate(args.model_name_or_path)  # out of reach: told before rows are read
+        tokenizer = tokenizer_for(args)
     train_rows, eval_rows = load_rows(args, tokenizer)
-    hashes = train_rows.content_hash() + eval_rows.content_hash()
     logger.info("🔧 Using device: %s", runtime.device)
     model = build_model(args)
     check_fits(model, tokenizer, args.max_length)
@@ -1535,17 +1817,15 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     loader = make_loader(train_rows, *loaders, **accumulation)
     run = Run(
         args, runtime, tokenizer, train_rows, eval_rows, model=model, counts=counts,
-        dataset_hash=hashlib.sha256(hashes.encode()).hexdigest(),
+        dataset_hash=train_rows.content_hash(), held_out_hash=eval_rows.content_hash(),
         trainable={name: p for name, p in model.named_parameters() if p.requires_grad},
         optimizer=make_optimizer(model, args),
-        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.fp16),
         loader=loader,
         eval_loader=make_loader(eval_rows, *loaders, shuffle=False) if len(eval_rows) else None,
         total_steps=args.max_steps or args.epochs * loader.batch_sampler.steps,
     )  # fmt: skip
-    set_warmup(run)
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
-    table.info(summary(run))
     for text in args.prompt:  # raises for one that cannot be put, before the run and not after it
         prompt_ids(text, model, tokenizer, args.text_format)
     refuse_to_overwrite_inputs(run)
@@ -1555,7 +1835,27 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
+    set_warmup(run)
+    check_processes_agree(run)
+    table.info(summary(run))
     return run
+
+
+def check_processes_agree(run: Run) -> None:
+    """Raises ValueError, on every process, where one is about to do other work than process 0: on
+    a machine that does not see the shared directory, with another card, with other rows."""
+    facts = {f"--{name}": v for name, v in vars(run.args).items() if name not in FREE_TO_CHANGE}
+    facts |= {"step": run.progress.step, "precision": str(run.runtime.dtype)}
+    facts |= {"steps in all": run.total_steps, "training rows (sha256)": run.dataset_hash}
+    facts |= {"held-out rows (sha256)": run.held_out_hash}
+    facts |= {"base model (sha256)": run.model.base_fingerprint, "final/ there": finished(run)}
+    first, *others = gather(facts, run.runtime)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if first[name] != other.get(name):
+                differs = f"{name} is {other.get(name)}, that of process 0 {first[name]}"
+                same = "all need the same files, a shared --output_dir and the same kind of device"
+                raise ValueError(f"process {rank}: {differs}; {same}")
 
 
 def set_warmup(run: Run) -> None:
@@ -1592,6 +1892,10 @@ def summary(run: Run) -> str:
     rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
     name, dtype = run.model.base_name or "random weights", str(runtime.dtype)
     technique, gigabytes = run.model.modification["modification_type"], stored + 12 * trainable
+    device_memory = ""
+    if runtime.device.type == "cuda":
+        free, on_card = torch.cuda.mem_get_info()
+        device_memory = f"; {free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
     lines = {
         "Device": f"{runtime.device}, {dtype.removeprefix('torch.')}, "
         f"processes: {runtime.world_size}",
@@ -1601,43 +1905,72 @@ def summary(run: Run) -> str:
         f"{unpadded:.0%} padding saved of {args.max_length} a row",
         "Steps": f"{run.total_steps:,} of {batch} rows; {rate}",
         "Memory": f"{gigabytes / 1e9:.2f} GB for weights, gradients and AdamW; "
-        "activations come on top",
+        f"activations come on top{device_memory}",
     }
+    if device_memory and free > on_card / 2:
+        lines |= batch_size_hint(args, tokens / len(rows))
     return "\n".join(f"   {title + ':':<8} {line}" for title, line in lines.items())
 
 
+def batch_size_hint(args: argparse.Namespace, tokens_per_row: float) -> dict[str, str]:
+    """A line where a micro-batch is so small that a GPU waits for launches most of the time."""
+    tokens = args.batch_size * tokens_per_row
+    if tokens >= GPU_TOKENS:
+        return {}
+    size = args.batch_size * 2 ** math.ceil(math.log2(GPU_TOKENS / tokens))
+    steps = args.gradient_accumulation_steps
+    same_rows = math.gcd(steps, size // args.batch_size)
+    try_it = f"--batch_size {size}"
+    if same_rows > 1:
+        size, steps = args.batch_size * same_rows, steps // same_rows
+        try_it = f"--batch_size {size} --gradient_accumulation_steps {steps} (the same steps)"
+    return {"Hint": f"{tokens:,.0f} tokens a micro-batch leave a GPU waiting; try {try_it}"}
+
+
 def catch_signals(run: Run, closing: ExitStack) -> None:
-    """Until `closing` closes, SIGINT and SIGTERM only leave a note for the training loop."""
+    """Until `closing` closes, a signal only leaves a note for the training loop."""
+    pause = 5.0 if run.runtime.world_size > 1 else 0.1  # seconds
 
     def stop(number: int, _frame: object) -> None:
-        if run.signal and number == signal.SIGINT:
-            os._exit(130)  # asked twice: leave at once, the last checkpoint is whole
-        run.signal = number
+        if not run.signal:
+            run.signal, run.signal_time = number, time.monotonic()
+        # Asked twice. Not by SIGTERM after SLURM's warning, nor by `timeout` or torchrun, which
+        # send their signal to the process and to its whole group.
+        elif number in (run.signal, signal.SIGINT) and time.monotonic() > run.signal_time + pause:
+            if __name__ == "__main__":
+                os._exit(128 + number)  # the last checkpoint is whole
+            raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        closing.callback(signal.signal, number, signal.signal(number, stop))
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's `&` leave it
+            before = signal.signal(number, stop) or signal.SIG_DFL
+            closing.callback(signal.signal, number, before)
 
 
 def finish(run: Run, started: float) -> None:
-    """final/, the curves, the predictions and the closing words."""
+    """final/, then the curves, the predictions and the closing words. Raises Stopped."""
     state, output_dir = run.progress, run.output_dir
     if run.runtime.rank != 0:
         return
-    plot_curves(output_dir)
-    write_predictions(run)
-    write_model(run, "final")  # last, since a run whose final/ is whole counts as finished
+    write_model(run, "final")
+    write_extras(run)
     if state.best_loss is not None:
-        losses = (state.first_loss, state.last_loss, state.best_loss)
-        before, after, best = (perplexity(loss) for loss in losses)
-        words = "Held-out perplexity: %.2f before, %.2f after %d steps, best %.2f at step %d"
+        before = f"{perplexity(state.first_loss):.2f} before, " if state.first_loss else ""
+        after, best = perplexity(state.last_loss), perplexity(state.best_loss)
+        words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at step %d"
         table.info(words, before, after, state.step, best, state.best_step)
+    if run.runtime.device.type == "cuda":
+        table.info("Peak GPU memory: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
     table.info("Time: %d min %02d s", minutes, seconds)
     if run.args.demo and run.args.from_scratch:  # the first part's directory is a temporary one
         return
-    written = "best/, final/, metrics.jsonl, training_curves.png, predictions.jsonl"
-    table.info("Written to %s: %s", output_dir, written)
-    use = output_dir / ("best" if (output_dir / "best").exists() else "final")
+    names = ["best", "final", "metrics.jsonl", *EXTRAS]
+    written = [name for name in names if (output_dir / name).exists()]
+    table.info("Written to %s: %s", output_dir, ", ".join(written))
+    use = shlex.quote(str(output_dir / ("best" if "best" in written else "final")))
     table.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
 
 
@@ -1649,16 +1982,17 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
     """
     started = time.perf_counter()
     with ExitStack() as closing:
-        claim_directory(args, runtime, closing, create=False)
+        claim_directory(args, runtime, closing)
         if runtime.world_size > 1:
             dist.barrier()
         run = prepare(args, runtime)
-        answering = (args, runtime, run.model, run.tokenizer)
+        at_hand = (args, runtime, run.model, run.tokenizer)
         if finished(run):
             logger.info("The run in %s is finished; nothing to do", run.output_dir)
-            answer_prompts(*answering)
+            if runtime.rank == 0:
+                write_extras(run)
+            answer_prompts(*at_hand)
             return
-        claim_directory(args, runtime, closing, create=True)
         try:
             start_records(run, closing)
             if args.from_scratch:
@@ -1667,7 +2001,7 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
             with attention_without_mask(run.model):
                 train(run)
             finish(run, started)
-            answer_prompts(*answering)
+            answer_prompts(*at_hand)
         except Stopped as stopped:
             name, hint = signal.Signals(*stopped.args).name, "; --resume_from auto goes on"
             hint = "" if args.demo else hint
@@ -1715,7 +2049,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
     }  # fmt: skip
     question = "Q: {instruction} {input}\nA:"
     with ExitStack() as closing:
-        claim_directory(args, runtime, closing, create=True)
+        claim_directory(args, runtime, closing)
         scratch = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         clear_directory(output_dir)
         (scratch / "base.json").write_text(json.dumps(rows[::2]), encoding="utf-8")
@@ -1737,8 +2071,8 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         }), runtime)  # fmt: skip
     table.info("\nA model of this size learns the form of an answer, not its facts:\n")
     prompt = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
-    answering = {"adapter_path": str(output_dir / "final"), "prompt": [prompt]}
-    use_model(resolve(user | answering), runtime)
+    asked = {"adapter_path": str(output_dir / "final"), "prompt": [prompt]}
+    use_model(resolve(user | asked), runtime)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1749,29 +2083,50 @@ def main(argv: list[str] | None = None) -> int:
         args = resolve(given)
     except ValueError as error:
         parser.error(str(error))
-    set_up_logging(int(os.environ.get("RANK", 0)))
-    for line in idle_flags(given, args):
-        logger.warning(line)
-    try:
-        work = demo if args.demo else use_model if uses_only(args) else train_model
-        work(args, choose_runtime(args))
-        return 0
-    except Stopped as stopped:
-        return 128 + stopped.args[0]
-    except KeyboardInterrupt:  # before training has begun there is nothing to save
-        return 130
-    except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if no_memory or re.search(OUT_OF_MEMORY, reason):
-            hint = "lower --batch_size (and raise --gradient_accumulation_steps) or --max_length"
-            reason = f"out of memory: {hint}, or --precision bf16: {reason}"
-        print(f"train_llm.py: error: {reason}", file=sys.stderr)
-        # 2: the input's or the flags' fault
-        return 1 if isinstance(error, RuntimeError | MemoryError) else 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    rank, status = int(os.environ.get("RANK", 0)), 1
+    with logging_to_screen(rank):
+        for line in idle_flags(given, args):
+            logger.warning(line)
+        try:
+            work = demo if args.demo else use_model if uses_only(args) else train_model
+            work(args, choose_runtime(args))
+            status = 0
+        except Stopped as stopped:
+            status = 128 + stopped.args[0]
+        except KeyboardInterrupt:  # before training has begun there is nothing to save
+            status = 130
+        except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+            process = f"process {rank}: " if rank else ""
+            print(f"train_llm.py: error: {process}{in_one_line(error)}", file=sys.stderr)
+            # 2: the input's or the flags' fault
+            status = 1 if isinstance(error, RuntimeError | MemoryError) else 2
+        finally:
+            leave_group(status)
+    return status
+
+
+def in_one_line(error: Exception) -> str:
+    """What went wrong, and what to do where memory was short."""
+    reason = modify_llm.first_line(error)
+    no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if no_memory or re.search(OUT_OF_MEMORY, reason):
+        hint = "lower --batch_size (and raise --gradient_accumulation_steps) or --max_length"
+        reason = f"out of memory: {hint}, or --precision bf16: {reason}"
+    return reason
+
+
+def leave_group(status: int) -> None:
+    """Leaves the other processes. After an error at once: they may wait for this one in a
+    collective operation, and torchrun ends them when it is gone."""
+    if not dist.is_initialized():
+        return
+    if error := sys.exception():  # not one of those that are told in one line
+        traceback.print_exception(error)
+    if error or status in (1, 2):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
