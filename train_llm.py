@@ -148,7 +148,7 @@ OPTIMISATION_FLAGS = {
         None, at_least_zero, "of warmup_cosine and linear (100, at most a tenth of the run)"
     ),
     "min_lr": Flag(0.0, zero_or_more, "where the decay ends; >= 0"),
-    "compile": Flag(False, boolean, "torch.compile the feed-forward layers: for GPUs"),
+    "compile": Flag(False, boolean, "torch.compile each block: for GPUs (a CPU gets slower)"),
     "gradient_checkpointing": Flag(False, boolean, "less memory for a third more time"),
 }  # fmt: skip
 EVALUATION_FLAGS = {
@@ -258,15 +258,12 @@ def conflict(args: argparse.Namespace) -> str:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     tensorboard_missing = not importlib.util.find_spec("tensorboard")
     prefix_dropped = args.gradient_checkpointing and args.modification_type == "prefix"
-    held_out = args.eval_dataset_path or args.eval_fraction
     ends_above = args.learning_rate is not None and args.min_lr > args.learning_rate
     conflicts = {
         "--gradient_checkpointing: drops the cache that carries a prefix": prefix_dropped,
         "--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of":
             args.eval_only and not has_rows,
         "--dataset_path: needed to train (or --demo)": no_task,
-        "--early_stopping_patience: needs held-out rows; --eval_fraction is 0":
-            args.early_stopping_patience and not held_out,
         f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
         "--from_scratch: --adapter_path brings the base that it was trained on":
             args.adapter_path and args.from_scratch,
@@ -555,6 +552,13 @@ def query_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
         yield slice(start, end), keys - queries + end
 
 
+@torch.compiler.disable  # its loop over blocks would be compiled anew for each width
+def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """BlockAttention of (batch, heads, length, head size)."""
+    flat = (x.flatten(0, 1) for x in (query, key, value))
+    return BlockAttention.apply(*flat, scaling).view(query.shape)
+
+
 def causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, scaling: float, dropout: float = 0.0, **_: Any,
@@ -563,9 +567,7 @@ def causal_attention(
     (batch, length, heads, head size). The queries stand at the end of the keys."""
     queries, keys = query.shape[2], key.shape[2]
     if query.device.type == "cpu" and not dropout:
-        flat = (x.flatten(0, 1) for x in (query, key, value))  # (batch x heads, length, head size)
-        output = BlockAttention.apply(*flat, scaling).view(query.shape)
-        return output.transpose(1, 2), None
+        return block_attention(query, key, value, scaling).transpose(1, 2), None
     # PyTorch's own `is_causal` has the queries at the start of the keys.
     bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
     return sdpa_attention_forward(module, query, key, value, bias, dropout, scaling)
@@ -843,7 +845,14 @@ def load_rows(
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
-    return train.first(args.max_samples), held_out.first(args.max_eval_samples)
+    limit = args.max_eval_samples
+    if args.max_samples and not (limit or args.eval_dataset_path):  # the same share of fewer rows
+        share = args.eval_fraction / (1 - args.eval_fraction)
+        limit = max(1, round(args.max_samples * share))
+    if args.early_stopping_patience and not len(held_out):
+        needs = f"needs held-out rows, --eval_fraction {args.eval_fraction} leaves none"
+        raise ValueError(f"--early_stopping_patience: {needs}")
+    return train.first(args.max_samples), held_out.first(limit)
 
 
 def make_loader(
@@ -1831,7 +1840,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     refuse_to_overwrite_inputs(run)
     if args.compile:
         for block in model.transformer.h:
-            block.mlp.compile(dynamic=True)
+            block.compile(dynamic=True)
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)

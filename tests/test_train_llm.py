@@ -5,6 +5,7 @@ killed or damaged goes on as if nothing had been, and whatever is wrong ends in 
     python -m pytest tests/test_train_llm.py -k "not demo and not torchrun"
 """
 
+import errno
 import gc
 import hashlib
 import io
@@ -23,6 +24,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from contextlib import contextmanager, redirect_stdout
@@ -39,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel, GPT2Tokenizer
+from transformers.utils import logging as transformers_logging
 
 import data_pipeline
 import modify_llm
@@ -1054,6 +1057,8 @@ def test_what_fails_after_final_is_a_warning_and_made_up_for_later(
 def test_compiled_training_takes_the_same_steps(flags, tmp_path):
     for name, compiled in (("plain", []), ("compiled", ["--compile"])):
         assert run([*flags(tmp_path / name, max_steps=3, num_samples=0), *compiled]) == 0
+    losses = training_losses(tmp_path / "plain"), training_losses(tmp_path / "compiled")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     plain, compiled = (
         load_file(tmp_path / n / "final/adapter_model.safetensors") for n in ("plain", "compiled")
     )
@@ -2014,6 +2019,318 @@ def test_a_killed_run_with_workers_frees_its_lock(flags, in_new_process, tmp_pat
     argv = flags(tmp_path, **KEEP_ONE, num_workers=1)
     assert in_new_process(argv, tmp_path, signals=[(6, signal.SIGKILL)]) == -signal.SIGKILL
     assert run([*argv, *RESUME]) == 0
+
+
+# ---- signals, disks, other programs --------------------------------------------------------------
+
+
+def started(argv, directory, **options):
+    """The script in a process group of its own, once its third step is logged."""
+    command = [sys.executable, str(ROOT / "train_llm.py"), *argv]
+    log, environment = directory / "screen", os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, start_new_session=True, **options
+        )
+    while "| Step    3/" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.02)
+    return process, log
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGXCPU"])
+def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(flags, tmp_path, number):
+    argv, by = (
+        flags(tmp_path / "out", epochs=9, num_workers=2, max_steps=0),
+        getattr(signal, number),
+    )
+    process, log = started(argv, tmp_path)
+    os.killpg(process.pid, by)  # its workers too
+    assert process.wait(60) == 128 + by, log.read_text()
+    assert f"Stopped by {number} at step" in log.read_text()
+    assert "error" not in log.read_text()
+    assert run([*argv, *RESUME, "--max_steps=0"]) == 0
+
+
+def test_timeout_sends_its_signal_twice_and_the_checkpoint_is_written(flags, tmp_path):
+    process, log = started(flags(tmp_path / "out", max_steps=500), tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143, log.read_text()
+    assert "Stopped by SIGTERM" in log.read_text()
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(flags, tmp_path):
+    def nohup():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process, log = started(flags(tmp_path / "out", max_steps=30), tmp_path, preexec_fn=nohup)
+    os.kill(process.pid, signal.SIGHUP)
+    assert process.wait(60) == 0, log.read_text()
+
+
+def test_asked_twice_in_another_program_it_raises_instead_of_ending_the_process(flags, tmp_path):
+    def twice(_loss):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with in_micro_step(3, twice):
+        assert run(flags(tmp_path)) == 130  # KeyboardInterrupt, which main tells by its status
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_training_works_in_a_thread(flags, tmp_path):
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(run(flags(tmp_path, max_steps=2))))
+    thread.start()
+    thread.join(120)
+    assert statuses == [0]
+
+
+def test_the_caller_gets_logging_streams_and_handlers_back(flags, tmp_path, monkeypatch):
+    root, handler = logging.getLogger(), logging.NullHandler()
+    monkeypatch.setattr(root, "handlers", [handler])
+    monkeypatch.setattr(root, "level", logging.ERROR)
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    handlers = [signal.getsignal(number) for number in train_llm.STOP_SIGNALS]
+    assert run(flags(tmp_path, max_steps=1)) == 0
+    assert root.handlers == [handler] and root.level == logging.ERROR
+    assert sys.stdout is stream and stream.errors == "strict"
+    assert [signal.getsignal(number) for number in train_llm.STOP_SIGNALS] == handlers
+    assert transformers_logging.is_progress_bar_enabled()
+
+
+def test_a_terminal_that_lacks_a_character_shows_it_escaped_and_no_emoji(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert train_llm.for_terminal("🔧 Using device: é ж") == r"Using device: é \u0436"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert train_llm.for_terminal("🔧 ж") == "🔧 ж"
+
+
+@pytest.mark.parametrize("failure", ["samples", "best"])
+def test_the_checkpoint_of_an_evaluation_is_there_before_samples_and_best(
+    failure, flags, tmp_path, monkeypatch, capsys
+):
+    write_model = train_llm.write_model
+
+    def fails(run, name="samples"):
+        assert checkpoints(tmp_path)[-1].name == f"step_{run.progress.step:08d}"
+        failing() if name != "final" else write_model(run, name)
+
+    monkeypatch.setattr(train_llm, "show_samples" if failure == "samples" else "write_model", fails)
+    assert run(flags(tmp_path, eval_interval=3)) == 0
+    said = capsys.readouterr().out
+    assert len(re.findall(rf"^WARNING:.*{failure}: no such luck; the run goes on", said, re.M)) == 2
+    assert (tmp_path / "final" / "adapter_model.safetensors").exists()
+    assert ("best" in said.partition("Written to")[2]) == (failure == "samples")
+
+
+def test_a_best_model_that_a_kill_left_out_is_written_on_resuming(flags, tmp_path):
+    assert run(flags(tmp_path / "whole", eval_interval=3)) == 0
+    argv = flags(tmp_path / "cut", eval_interval=3)
+    with pytest.MonkeyPatch.context() as patch, stopped_in(4):
+        patch.setattr(train_llm, "keep_best", lambda _: None)
+        assert run(argv) == 143
+    assert not (tmp_path / "cut" / "best").exists()
+    kept = checkpoints(tmp_path / "cut")[-1]
+    shutil.rmtree(kept) if kept.name != "step_00000003" else None
+    assert run([*argv, *RESUME]) == 0
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def no_rename_of_directories(path, target):
+    if Path(path).is_dir() and not Path(path).name.startswith(".new_"):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")  # as overlayfs on an image's layer
+    os.rename(path, target)
+    return Path(target)
+
+
+def test_a_directory_that_cannot_be_renamed_is_replaced_all_the_same(flags, tmp_path, monkeypatch):
+    assert run(flags(tmp_path / "plain", eval_interval=1, save_total_limit=1)) == 0
+    monkeypatch.setattr(Path, "rename", no_rename_of_directories)
+    assert run(flags(tmp_path / "layer", eval_interval=1, save_total_limit=1)) == 0
+    assert outcome(tmp_path / "layer") == outcome(tmp_path / "plain")
+    assert not hidden_leftovers(tmp_path / "layer")
+
+
+def test_checkpoints_may_lie_on_another_disk(flags, tmp_path):
+    """Staged beside what they replace: never renamed from one directory into the other."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out" / "checkpoints").symlink_to(tmp_path / "disk")
+    rename = Path.rename
+
+    def same_disk(path, target):
+        assert Path(path).parent.resolve() == Path(target).parent.resolve()
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", same_disk)
+        argv = flags(tmp_path / "out", save_interval=1, save_total_limit=1)
+        assert run([*argv, "--resume_from=auto"]) == 0
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["step_00000006"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_cannot_sync_is_a_warning(code, flags, tmp_path, capsys, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert run(flags(tmp_path, max_steps=1)) == 0
+    assert re.search(
+        r"^WARNING:.*not synced, its file system cannot", capsys.readouterr().out, re.M
+    )
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(code, flags, tmp_path, capsys, monkeypatch):
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run(flags(tmp_path, max_steps=1)) == 0
+    assert re.search(r"^WARNING:.*no locks: see that no second run", capsys.readouterr().out, re.M)
+
+
+def test_a_lock_that_is_held_elsewhere_names_the_file_to_remove(
+    flags, tmp_path, capsys, monkeypatch
+):
+    def held(*_, **__):
+        raise filelock.Timeout(str(tmp_path / ".lock"))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", held)
+    assert f"remove {tmp_path / '.lock'}" in refused(flags(tmp_path), capsys)
+
+
+def test_of_two_starts_with_auto_the_second_goes_on_from_what_the_first_wrote(flags, tmp_path):
+    """The second has prepared while the first was at work: it looks at the directory only once it
+    is its own."""
+    argv = [*flags(tmp_path / "out", max_steps=4), *RESUME]
+    first, second = script(argv), script(argv)
+    said = [process.communicate(timeout=120) for process in (first, second)]
+    statuses = [process.returncode for process in (first, second)]
+    assert statuses == [0, 0] or sorted(statuses) == [0, 2], said
+    assert [row["step"] for row in metrics(tmp_path / "out") if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_a_refused_start_leaves_no_directory(flags, tmp_path, capsys):
+    out = tmp_path / "some" / "where"
+    refused(flags(out, eval_fraction=0.999), capsys)
+    assert not (tmp_path / "some").exists()
+
+
+# 8 rows a step, as 8, 2 x 4, 4 x 2 and 1 x 8.
+SPLITS = [(8, 1), (2, 4), (4, 2), (1, 8)]
+
+
+def test_a_run_goes_on_in_any_split_of_the_same_steps(flags, tmp_path):
+    settings = {"max_steps": 8, "save_interval": 2, "eval_interval": 4}
+    argv = [
+        flags(tmp_path / "split", **settings, batch_size=size, gradient_accumulation_steps=steps)
+        for size, steps in SPLITS
+    ]
+    assert (
+        run(flags(tmp_path / "whole", **settings, batch_size=8, gradient_accumulation_steps=1)) == 0
+    )
+    for number, argv_of_split in enumerate(argv):
+        parts = SPLITS[number][1]
+        more = [] if number == 0 else RESUME
+        if number < len(argv) - 1:
+            with stopped_in(2 * parts):  # in the second step of its turn
+                assert run([*argv_of_split, *more]) == 143
+        else:
+            assert run([*argv_of_split, *more]) == 0
+    whole, split = metrics(tmp_path / "whole"), metrics(tmp_path / "split")
+    assert [row["step"] for row in split] == [row["step"] for row in whole]
+    for one, other in zip(whole, split, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_what_may_change_in_a_run_that_goes_on_is_said(flags, tmp_path, capsys):
+    argv = {"max_steps": 4, "save_interval": 2, "early_stopping_patience": 1}
+    assert run(flags(tmp_path, **argv)) == 0
+    changed = argv | {
+        "max_steps": 6, "max_eval_samples": 1, "early_stopping_patience": 3,
+        "gradient_checkpointing": "true",
+    }  # fmt: skip
+    capsys.readouterr()
+    assert run([*flags(tmp_path, **changed), *RESUME]) == 0
+    said = capsys.readouterr().out
+    assert "The run grows from 4 to 6 steps: from here on with the learning rates" in said
+    assert "Other held-out rows from here on" in said
+    for bad, told in (
+        ({"max_steps": 5}, "was to take 6 steps, not 5"),
+        ({"lora_rank": 2}, "rank 4"),
+    ):
+        error = refused([*flags(tmp_path, **changed | bad), *RESUME], capsys)
+        assert told in error and "--adapter_path" in error
+
+
+def test_a_longer_run_keeps_its_warm_up(flags, tmp_path):
+    assert run(flags(tmp_path, max_steps=20, num_samples=0)) == 0
+    assert run([*flags(tmp_path, max_steps=60, num_samples=0), *RESUME]) == 0
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert settings["warmup_steps"] == 2
+
+
+def test_max_samples_limits_the_held_out_share_too(flags, tmp_path):
+    argv = {"max_steps": 1, "max_samples": 8, "eval_fraction": 0.2}
+    for name, limit, held_out in (("a", None, 2), ("b", 3, 3)):
+        assert run(flags(tmp_path / name, **argv, max_eval_samples=limit)) == 0
+        log = next((tmp_path / name).glob("training_*.log")).read_text()
+        assert f"8 to train on, {held_out} held out" in log
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"early_stopping_patience": 2, "eval_fraction": 0}, "--early_stopping_patience: needs"),
+        ({"min_lr": 0.1, "learning_rate": 0.01}, "--min_lr 0.1: above --learning_rate 0.01"),
+        ({"temperature": 1e-20}, "--temperature"),
+        ({"temperature": 1e9}, "--temperature"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, told, flags, tmp_path, capsys):
+    assert told in refused(flags(tmp_path, **settings), capsys)
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+
+def test_the_bases_generation_config_does_not_touch_the_answers(flags, tmp_path, small_base):
+    base, answers = tmp_path / "base", []
+    shutil.copytree(small_base, base)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
+    settings |= {"repetition_penalty": 9.0, "min_new_tokens": 3, "suppress_tokens": [1, 2, 3]}
+    for config in ({}, settings):
+        (base / "generation_config.json").write_text(json.dumps(config))
+        argv = flags(tmp_path / f"out{len(config)}", model_name_or_path=base, num_samples=2)
+        assert run(argv) == 0
+        answers.append((tmp_path / f"out{len(config)}" / "predictions.jsonl").read_text())
+    assert answers[0] == answers[1]
+
+
+def test_equal_prompts_at_a_temperature_get_different_answers_and_the_same_again(finished, capsys):
+    asked = [f"--adapter_path={finished[0] / 'final'}", "--temperature=1", "--max_new_tokens=20"]
+    asked += ["--prompt=a", "--prompt=a", "--device=cpu", "--precision=fp32"]
+    answers = []
+    for _ in range(2):
+        assert run(asked) == 0
+        answers.append(re.findall(r"^Answer: (.*)", capsys.readouterr().out, re.M))
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1]
+
+
+def test_an_answers_indentation_stays_and_half_a_character_goes(finished, monkeypatch, capsys):
+    asked = [f"--adapter_path={finished[0] / 'final'}", "--prompt=a", "--device=cpu"]
+    said = [("\n    return x\n", True), (" Paris", True)]
+    monkeypatch.setattr(train_llm, "generate_text", lambda *_: said.pop(0))
+    assert run([*asked, "--prompt=b"]) == 0
+    assert "Answer:     return x\n" in (out := capsys.readouterr().out)
+    assert "Answer: Paris\n" in out
 
 
 # ---- failures at run time --------------------------------------------------------------------------------------------
