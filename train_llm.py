@@ -660,8 +660,10 @@ class SummedLoss(nn.Module):
         embeddings = transformer.wte(input_ids)  # (batch, width, hidden size)
         hidden = transformer(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (labelled tokens, hidden size)
+        # Evaluation takes fp32 logits: in bf16 those near -100 are 0.5 apart.
+        dtype = torch.get_autocast_dtype(device) if torch.is_grad_enabled() else torch.float32
         if torch.is_autocast_enabled(device):
-            hidden = hidden.to(torch.get_autocast_dtype(device))
+            hidden = hidden.to(dtype)
         with torch.autocast(device, enabled=False):
             weight = self.model.lm_head.weight
             return ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
@@ -920,14 +922,16 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
 
 
 def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; no decay on biases, LayerNorms and other 1-D ones."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.ndim > 1]
-    vectors = [parameter for parameter in trainable if parameter.ndim <= 1]
+    """AdamW over the trainable parameters; no decay on biases, LayerNorms and other 1-D ones, nor
+    on prefixes, as in Li & Liang's code: over a long run it would undo them."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed = {name for name, p in trainable.items() if p.ndim > 1 and ".prefix." not in name}
     groups = [
-        {"params": matrices, "weight_decay": args.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+        {"params": [trainable[name] for name in trainable if name in decayed],
+         "weight_decay": args.weight_decay},
+        {"params": [trainable[name] for name in trainable if name not in decayed],
+         "weight_decay": 0.0},
+    ]  # fmt: skip
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=args.learning_rate, betas=(0.9, 0.999),
         eps=1e-8, fused=True,
@@ -1599,16 +1603,18 @@ def finished(run: Run) -> bool:
 def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
     """The rate of optimizer step `step`, counted from 1 to `total`.
 
-    Warm-up: peak x step / warmup_steps. Decay: from the peak, at the first step after it, to
-    min_lr at the last.
+    Warm-up: peak x step / warmup_steps; the peak is step warmup_steps, or the first without a
+    warm-up. From there on as transformers' schedulers: the decay is divided by the number of
+    steps from the peak on, so that min_lr would be the rate of the step after the last.
     """
     warms_up = args.scheduler in ("warmup_cosine", "linear")
     peak, warmup = args.learning_rate, args.warmup_steps if warms_up else 0
-    if step <= warmup:
+    if step < warmup:
         return peak * step / warmup
     if args.scheduler == "constant":
         return peak
-    done = (step - warmup - 1) / max(1, total - warmup - 1)
+    peak_step = max(1, warmup)
+    done = (step - peak_step) / (total - peak_step + 1)
     share = 1 - done if args.scheduler == "linear" else (1 + math.cos(math.pi * done)) / 2
     return args.min_lr + (peak - args.min_lr) * share
 
