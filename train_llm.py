@@ -709,10 +709,11 @@ def loss_inputs(
 
 
 def to_device(tensor: Tensor, runtime: Runtime) -> Tensor:
-    """Copies to a GPU without waiting: from pinned memory, which nobody else is given meanwhile."""
-    if runtime.device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(runtime.device, non_blocking=runtime.device.type != "mps")
+    """Copies to a GPU without waiting: from pinned memory, which nobody else is given meanwhile.
+    A Mac has none, and would read what was freed."""
+    if runtime.device.type in ("cpu", "mps"):
+        return tensor.to(runtime.device)
+    return tensor.pin_memory().to(runtime.device, non_blocking=True)
 
 
 @torch.no_grad()
