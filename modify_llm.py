@@ -384,11 +384,13 @@ def start_modification(
     check_unmodified(model)
     settings = {"modification_type": technique, "trainable_modules": trainable_modules, **settings}
     settings = {name: checked(name, value) for name, value in settings.items()}
-    modules = [
-        module
-        for suffix in settings["trainable_modules"]
-        for module in modules_to_train(model, suffix, wrapped)
-    ]
+    modules = []
+    for suffix in settings["trainable_modules"]:
+        for name, module in modules_named(model, suffix, "trainable_modules").items():
+            if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
+                both = f"{name} is wrapped by LoRA; choose one of the two"
+                raise ValueError(f"--trainable_modules {suffix}: {both}")
+            modules.append(module)
     model.requires_grad_(False)
     for module in modules:
         module.requires_grad_(True)
@@ -396,25 +398,20 @@ def start_modification(
     return settings
 
 
-def modules_named(model: nn.Module, suffix: str) -> dict[str, nn.Module]:
-    """The modules whose dotted name is, or ends in, `suffix`."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if f".{name}".endswith(f".{suffix}")}
+def modules_named(
+    model: nn.Module, suffix: str, flag: str, kinds: type | tuple[type, ...] = nn.Module
+) -> dict[str, nn.Module]:
+    """The modules whose dotted name is, or ends in, `suffix`.
 
-
-def modules_to_train(
-    model: GPT2LMHeadModel, suffix: str, wrapped: Iterable[str]
-) -> Iterable[nn.Module]:
-    """The modules with weights that a name of --trainable_modules means. Raises ValueError."""
-    where, found = f"--trainable_modules {suffix}", modules_named(model, suffix)
-    for name in found:
-        if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
-            raise ValueError(f"{where}: {name} is wrapped by LoRA; choose one of the two")
-    if not any(list(module.parameters()) for module in found.values()):
-        with_weights = [n for n, m in model.named_modules() if list(m.parameters(False))]
-        legal = ", ".join(sorted({name.split(".")[-1] for name in with_weights}))
-        raise ValueError(f"{where}: matches nothing; the model has {legal}")
-    return found.values()
+    Raises ValueError that names the flag, and the modules of these kinds, where there is none.
+    """
+    modules = dict(model.named_modules())
+    found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
+    if not found:
+        held = [n for n, m in modules.items() if isinstance(m, kinds) and list(m.parameters(False))]
+        legal = ", ".join(sorted({name.split(".")[-1] for name in held}))
+        raise ValueError(f"--{flag} {suffix}: matches nothing; the model has {legal}")
+    return found
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -544,11 +541,7 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
         where = f"--lora_target_modules {target}"
         third = re.fullmatch(r"((?:.*\.)?c_attn)\.([qkv])", target)
         suffix, part = third.groups() if third else (target, "")
-        found = modules_named(model, suffix)
-        if not found:
-            layers = [n for n, m in model.named_modules() if isinstance(m, Conv1D | nn.Linear)]
-            legal = ", ".join(sorted({name.split(".")[-1] for name in layers} - {"lm_head"}))
-            raise ValueError(f"{where}: matches nothing; the model has {legal}")
+        found = modules_named(model, suffix, "lora_target_modules", (Conv1D, nn.Linear))
         for name, module in found.items():
             if not isinstance(module, Conv1D | nn.Linear):
                 kind = type(module).__name__
@@ -556,6 +549,8 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
             if module is model.lm_head and is_tied(model):
                 shares = "the head shares its weight with the token embeddings"
                 raise ValueError(f"{where}: {shares}, LoRA would part them")
+            if part and "crossattention" in name:
+                raise ValueError(f"{where}: {name} holds keys and values alone, no three thirds")
             if name in matched and (not part or not matched[name] or part in matched[name]):
                 raise ValueError(f"{where}: {name} is matched by another target too")
             matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
@@ -1020,19 +1015,14 @@ def sum_of_sums(sums: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def verify_directory(directory: Path, links: bool = False) -> None:
-    """Raises ValueError unless every file is there as its manifest says.
-
-    links: files may be symbolic links, as in the hub's cache.
-    """
+def verify_directory(directory: Path) -> None:
+    """Raises ValueError unless every file is there as its manifest says."""
     manifest = read_json(directory / MANIFEST)
     sums = manifest.get("files")
     if not isinstance(sums, dict) or manifest.get("manifest_sha256") != sum_of_sums(sums):
         raise ValueError(f"{directory}: {MANIFEST} is damaged")
-    files = [file for file in directory.iterdir() if file.is_file()]
-    present = {file.name for file in files if links or not file.is_symlink()}
     for name, expected in sums.items():
-        if name not in present:  # a path that leads elsewhere is not among these names
+        if not (directory / name).is_file():
             raise ValueError(f"{directory}: {name} is missing")
         if file_hash(directory / name) != expected:
             raise ValueError(f"{directory}: {name} is damaged (its checksum differs)")
@@ -1121,15 +1111,16 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
     """Wraps the layers whose A and B the file holds, and loads everything into its place.
 
     Ranks come from the tensors' shapes; alpha, rsLoRA and their exceptions from PEFT's
-    configuration; the thirds that a run of ours adapted from its own metadata. Tensors of whole
-    modules (modules_to_save, biases) train on.
+    configuration; the thirds that a run of ours adapted from its own metadata. Whole modules and
+    biases (modules_to_save, bias) train on.
     """
-    path = peft_weights(directory)
+    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
+    path = older if older.exists() and not path.exists() else path
     config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
-    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
-    if not wrapped:
+    held = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
+    if not held:
         raise ValueError(f"{path}: holds no LoRA")
-    targets = args.lora_target_modules or wrapped
+    targets = args.lora_target_modules or held
     matched = match_targets(model, targets)
     untie_if_apart(model, tensors)
     start_modification(
@@ -1140,42 +1131,29 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
         A, B = f"{name}.lora_A", f"{name}.lora_B"
         if lacking := {A, B} - tensors.keys():
             raise ValueError(f"{path}: lacks {min(lacking)}")
-        parts = len(thirds) or 1
-        layer = LoRALayer(
-            model.get_submodule(name), max(1, len(tensors[A]) // parts),
-            alpha_of(name, config) / parts, args.lora_dropout, thirds,
-            bool(config.get("use_rslora")),
-        )  # fmt: skip
+        n = len(thirds) or 1
+        rank, alpha = max(1, len(tensors[A]) // n), alpha_of(name, config) / n
+        rslora, original = bool(config.get("use_rslora")), model.get_submodule(name)
+        layer = LoRALayer(original, rank, alpha, args.lora_dropout, thirds, rslora)
         model.set_submodule(name, layer)
         if thirds and tensors[B].shape == layer.full_B().shape:
-            # Each third's B is the block where its rows of B meet its columns.
-            rows = dict(zip("qkv", tensors[B].chunk(3), strict=True))
-            blocks = [rows[third].chunk(parts, dim=1)[i] for i, third in enumerate(thirds)]
+            blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
+            blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
             tensors[B] = torch.cat(blocks)
-    for key in list(tensors):  # the bias or weight that a wrapped layer had before
-        name, _, leaf = key.rpartition(".")
-        if name in matched and not leaf.startswith("lora_"):
-            tensors[f"{name}.original_layer.{leaf}"] = tensors.pop(key)
     put_tensors(model, tensors, path, required=trainable_state(model))
-    trained = tuple(config.get("modules_to_save") or ())
+    whole = tuple(config.get("modules_to_save") or ())
     for name in tensors:
-        if name.endswith(".bias") or name.rpartition(".")[0].endswith(trained):
+        if name.endswith(".bias") or name.rpartition(".")[0].endswith(whole):
             model.get_parameter(name).requires_grad_(True)
-
-
-def peft_weights(directory: Path) -> Path:
-    """The file of an adapter's tensors: of PEFT's two names the first that is there."""
-    older = directory / "adapter_model.bin"
-    return older if older.exists() and not (directory / WEIGHTS).exists() else directory / WEIGHTS
 
 
 def peft_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of PEFT's file by the names that they have in our models."""
     tensors = {}
     for key, tensor in read_tensors(path).items():
-        # After the embeddings were resized PEFT writes them under two names more.
+        # PEFT writes resized embeddings under two further names.
         if ".original_module." not in key and ".modules_to_save." not in key:
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer", "")
+            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
             tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
     return tensors
 
@@ -1479,7 +1457,7 @@ def load_trained(
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         try:
-            verify_directory(directory, links=True)
+            verify_directory(directory)
         except ValueError as error:
             raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
     settings = trained_settings(directory)

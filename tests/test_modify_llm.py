@@ -1303,7 +1303,7 @@ class ScaledLayer(nn.Module):
 def apply_scaling(model, targets=("c_attn", "c_fc"), trainable_modules=()):
     modify_llm.start_modification(model, "scaling", trainable_modules, scaling_targets=targets)
     for target in targets:
-        for name, layer in modify_llm.modules_named(model, target).items():
+        for name, layer in modify_llm.modules_named(model, target, "scaling_targets").items():
             model.set_submodule(name, ScaledLayer(layer))
     return model
 
