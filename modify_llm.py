@@ -1015,14 +1015,18 @@ def sum_of_sums(sums: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def verify_directory(directory: Path) -> None:
-    """Raises ValueError unless every file is there as its manifest says."""
+def verify_directory(directory: Path, links: bool = False) -> None:
+    """Raises ValueError unless every file is there as its manifest says.
+
+    links: files may be symbolic links, as in the hub's cache.
+    """
     manifest = read_json(directory / MANIFEST)
     sums = manifest.get("files")
     if not isinstance(sums, dict) or manifest.get("manifest_sha256") != sum_of_sums(sums):
         raise ValueError(f"{directory}: {MANIFEST} is damaged")
+    present = {file.name for file in directory.iterdir() if links or not file.is_symlink()}
     for name, expected in sums.items():
-        if not (directory / name).is_file():
+        if name not in present:  # a path that leads elsewhere is not among these names
             raise ValueError(f"{directory}: {name} is missing")
         if file_hash(directory / name) != expected:
             raise ValueError(f"{directory}: {name} is damaged (its checksum differs)")
@@ -1457,7 +1461,7 @@ def load_trained(
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         try:
-            verify_directory(directory)
+            verify_directory(directory, links=True)
         except ValueError as error:
             raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
     settings = trained_settings(directory)
