@@ -47,9 +47,10 @@ GPT2_SIZES = {
 }  # fmt: skip
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
+VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
-    "*.model", "*.tiktoken", "chat_template*",
+    *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*",
 )  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LFS_POINTER = b"version https://git-lfs"
@@ -232,23 +233,22 @@ def locate(name: str) -> str:
         return name
     cached = lacking = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
-        cached = snapshot_download(name, local_files_only=True)
+        cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
         lacking = what_lacks(Path(cached))
-        if not lacking and tokenizer_files(cached):
+        if not lacking and matching_files(cached, VOCABULARY_FILES):
             return cached
     try:
         listed = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
         safe = any(file.rfilename.startswith("model.safetensors") for file in listed)
-        weights = ["model*.safetensors*"] if safe else ["pytorch_model*.bin*"]
-        return snapshot_download(
-            name, allow_patterns=["config.json", *TOKENIZER_FILES, *weights], ignore_patterns="*/*"
-        )
+        weights = "model*.safetensors*" if safe else "pytorch_model*.bin*"
+        patterns = ["config.json", *TOKENIZER_FILES, weights]
+        return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        if cached and not lacking:  # a model without a tokenizer
+        if cached and not lacking:  # a model without a vocabulary
             return cached
         neither = "neither a local directory nor to be had from the hub"
-        if lacking:
-            neither = f"the cache holds a part of it ({lacking}) and the hub cannot be reached"
+        if cached:
+            neither = f"the cache holds a part of it ({lacking}), and the hub does not answer"
         raise ValueError(f"{where}: {neither} ({first_line(error)}); {ways_out}") from None
 
 
@@ -265,12 +265,12 @@ def weight_files(directory: Path) -> list[Path]:
         if index.exists():
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index}: names no weight file")
+                raise ValueError(f"{index.name} names no weight file")
             files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
             if missing := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{directory}: {missing[0]} is missing, which {index.name} names")
+                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
             return files
-    raise ValueError(f"{directory}: holds neither {' nor '.join(WEIGHT_FILES)}")
+    raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
 
 
 def what_lacks(directory: Path) -> str:
@@ -282,9 +282,9 @@ def what_lacks(directory: Path) -> str:
     return "" if (directory / "config.json").exists() else "no config.json"
 
 
-def tokenizer_files(directory: str | Path) -> list[Path]:
-    """The files of a directory that make its tokenizer."""
-    found = [file for pattern in TOKENIZER_FILES for file in Path(directory).glob(pattern)]
+def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a directory whose names match a pattern."""
+    found = [file for pattern in patterns for file in Path(directory).glob(pattern)]
     return [file for file in found if file.is_file()]
 
 
@@ -499,11 +499,22 @@ class LoRALayer(nn.Module):
             return original(x)
         original_trains = any(parameter.requires_grad for parameter in original.parameters())
         if original_trains or (self.training and self.dropout.p):
-            low_rank = F.linear(self.dropout(x), self.lora_A)  # (..., r)
-            return original(x) + self.scaling * F.linear(low_rank, self.full_B())
+            # A and B stay in fp32 beside a base in bf16, also without autocast.
+            low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+            h = original(x)
+            return h + self.scaling * F.linear(low_rank, self.full_B()).to(h.dtype)
         W = original.weight if isinstance(original, Conv1D) else original.weight.t()
         B = self.full_B()
         return LoRAProduct.apply(x, W, original.bias, self.lora_A, B, self.scaling)
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + (alpha / r) B A: for a loss that multiplies by the head's weight itself."""
+        if self.training and self.dropout.p:
+            where = f"--lora_dropout {self.dropout.p}"
+            raise ValueError(f"{where}: acts on a layer's input, here the weight alone is used")
+        weight = self.original_layer.weight
+        return weight if self.merged else weight + self.get_delta_weight()
 
     def get_delta_weight(self) -> Tensor:
         """(alpha / r) B A in fp32, laid out as the original weight: Conv1D's is transposed."""
@@ -1024,7 +1035,8 @@ def verify_directory(directory: Path, links: bool = False) -> None:
     sums = manifest.get("files")
     if not isinstance(sums, dict) or manifest.get("manifest_sha256") != sum_of_sums(sums):
         raise ValueError(f"{directory}: {MANIFEST} is damaged")
-    present = {file.name for file in directory.iterdir() if links or not file.is_symlink()}
+    files = [file for file in directory.iterdir() if file.is_file()]
+    present = {file.name for file in files if links or not file.is_symlink()}
     for name, expected in sums.items():
         if name not in present:  # a path that leads elsewhere is not among these names
             raise ValueError(f"{directory}: {name} is missing")
@@ -1542,7 +1554,8 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     target = Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    tokenizer = tokenizer_files(adapter_path) or tokenizer_files(model.base_path)
+    adapters = matching_files(adapter_path, VOCABULARY_FILES)
+    tokenizer = matching_files(adapter_path if adapters else model.base_path, TOKENIZER_FILES)
     write_plain(merge_lora(model).to(model.stored_dtype), target, end_tokens(model))
     for file in tokenizer:
         shutil.copy(file, target)
@@ -1653,10 +1666,8 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets lines without the emoji
     # The coverage of each LoRA target is no news where all techniques are compared.
-    level = logging.WARNING if args.compare else logging.INFO
-    line = "%(levelname)s:%(name)s:%(message)s"
-    logging.basicConfig(level=level, format=line, stream=sys.stdout)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING if args.compare else logging.INFO)
+    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
     transformers_logging.disable_progress_bar()
     try:
         run(args, given)
