@@ -401,11 +401,11 @@ def start_modification(
 def modules_named(
     model: nn.Module, suffix: str, flag: str, kinds: type | tuple[type, ...] = nn.Module
 ) -> dict[str, nn.Module]:
-    """The modules whose dotted name is, or ends in, `suffix`.
+    """The modules with weights whose dotted name is, or ends in, `suffix`.
 
     Raises ValueError that names the flag, and the modules of these kinds, where there is none.
     """
-    modules = dict(model.named_modules())
+    modules = {name: m for name, m in model.named_modules() if list(m.parameters())}
     found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
     if not found:
         held = [n for n, m in modules.items() if isinstance(m, kinds) and list(m.parameters(False))]
@@ -967,7 +967,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of any type, for damaged files
         raise ValueError(f"{path}: {first_line(error)}") from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.dtype in FLOATS and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
     return tensors
 
