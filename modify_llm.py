@@ -56,7 +56,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LFS_POINTER = b"version https://git-lfs"
 # Keys of config.json that say how to generate or what to return; a run has settings of its own.
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS | {"return_dict", "torchscript"}
+NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
+NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
 STATE, METADATA, MANIFEST = "adapter.safetensors", "modification.json", "manifest.json"  # ours
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
@@ -221,16 +222,25 @@ def stored_config(directory: str, where: str) -> GPT2Config:
 def locate(name: str) -> str:
     """A directory that holds the model: a local one, or the hub's, downloaded if need be.
 
+    Raises ValueError.
+    """
+    where = f"--model_name_or_path {name}"
+    directory = name if Path(name).exists() else from_hub(name)
+    if not (Path(directory) / "config.json").is_file():
+        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
+        if (Path(directory) / PEFT_CONFIG).is_file():
+            ways_out = "it is an adapter, give it as --adapter_path"
+        raise ValueError(f"{where}: holds no config.json; {ways_out}")
+    return directory
+
+
+def from_hub(name: str) -> str:
+    """The hub's copy in the cache, downloaded or completed if need be.
+
     Raises ValueError within seconds, where transformers would retry for a minute.
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    where = f"--model_name_or_path {name}"
-    ways_out = "give --model_name_or_path a local directory, or --from_scratch"
-    if Path(name).exists():
-        if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"{where}: holds no config.json; {ways_out}")
-        return name
     cached = lacking = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
@@ -246,10 +256,11 @@ def locate(name: str) -> str:
     except Exception as error:
         if cached and not lacking:  # a model without a vocabulary
             return cached
-        neither = "neither a local directory nor to be had from the hub"
+        why = "neither a local directory nor to be had from the hub"
         if cached:
-            neither = f"the cache holds a part of it ({lacking}), and the hub does not answer"
-        raise ValueError(f"{where}: {neither} ({first_line(error)}); {ways_out}") from None
+            why = f"the cache holds a part of it ({lacking}), and the hub does not answer"
+        why = f"{why} ({first_line(error)}); give a local directory, or --from_scratch"
+        raise ValueError(f"--model_name_or_path {name}: {why}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -714,14 +725,12 @@ class KeyValuePrefix(nn.Module):
             nn.Tanh(),
             nn.Linear(projection_size, columns.shape[1], device=device),
         )
-        if device.type != "meta":  # solve the last layer for the columns: a real start here too
-            with torch.no_grad():
-                std = 1 / tokens.std().item() / math.sqrt(hidden_size)
-                nn.init.normal_(self.mlp[0].weight, std=std)
-                features, mean = self.mlp[:2](tokens), columns.mean(0)
-                self.mlp[2].bias.copy_(mean)
-                solution = torch.linalg.pinv(features, rtol=1e-3) @ (columns - mean)
-                self.mlp[2].weight.copy_(solution.t())
+        with torch.no_grad():  # solve the last layer for the columns: a real start here too
+            nn.init.normal_(self.mlp[0].weight).div_(tokens.std() * math.sqrt(hidden_size))
+            features, mean = self.mlp[:2](tokens), columns.mean(0)
+            self.mlp[2].bias.copy_(mean)
+            solution = torch.linalg.pinv(features, rtol=1e-3) @ (columns - mean)
+            self.mlp[2].weight.copy_(solution.t())
 
     def prompt_embeddings(self) -> Tensor:
         """(prefix length, layers * 2 * hidden)"""
@@ -1138,6 +1147,10 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
         raise ValueError(f"{path}: holds no LoRA")
     targets = args.lora_target_modules or held
     matched = match_targets(model, targets)
+    embeddings = tensors.get("transformer.wte.weight")
+    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
+        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
+        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
     untie_if_apart(model, tensors)
     start_modification(
         model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,

@@ -2487,6 +2487,7 @@ def test_what_a_base_says_about_generating_does_not_reach_the_model(base, tmp_pa
     """In generation_config.json and, as older models have it, in config.json itself."""
     wishes = {"do_sample": True, "num_beams": 3, "num_return_sequences": 2, "use_cache": False}
     wishes |= {"repetition_penalty": 5.0, "max_length": 7, "output_hidden_states": True}
+    wishes |= {"attn_implementation": "flash_attention_2", "torchscript": True}
     directory = base_with(base, tmp_path / "base", **wishes, return_dict=False)
     modify_llm.write_json(tmp_path / "base" / "generation_config.json", wishes)
     model, untouched = modified(directory), modified(base)
@@ -2588,7 +2589,8 @@ def test_what_peft_made_after_resizing_the_embeddings_loads_on_the_resized_base(
     ours = load_trained(tmp_path / "peft", str(tmp_path / "resized"))
     assert close(logits(ours), logits(theirs), 1e-5)
     assert len(trainable_state(ours)) == len(trainable_state(theirs))
-    with pytest.raises(ValueError, match=rf"weight has shape \({VOCAB + 7}, .*\({VOCAB}, "):
+    rows = f"embeddings of {VOCAB + 7} rows, the base has {VOCAB}; give --model_name_or_path"
+    with pytest.raises(ValueError, match=rows):
         load_trained(tmp_path / "peft", base)
 
 
@@ -2786,3 +2788,16 @@ def test_a_cached_model_whose_vocabulary_is_not_cached_asks_the_hub_and_goes_on_
 def test_a_repository_that_is_not_on_the_hub_is_refused(hub):
     with pytest.raises(ValueError, match="someone/absent: neither a local directory nor"):
         modified("someone/absent")
+
+
+def test_a_repository_or_directory_that_holds_an_adapter_alone_is_told_for_what_it_is(
+    hub, base, tmp_path
+):
+    peft_made(base, tmp_path / "peft")
+    with pytest.raises(
+        ValueError, match=r"holds no config\.json; it is an adapter, .*--adapter_path"
+    ):
+        modified(str(tmp_path / "peft"))
+    shutil.copytree(tmp_path / "peft", hub / "someone" / "adapter")
+    with pytest.raises(ValueError, match=r"someone/adapter: holds no config\.json"):
+        modified("someone/adapter")
