@@ -350,11 +350,11 @@ def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -
             if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
                 longer = f"transformer.{name}"  # the published files leave the first part out
                 tensors[longer if longer in parameters else name] = tensor
-        model.to_empty(device="cpu").tie_weights()
         if "lm_head.weight" in tensors:
             untie_if_apart(model, tensors)
         named = files[0] if len(files) == 1 else f"{files[0]} and its shards"
         put_tensors(model, tensors, named, required=dict(model.named_parameters()))
+        model.tie_weights()
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
     model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
@@ -981,11 +981,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-@torch.no_grad()
 def put_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, required: Iterable[str] = ()
 ) -> None:
-    """Copies tensors into the parameters of these names.
+    """Copies tensors into the parameters of these names; on device "meta", they become these.
 
     Raises ValueError for one that has no place or another shape there, and for a required one that
     is not given.
@@ -1001,7 +1000,8 @@ def put_tensors(
         if parameters[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
             raise ValueError(f"{path}: {name} has shape {shapes}")
-        parameters[name].copy_(tensor)
+    on_meta = any(parameter.is_meta for parameter in parameters.values())
+    model.load_state_dict(tensors, strict=False, assign=on_meta)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1066,8 +1066,8 @@ def write_as_peft(
     write_json(directory / PEFT_CONFIG, config | common)
 
 
-def lora_as_peft(model: GPT2LMHeadModel) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the configuration of PEFT's LoRA layout.
+def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """PEFT's LoRA layout.
 
     n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
     of rank n r with the same scaling, A stacked and B in blocks. What differs from layer to layer
@@ -1090,7 +1090,7 @@ def lora_as_peft(model: GPT2LMHeadModel) -> tuple[dict[str, Tensor], dict]:
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     wrapped_biases = "lora_only" if any(".original_layer" in name for name in others) else "none"
     conv1d = [isinstance(layer.original_layer, Conv1D) for layer in layers.values()]
-    return tensors, {
+    write_as_peft(model, tensors, directory, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
@@ -1101,12 +1101,7 @@ def lora_as_peft(model: GPT2LMHeadModel) -> tuple[dict[str, Tensor], dict]:
         "fan_in_fan_out": all(conv1d),
         "bias": "all" if biases <= others.keys() else wrapped_biases,
         "modules_to_save": sorted(whole) or None,
-    }
-
-
-def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
-    tensors, config = lora_as_peft(model)
-    write_as_peft(model, tensors, directory, config)
+    })  # fmt: skip
     return {}
 
 
@@ -1594,8 +1589,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
             model = meta_model(with_defaults(settings, modification_type=technique, **changes))
             total, trainable = parameter_counts(model)
             saved = total if is_plain(technique) else trainable
-            if technique == "lora":  # thirds are saved as one LoRA of the whole layer
-                saved = sum(tensor.numel() for tensor in lora_as_peft(model)[0].values())
+            for layer in lora_layers(model).values():  # thirds are saved as one B of all rows
+                saved += layer.full_B().numel() - layer.lora_B.numel()
             counts = {"total": total, "trainable": trainable, "saved_mb": saved * 4e-6}
             rows.append({"label": label, "paper": paper, **counts})
     return sorted(rows, key=lambda row: -row["trainable"])
