@@ -443,14 +443,13 @@ class LoRAProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
-        shape, device = x.shape, x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        shape, dtype, grad_dtype = x.shape, autocast_dtype(x.device) or x.dtype, A.dtype
         x, W, A, B = (tensor.to(dtype) for tensor in (x.flatten(0, -2), W, A, B))
         h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
-        low_rank = (x @ A.t()) * scaling  # (tokens, r)
-        h.addmm_(low_rank, B.t())
+        low_rank = x @ A.t()  # (tokens, r)
+        h.addmm_(low_rank, B.t(), alpha=scaling)
         ctx.save_for_backward(x, W, A, B, low_rank)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.grad_dtype = scaling, grad_dtype
         return h.view(*shape[:-1], -1)
 
     @staticmethod
@@ -458,13 +457,29 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, low_rank = ctx.saved_tensors
         shape, grad = grad.shape, grad.flatten(0, -2)  # (tokens, out)
-        B_grad = (low_rank.t() @ grad).t()  # (out, r)
-        low_rank_grad = (grad @ B) * ctx.scaling  # (tokens, r)
-        A_grad = low_rank_grad.t() @ x  # (r, in)
+        low_rank_grad = grad @ B  # (tokens, r), without its factor s, as low_rank
+        A_grad = scaled_product(low_rank_grad.t(), x, ctx.scaling).to(ctx.grad_dtype)  # (r, in)
+        B_grad = scaled_product(low_rank.t(), grad, ctx.scaling).t()  # (out, r)
+        # Contiguous, as AdamW keeps it: otherwise it would be copied once more.
+        B_grad = B_grad.to(ctx.grad_dtype, memory_format=torch.contiguous_format)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A).view(*shape[:-1], -1)
+            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A, alpha=ctx.scaling)
+            x_grad = x_grad.view(*shape[:-1], -1)
         return x_grad, None, None, A_grad, B_grad, None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast brings products to on a device; None outside of autocast."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling x a @ b, in one kernel."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 class LoRALayer(nn.Module):
@@ -693,15 +708,20 @@ class PromptEmbedding(nn.Module):
     def prompt_embeddings(self) -> Tensor:
         return self.embedding
 
-    def keys_and_values(self, transformer: GPT2Model, dtype: torch.dtype) -> list[Tensor]:
-        """A (2, 1, heads, prefix length, head size) a layer, by one pass of the prefix alone.
+    def keys_and_values(
+        self, transformer: GPT2Model, dtype: torch.dtype
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Key and value a layer, each (1, heads, prefix length, head size), by one pass of the
+        prefix alone.
 
         Attention is causal: the prefix sees no text, so its states are the same for every row.
         """
-        cache, virtual = DynamicCache(config=transformer.config), self.embedding[None].to(dtype)
+        cache, virtual = DynamicCache(config=transformer.config), self.embedding[None]
+        if not autocast_dtype(virtual.device):
+            virtual = virtual.to(dtype)
         # `forward` itself, since calling the module would put the prefix before the prefix.
         transformer.forward(inputs_embeds=virtual, past_key_values=cache, use_cache=True)
-        return [torch.stack([layer.keys, layer.values]) for layer in cache.layers]
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class KeyValuePrefix(nn.Module):
@@ -736,11 +756,14 @@ class KeyValuePrefix(nn.Module):
         """(prefix length, layers * 2 * hidden)"""
         return self.embedding if self.mlp is None else self.mlp(self.embedding)
 
-    def keys_and_values(self, transformer: GPT2Model, dtype: torch.dtype) -> Iterable[Tensor]:
-        """A (2, 1, heads, prefix length, head size) a layer."""
+    def keys_and_values(
+        self, transformer: GPT2Model, dtype: torch.dtype
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Key and value a layer, each (1, heads, prefix length, head size)."""
         config, columns = transformer.config, self.prompt_embeddings().to(dtype)
-        layers = columns.unflatten(1, (config.n_layer, 2, 1, config.n_head, -1))
-        return layers.permute(1, 2, 3, 4, 0, 5)  # (layers, 2, 1, heads, prefix length, head size)
+        parts = columns.unflatten(1, (2 * config.n_layer, 1, config.n_head, -1))
+        parts = parts.permute(1, 2, 3, 0, 4).unbind()
+        return zip(parts[::2], parts[1::2], strict=True)
 
 
 def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -769,12 +792,10 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
     if not seen:
         if transformer.training and transformer.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that carries a prefix")
-        device = tokens.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else transformer.wte.weight.dtype
+        dtype = autocast_dtype(tokens.device) or transformer.wte.weight.dtype
         kwargs["past_key_values"] = cache = DynamicCache(config=config) if cache is None else cache
         for layer, states in enumerate(prefix.keys_and_values(transformer, dtype)):
-            key, value = states.expand(-1, batch_size, -1, -1, -1)
+            key, value = (part.expand(batch_size, -1, -1, -1) for part in states)
             cache.update(key, value, layer)
     return (), kwargs
 
@@ -831,8 +852,8 @@ def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor
     transformer.eval()  # the base's dropout stays out of the start
     states = prompt.keys_and_values(transformer, transformer.wte.weight.dtype)
     transformer.train(training)
-    layers = torch.stack(states)  # (layers, 2, 1, heads, prefix length, head size)
-    return layers[:, :, 0].permute(3, 0, 1, 2, 4).flatten(1).float()
+    parts = torch.cat([part for pair in states for part in pair])  # (2 x layers, heads, ...)
+    return parts.permute(2, 0, 1, 3).flatten(1).float()
 
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:

@@ -54,7 +54,6 @@ TECHNIQUES = {
     "selective": ["--modification_type=selective", "--freeze_layers=0"],
     "selective, head frozen": [
         "--modification_type=selective", "--freeze_layers=0", "--freeze_head",
-        "--num_hidden_layers=2",
     ],
     "adapters, pfeiffer": ["--modification_type=adapter"],
     "adapters, houlsby": ["--modification_type=adapter", "--adapter_placement=houlsby"],
@@ -265,7 +264,8 @@ def run_on_gpu(flags: list[str], precision: str) -> train_llm.Run:
 def rehearse(flags: list[str], precision: str) -> dict[str, Any]:
     """What the host waits for in an optimizer step of two micro-batches and in an evaluation, how
     many gradients are left after the step, and what was raised."""
-    sizes = ["--hidden_size=32", "--num_hidden_layers=1", "--num_attention_heads=4"]
+    layers = 2 if "--freeze_head" in flags else 1  # one of them trains
+    sizes = ["--hidden_size=32", f"--num_hidden_layers={layers}", "--num_attention_heads=4"]
     gpu, lengths = FakeGpu(), (60, 58, 44, 31, 12, 5)
     rows = [{"input_ids": torch.arange(n), "labels": torch.arange(n)} for n in lengths]
     window = [data_pipeline.PadBatch(0, None)(rows) for _ in range(2)]
@@ -332,11 +332,15 @@ def mistakes() -> dict[str, Any]:
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def mean_launches(gpu: FakeGpu, work: Callable[[dict], Tensor], batches: list[dict]) -> float:
-    """Of the forward and backward pass of a micro-batch."""
+def mean_launches(
+    gpu: FakeGpu, model: nn.Module, work: Callable[[dict], Tensor], batches: list[dict]
+) -> float:
+    """Of the forward and backward pass of a step's first micro-batch; a later one adds each
+    gradient to the last."""
     gpu.launches.clear()
     for batch in batches:
         work(batch).backward()
+        model.zero_grad(set_to_none=True)
     return sum(gpu.launches.values()) / len(batches)
 
 
@@ -353,7 +357,7 @@ def launches_of_ours(flags: list[str], batches: list[dict[str, Tensor]]) -> floa
                 return loss(**inputs)
 
         with train_llm.attention_without_mask(run.model):
-            return mean_launches(gpu, work, batches)
+            return mean_launches(gpu, loss, work, batches)
 
 
 def launches_of_peers(config: Any, batches: list[dict[str, Tensor]]) -> float:
@@ -373,7 +377,7 @@ def launches_of_peers(config: Any, batches: list[dict[str, Tensor]]) -> float:
             with torch.autocast("fakegpu", torch.bfloat16):
                 return model.train()(**inputs).loss
 
-        return mean_launches(gpu, work, batches)
+        return mean_launches(gpu, model, work, batches)
 
 
 def launches() -> None:
