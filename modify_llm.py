@@ -150,22 +150,6 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 below_one = number_type(float, 0, 1)
-SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
-    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
-    "num_hidden_layers": Flag(12, number_type(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
-}
-BASE_FLAGS = {
-    "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
-    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
-    **SCRATCH_FLAGS,
-    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
-    "trainable_modules": Flag(
-        [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
-    ),
-}
 
 
 # ---- the base model ------------------------------------------------------------------------------
@@ -839,16 +823,11 @@ def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
     """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out."""
-    config, prefix = model.config, model.transformer.prefix
-    key_value = isinstance(prefix, KeyValuePrefix)
+    prefix = model.transformer.prefix
     write_as_peft(model, {"prompt_embeddings": prefix.prompt_embeddings()}, directory, {
-        "peft_type": "PREFIX_TUNING" if key_value else "PROMPT_TUNING",
+        "peft_type":
+            "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
         "num_virtual_tokens": len(prefix.embedding),
-        "token_dim": config.n_embd,
-        "num_attention_heads": config.n_head,
-        "num_layers": config.n_layer,
-        "num_transformer_submodules": 1,
-        **({"prefix_projection": False} if key_value else {"prompt_tuning_init": "RANDOM"}),
     })  # fmt: skip
     state = trainable_state(model)
     besides = {name: t for name, t in state.items() if "transformer.prefix." not in name}
@@ -1327,27 +1306,41 @@ TECHNIQUES = {
 }  # fmt: skip
 
 
-def technique_name(value: str) -> str:
-    """A flag's type: a row of TECHNIQUES, as they are when it is asked."""
-    return one_of(*TECHNIQUES)(value)
+SCRATCH_FLAGS = {
+    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
+    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
+    "num_hidden_layers": Flag(12, number_type(int, 1, 10_000), "blocks; >= 1"),
+    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
+}
+BASE_FLAGS = {
+    "modification_type": Flag(
+        "lora", lambda value: one_of(*TECHNIQUES)(value), f"what trains: {', '.join(TECHNIQUES)}"
+    ),
+    "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
+    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
+    **SCRATCH_FLAGS,
+    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
+    "trainable_modules": Flag(
+        [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
+    ),
+}
 
 
 def model_flags() -> dict[str, Flag]:
-    """The flags of the base model and of every technique."""
-    types = f"what trains: {', '.join(TECHNIQUES)}"
-    flags = {"modification_type": Flag("lora", technique_name, types), **BASE_FLAGS}
+    """The flags of the base model and of every technique, as the table is when this is called."""
+    flags = dict(BASE_FLAGS)
     for technique in TECHNIQUES.values():
         flags |= technique.flags
     return flags
 
 
-MODEL_FLAGS = model_flags()  # at import; a row of TECHNIQUES may come later
+MODEL_FLAGS = model_flags()
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Declares the model flags, a group a technique."""
-    flags = model_flags()
-    add_flags(parser, "model", {name: flags[name] for name in ("modification_type", *BASE_FLAGS)})
+    add_flags(parser, "model", BASE_FLAGS)
     for name, technique in TECHNIQUES.items():
         add_flags(parser, f"--modification_type {name}", technique.flags)
 
