@@ -54,10 +54,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LFS_POINTER = b"version https://git-lfs"
-# Keys of config.json that say how to generate or what to return; a run has settings of its own.
+# Keys of config.json that are about generating or about other code, not about the model.
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
 NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
+NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
 STATE, METADATA, MANIFEST = "adapter.safetensors", "modification.json", "manifest.json"  # ours
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
@@ -149,22 +150,6 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 below_one = number_type(float, 0, 1)
-SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
-    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
-    "num_hidden_layers": Flag(12, number_type(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
-}
-BASE_FLAGS = {
-    "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
-    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
-    **SCRATCH_FLAGS,
-    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
-    "trainable_modules": Flag(
-        [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
-    ),
-}
 
 
 # ---- the base model ------------------------------------------------------------------------------
@@ -248,19 +233,19 @@ def from_hub(name: str) -> str:
         if not lacking and matching_files(cached, VOCABULARY_FILES):
             return cached
     try:
-        listed = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
-        safe = any(file.rfilename.startswith("model.safetensors") for file in listed)
-        weights = "model*.safetensors*" if safe else "pytorch_model*.bin*"
+        files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
+        has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
+        weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
         patterns = ["config.json", *TOKENIZER_FILES, weights]
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
         if cached and not lacking:  # a model without a vocabulary
             return cached
-        why = "neither a local directory nor to be had from the hub"
+        reason = "neither a local directory nor to be had from the hub"
         if cached:
-            why = f"the cache holds a part of it ({lacking}), and the hub does not answer"
-        why = f"{why} ({first_line(error)}); give a local directory, or --from_scratch"
-        raise ValueError(f"--model_name_or_path {name}: {why}") from None
+            reason = f"the cache holds a part of it ({lacking}), and the hub does not answer"
+        reason = f"{reason} ({first_line(error)}); give a local directory, or --from_scratch"
+        raise ValueError(f"--model_name_or_path {name}: {reason}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -348,12 +333,12 @@ def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -
         files = weight_files(Path(directory))
         for name, tensor in (item for file in files for item in read_tensors(file).items()):
             if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
-                longer = f"transformer.{name}"  # the published files leave the first part out
-                tensors[longer if longer in parameters else name] = tensor
+                whole_name = f"transformer.{name}"  # the published files leave the start out
+                tensors[whole_name if whole_name in parameters else name] = tensor
         if "lm_head.weight" in tensors:
             untie_if_apart(model, tensors)
-        named = files[0] if len(files) == 1 else f"{files[0]} and its shards"
-        put_tensors(model, tensors, named, required=dict(model.named_parameters()))
+        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
+        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
         model.tie_weights()
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
@@ -580,7 +565,8 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
         suffix, part = third.groups() if third else (target, "")
         found = modules_named(model, suffix, "lora_target_modules", (Conv1D, nn.Linear))
         for name, module in found.items():
-            if not isinstance(module, Conv1D | nn.Linear):
+            # bitsandbytes' 8-bit layers are Linear, too
+            if not (isinstance(module, Conv1D | nn.Linear) and module.weight.is_floating_point()):
                 kind = type(module).__name__
                 raise ValueError(f"{where}: {name} is a {kind}; LoRA wraps Conv1D and Linear")
             if module is model.lm_head and is_tied(model):
@@ -858,16 +844,11 @@ def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
     """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out."""
-    config, prefix = model.config, model.transformer.prefix
-    key_value = isinstance(prefix, KeyValuePrefix)
+    prefix = model.transformer.prefix
     write_as_peft(model, {"prompt_embeddings": prefix.prompt_embeddings()}, directory, {
-        "peft_type": "PREFIX_TUNING" if key_value else "PROMPT_TUNING",
+        "peft_type":
+            "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
         "num_virtual_tokens": len(prefix.embedding),
-        "token_dim": config.n_embd,
-        "num_attention_heads": config.n_head,
-        "num_layers": config.n_layer,
-        "num_transformer_submodules": 1,
-        **({"prefix_projection": False} if key_value else {"prompt_tuning_init": "RANDOM"}),
     })  # fmt: skip
     state = trainable_state(model)
     besides = {name: t for name, t in state.items() if "transformer.prefix." not in name}
@@ -1158,10 +1139,10 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
     path, older = directory / WEIGHTS, directory / "adapter_model.bin"
     path = older if older.exists() and not path.exists() else path
     config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
-    held = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
-    if not held:
+    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
+    if not wrapped:
         raise ValueError(f"{path}: holds no LoRA")
-    targets = args.lora_target_modules or held
+    targets = args.lora_target_modules or wrapped
     matched = match_targets(model, targets)
     embeddings = tensors.get("transformer.wte.weight")
     if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
@@ -1346,27 +1327,41 @@ TECHNIQUES = {
 }  # fmt: skip
 
 
-def technique_name(value: str) -> str:
-    """A flag's type: a row of TECHNIQUES, as they are when it is asked."""
-    return one_of(*TECHNIQUES)(value)
+SCRATCH_FLAGS = {
+    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
+    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
+    "num_hidden_layers": Flag(12, number_type(int, 1, 10_000), "blocks; >= 1"),
+    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
+}
+BASE_FLAGS = {
+    "modification_type": Flag(
+        "lora", lambda value: one_of(*TECHNIQUES)(value), f"what trains: {', '.join(TECHNIQUES)}"
+    ),
+    "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
+    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
+    **SCRATCH_FLAGS,
+    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
+    "trainable_modules": Flag(
+        [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
+    ),
+}
 
 
 def model_flags() -> dict[str, Flag]:
-    """The flags of the base model and of every technique."""
-    types = f"what trains: {', '.join(TECHNIQUES)}"
-    flags = {"modification_type": Flag("lora", technique_name, types), **BASE_FLAGS}
+    """The flags of the base model and of every technique, as the table is when this is called."""
+    flags = dict(BASE_FLAGS)
     for technique in TECHNIQUES.values():
         flags |= technique.flags
     return flags
 
 
-MODEL_FLAGS = model_flags()  # at import; a row of TECHNIQUES may come later
+MODEL_FLAGS = model_flags()
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Declares the model flags, a group a technique."""
-    flags = model_flags()
-    add_flags(parser, "model", {name: flags[name] for name in ("modification_type", *BASE_FLAGS)})
+    add_flags(parser, "model", BASE_FLAGS)
     for name, technique in TECHNIQUES.items():
         add_flags(parser, f"--modification_type {name}", technique.flags)
 
@@ -1583,8 +1578,9 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     target = Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    adapters = matching_files(adapter_path, VOCABULARY_FILES)
-    tokenizer = matching_files(adapter_path if adapters else model.base_path, TOKENIZER_FILES)
+    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
+    source = adapter_path if has_vocabulary else model.base_path
+    tokenizer = matching_files(source, TOKENIZER_FILES)
     write_plain(merge_lora(model).to(model.stored_dtype), target, end_tokens(model))
     for file in tokenizer:
         shutil.copy(file, target)

@@ -586,6 +586,21 @@ def test_dropout_acts_on_the_input_of_a_and_only_while_training():
     assert close(layer(x), layer.original_layer(x) + 2 * dropped @ A.T @ B.T)
 
 
+class Linear8bit(nn.Linear):
+    """A stand-in for bitsandbytes' layers, which hold integers."""
+
+    def __init__(self, original):
+        super().__init__(1, 1)
+        self.weight = nn.Parameter(original.weight.to(torch.int8), requires_grad=False)
+
+
+def test_a_quantised_layer_is_no_target():
+    model = small()
+    model.transformer.h[1].mlp.c_fc = Linear8bit(model.transformer.h[1].mlp.c_fc)
+    with pytest.raises(ValueError, match=r"c_fc: \S+ is a Linear8bit; LoRA wraps Conv1D and"):
+        apply_lora(model, target_modules=["c_fc"])
+
+
 def test_the_tied_head_is_no_target():
     with pytest.raises(ValueError, match=r"lm_head.*shares its weight"):
         apply_lora(small(), target_modules=["lm_head"])
@@ -2488,6 +2503,7 @@ def test_what_a_base_says_about_generating_does_not_reach_the_model(base, tmp_pa
     wishes = {"do_sample": True, "num_beams": 3, "num_return_sequences": 2, "use_cache": False}
     wishes |= {"repetition_penalty": 5.0, "max_length": 7, "output_hidden_states": True}
     wishes |= {"attn_implementation": "flash_attention_2", "torchscript": True}
+    wishes |= {"task_specific_params": {"text-generation": {"do_sample": True}}, "auto_map": {}}
     directory = base_with(base, tmp_path / "base", **wishes, return_dict=False)
     modify_llm.write_json(tmp_path / "base" / "generation_config.json", wishes)
     model, untouched = modified(directory), modified(base)
