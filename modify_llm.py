@@ -908,14 +908,17 @@ def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 
 def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """A plain Hugging Face model: the base as its files hold it, with what was trained put in.
+    """A plain Hugging Face model, at the precision of the base's files, which are not read again.
 
-    So frozen weights are never rounded, and all stand at the precision of the base's files.
+    `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
+    written.
     """
-    plain = model
-    if base_path := getattr(model, "base_path", None):
-        plain = load_weights(base_path, str(base_path))
-        put_tensors(plain, trainable_state(model), directory)
+    dtype, exact = getattr(model, "stored_dtype", None), getattr(model, "exact_weights", {})
+    plain = build(model.config, "the model", "meta")
+    weights = dict(model.named_parameters(remove_duplicate=False)) | exact
+    weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
+    put_tensors(plain, weights, directory)
+    plain.tie_weights()
     write_plain(plain, directory, end_tokens(model))
     written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
     check_written(directory / "model.safetensors", written)

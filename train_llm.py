@@ -1830,9 +1830,13 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     logger.info("🔧 Using device: %s", runtime.device)
     model = build_model(args)
     check_fits(model, tokenizer, args.max_length)
+    modify_llm.set_end_token(model, tokenizer.eos_token_id)
     total, trainable = counts = modify_llm.parameter_counts(model)
     shown = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", shown)
+    if modify_llm.is_plain(model.modification["modification_type"]):  # all of it is saved
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        model.exact_weights = {name: p.detach().clone() for name, p in frozen.items()}
     prepare_model(model, args, runtime)
     loaders = (args, runtime, tokenizer)
     accumulation = {"accumulation_steps": args.gradient_accumulation_steps}
