@@ -335,7 +335,9 @@ def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -
             if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
                 whole_name = f"transformer.{name}"  # the published files leave the start out
                 tensors[whole_name if whole_name in parameters else name] = tensor
-        if "lm_head.weight" in tensors:
+        if is_tied(model) and "lm_head.weight" in tensors:
+            # Some files hold the tied pair under the head's name alone.
+            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
             untie_if_apart(model, tensors)
         source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
         put_tensors(model, tensors, source, required=dict(model.named_parameters()))

@@ -2226,11 +2226,14 @@ def test_weights_that_the_configuration_leaves_no_place_for_are_refused(base, tm
         load_trained(tmp_path / "final", fewer)
 
 
-def test_a_tied_head_that_the_file_holds_as_well_has_its_place(base, tmp_path):
+@pytest.mark.parametrize("both", [True, False], ids=["beside the embeddings", "alone"])
+def test_a_tied_head_that_the_file_holds_has_its_place(base, tmp_path, both):
     shutil.copytree(base, tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     tensors = load_file(file)
     tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    if not both:
+        del tensors["transformer.wte.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
     model = modified(str(tmp_path / "base"))
     assert model.lm_head.weight is model.transformer.wte.weight
