@@ -876,17 +876,20 @@ def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespac
 
 
 def apply_selective_freezing(
-    model: GPT2LMHeadModel, freeze_layers: Iterable[int] = (0, 1, 2, 3), *,
+    model: GPT2LMHeadModel, freeze_layers: Iterable[int] | None = None, *,
     freeze_head: bool = False, trainable_modules: Iterable[str] = (),
 ) -> GPT2LMHeadModel:  # fmt: skip
-    """Trains the blocks that `freeze_layers` leaves, and the head and final LayerNorm unless
-    `freeze_head`. In place.
+    """Trains the blocks that `freeze_layers` (None: the lower half) leaves, and the head and final
+    LayerNorm unless `freeze_head`. In place.
 
     GPT-2's head is tied to the token embeddings, so these train with it, and the backward pass then
     reaches the model's input; with `freeze_head` it stops below the lowest trainable block.
     Position embeddings stay frozen.
     """
-    frozen, blocks = checked("freeze_layers", freeze_layers), model.transformer.h
+    blocks = model.transformer.h
+    if freeze_layers is None:
+        freeze_layers = range(len(blocks) // 2)
+    frozen = checked("freeze_layers", freeze_layers)
     if outside := [layer for layer in frozen if layer >= len(blocks)]:
         has = f"the model has layers 0 to {len(blocks) - 1}"
         raise ValueError(f"--freeze_layers {outside[0]}: {has}")
@@ -1256,7 +1259,8 @@ TECHNIQUES = {
                 "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
             ),
         },
-        learning_rate=lambda args: 5e-3,
+        # Hu et al., table 11: 2e-4 at alpha / r = 8 on q and v; at 2, on all layers, somewhat more
+        learning_rate=lambda args: 5e-4,
         compared=[
             ("LoRA r=4, all Conv1D", "Hu 2021", {}),
             ("LoRA r=4, query and value", "Hu 2021",
@@ -1276,7 +1280,7 @@ TECHNIQUES = {
                 "pfeiffer", one_of("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
             ),
         },
-        learning_rate=lambda args: 5e-3,
+        learning_rate=lambda args: 1e-4,  # AdapterFusion, appendix A.2; Hu et al., table 12
         compared=[
             ("adapters 64, two a block", "Houlsby 2019", {"adapter_placement": "houlsby"}),
             ("adapters 64, one a block", "Pfeiffer 2020", {}),
@@ -1297,7 +1301,8 @@ TECHNIQUES = {
                 0, at_least_zero, "key_value only: width of an MLP; 0: none"
             ),
         },
-        learning_rate=lambda args: {"embedding": 1e-2, "key_value": 1e-1}[args.prefix_type],
+        # Li & Liang, table 6, with their MLP; without it, P-tuning v2's scripts
+        learning_rate=lambda args: 8e-5 if args.prefix_projection_size else 5e-3,
         compared=[
             ("prefix 50, keys and values", "Li & Liang 2021", {"prefix_type": "key_value"}),
             ("prefix 50, embeddings", "Lester 2021", {}),
@@ -1312,20 +1317,20 @@ TECHNIQUES = {
         ),
         flags={
             "freeze_layers": Flag(
-                [0, 1, 2, 3], layer_numbers, "from 0; ranges such as 0-5"
+                None, layer_numbers, "from 0; ranges such as 0-5 (the lower half)"
             ),
             "freeze_head": Flag(
                 False, boolean, "also freeze the tied head and the final LayerNorm"
             ),
         },
-        learning_rate=lambda args: 1e-3,
+        learning_rate=lambda args: 5e-5,
         compared=[("selective, lower half frozen", "", {})],
         save=save_plain,
     ),
     "full": Technique(
         apply=lambda model, args: apply_full_finetuning(model),
         flags={},
-        learning_rate=lambda args: 5e-4,
+        learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
         compared=[("full fine-tuning", "", {})],
         save=save_plain,
     ),
@@ -1372,9 +1377,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def checked(name: str, value: Any) -> Any:
-    """A setting in its flag's range. Raises ValueError that names the flag."""
+    """A setting in its flag's range, or None where the default is None: the model decides. Raises
+    ValueError that names the flag."""
+    flag = model_flags()[name]
+    if value is flag.default is None:
+        return None
     try:
-        return model_flags()[name].type(value)
+        return flag.type(value)
     except (argparse.ArgumentTypeError, TypeError, AttributeError) as error:
         raise ValueError(f"--{name} {error}") from None
 
@@ -1603,7 +1612,6 @@ def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
 def compare(args: argparse.Namespace) -> list[dict]:
     """What each technique trains and saves (fp32) on the base that the flags name."""
     base = {name: getattr(args, name) for name in BASE_FLAGS if name != "trainable_modules"}
-    base["freeze_layers"] = list(range(read_config(args).n_layer // 2))  # the lower half
     rows = []
     for technique, row in TECHNIQUES.items():
         for label, paper, changes in row.compared:
