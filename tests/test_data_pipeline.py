@@ -1151,8 +1151,8 @@ def checked(rows):
     for row in rows:
         if not isinstance(row, dict) or None in row:
             return None
-        row = dict(row)
-        if "input" in row and (row["input"] is None or row["input"] != row["input"]):
+        row = {"input": "", **row}
+        if row["input"] is None or row["input"] != row["input"]:
             row["input"] = ""
         if not all(isinstance(row.get(column), str) for column in COLUMNS):
             return None
