@@ -17,6 +17,7 @@ import contextlib
 import copy
 import csv
 import functools
+import glob
 import gzip
 import hashlib
 import http.client
@@ -34,6 +35,7 @@ import signal
 import string
 import sys
 import tempfile
+import textwrap
 import urllib.parse
 import urllib.request
 import warnings
@@ -47,7 +49,8 @@ import numpy as np
 import pandas as pd
 import tiktoken
 import torch
-from huggingface_hub import cached_assets_path
+from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -77,7 +80,16 @@ CHUNK_ROWS = 10_000  # rows held as text at a time: bounds the memory of a long 
 TOKENISE_ROWS = 1_000  # rows tokenised at a time: bounds the memory of their Python integers
 SORTED_BATCHES = 100  # global batches sorted by length together
 WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
+KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zst")
 FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# By these words in a file's name, between signs, hub datasets tell their splits.
+HELD_OUT_NAMES = [
+    f"{before}{word}[-._ 0-9/]*"
+    for before in ("", "*[-._ 0-9/]")
+    for word in ("test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
+]
+NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
 SIGNATURES = {  # files that are not what their name says, by their first bytes
     b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
     b"\x1f\x8b": "gzip: let its name end in .gz",
@@ -136,7 +148,8 @@ at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 below_one = number_type(float, 0, 1)
 DATA_FLAGS = {
     "dataset_path": Flag(
-        None, nonempty, "local .json (records), .jsonl or .csv, or an http(s) URL of one "
+        None, nonempty, "local .json (records), .jsonl, .ndjson, .csv or .parquet, also .gz or "
+        ".zst, a directory or glob of them, an http(s) URL of one, or a hub dataset's id "
         "(a bundled sample; none in training)",
     ),
     "text_format": Flag(
@@ -179,17 +192,72 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 
 
 def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, Path]:
-    """The local files of a dataset by the names that errors give them; a URL is downloaded first.
+    """The local files of a dataset in their order, by the names that errors give them.
 
-    Raises ValueError that names the flag and what is wrong.
+    A local file, a directory or glob (sorted), a URL, or a hub dataset's id: what is not on this
+    machine is downloaded. Of a directory or hub dataset, the files of the training split; for
+    --eval_dataset_path those of the held-out ones. Raises ValueError that names the flag.
     """
-    dataset_path = str(dataset_path)
+    name, path, held_out = str(dataset_path), Path(dataset_path), flag == "eval_dataset_path"
     try:
-        if dataset_path.startswith(("http://", "https://")):
-            return {dataset_path: download(dataset_path)}
-        return {dataset_path: Path(dataset_path)}
+        if name.startswith(("http://", "https://")):
+            return {name: download(name)}
+        if glob.has_magic(name) and not path.exists():
+            found = sorted(glob.glob(name, recursive=True))
+            chosen = [file for file in found if file_kind(file)]
+            log_files(name, found, chosen)
+            return {file: Path(file) for file in chosen}
+        is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
+        if not is_hub_id and not path.is_dir():
+            return {name: path}  # where there is none, opening it gives the reason
+        directory = hub_snapshot(name, held_out) if is_hub_id else path
+        chosen = choose_files(name, directory, held_out, one_kind=bool(is_hub_id))
+        return {f"{name.rstrip('/')}/{file}": directory / file for file in chosen}
     except (ValueError, OSError, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--{flag} {dataset_path}: {error}".split())) from None
+        raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
+
+
+def hub_snapshot(repo_id: str, held_out: bool) -> Path:
+    """The cached directory of a hub dataset, completed from the hub where that can be reached."""
+    wanted = [f"*{kind}{packed}" for kind in KINDS for packed in ("", *PACKED)]
+    unwanted = None if held_out else HELD_OUT_NAMES
+    try:
+        directory = snapshot_download(
+            repo_id, repo_type="dataset", allow_patterns=wanted, ignore_patterns=unwanted
+        )
+        return Path(directory)
+    except Exception as error:  # of any type: the hub's, the HTTP client's, the disk's
+        reason = textwrap.shorten(str(error) or type(error).__name__, 250)
+        neither = "neither a local file or directory nor a dataset that the hub gives"
+        raise ValueError(f"{neither}: {reason}") from None
+
+
+def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> list[str]:
+    """The files of rows in a directory that belong to the training or to the held-out split.
+
+    one_kind: the first kind alone, since hub datasets may hold the same rows in several.
+    """
+    there = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+    names = [file.as_posix() for file in there if not file.name.startswith(".")]
+    rows = [file for file in names if file_kind(file) and Path(file).name not in NO_ROWS]
+    training = list(filter_repo_objects(rows, ignore_patterns=HELD_OUT_NAMES))
+    chosen = ([file for file in rows if file not in training] or rows) if held_out else training
+    if rows and not chosen:
+        raise ValueError(f"holds no training split; name one of {reprlib.repr(rows)}")
+    for kinds in ([".parquet"], [".json", ".jsonl"], [".csv"]):
+        if one_kind and any(file_kind(file) in kinds for file in chosen):
+            chosen = [file for file in chosen if file_kind(file) in kinds]
+    log_files(name, names, chosen)
+    return chosen
+
+
+def log_files(name: str, found: list[str], chosen: list[str]) -> None:
+    """Says which of several files are read, and which are not. Raises ValueError for none."""
+    if not chosen:
+        raise ValueError(f"holds no file of the kinds {FILE_KINDS}")
+    logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
+    if left_out := [file for file in found if file not in chosen]:
+        logger.info("Left out: %s", textwrap.shorten(", ".join(left_out), 300))
 
 
 def download(url: str) -> Path:
@@ -224,9 +292,8 @@ def optional_package(name: str) -> Any:
 def file_kind(name: str) -> str:
     """.json, .jsonl, .csv or .parquet by a file's name, without .gz or .zst; else ""."""
     path = Path(name.lower())
-    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
-    suffix = ".jsonl" if suffix == ".ndjson" else suffix
-    return suffix if suffix in (".json", ".jsonl", ".csv", ".parquet") else ""
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return {".ndjson": ".jsonl"}.get(suffix, suffix) if suffix in KINDS else ""
 
 
 @contextlib.contextmanager
@@ -235,7 +302,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     read at any place."""
     suffix = path.suffix.lower()
     with open(path, "rb") as file:
-        if suffix not in (".gz", ".zst"):
+        if suffix not in PACKED:
             yield file
             return
         with tempfile.TemporaryFile() as unpacked:
@@ -376,7 +443,7 @@ def locate_undecodable(path: Path) -> str:
     try:
         for row, record in enumerate(rows, 1):
             # Where Python puts bytes that it cannot decode.
-            if re.search("[\udc80-\udcff]", json.dumps(str(record), ensure_ascii=False)):
+            if re.search("[\udc80-\udcff]", json.dumps(record, ensure_ascii=False, default=str)):
                 return f"row {row}: "
     except ValueError:
         pass
@@ -390,9 +457,9 @@ def check_record(record: object, columns: list[str]) -> None:
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
     if None in record:  # where read_csv puts what has no header
         raise ValueError("more fields than the header names")
-    if "input" not in record and "instruction" in columns:
-        record["input"] = ""
     for column in columns:
+        if column == "input" and "instruction" in columns:
+            record.setdefault("input", "")
         if column not in record:
             names = reprlib.repr(sorted(map(str, record)))
             raise ValueError(f"no {column!r}; the row has {names}{wrapped_rows(record, column)}")
@@ -408,9 +475,9 @@ def check_record(record: object, columns: list[str]) -> None:
 def wrapped_rows(record: dict, column: str = "") -> str:
     """What to do about an object such as {"data": [row, ...]}, whose rows have the column."""
     for name, value in record.items():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            if not column or column in value[0]:
-                return f"; save its list {name!r} alone as the file"
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and (not column or column in first):
+            return f"; save its list {name!r} alone as the file"
     return ""
 
 
@@ -418,7 +485,8 @@ def file_frames(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
     """A file as DataFrames of checked rows. Raises ValueError that names the row (from 1)."""
     rows_read = 0
     if not file_kind(path.name):
-        raise ValueError(f"expected a file of the kinds {FILE_KINDS}")
+        also = "a directory or glob of them, an http(s) URL of one, or a hub dataset's owner/name"
+        raise ValueError(f"expected a file of the kinds {FILE_KINDS}, {also}")
     try:
         for records in read_records(path):
             for row, record in enumerate(records, rows_read + 1):
