@@ -50,7 +50,7 @@ import pandas as pd
 import tiktoken
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -78,6 +78,7 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
 CHUNK_ROWS = 10_000  # rows held as text at a time: bounds the memory of a long .jsonl or .csv
 TOKENISE_ROWS = 1_000  # rows tokenised at a time: bounds the memory of their Python integers
+SHOWN_CHARACTERS = 4_000  # of a sample in the log
 SORTED_BATCHES = 100  # global batches sorted by length together
 WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
 KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zst")
@@ -238,12 +239,13 @@ def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> 
     one_kind: the first kind alone, since hub datasets may hold the same rows in several.
     """
     there = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
-    names = [file.as_posix() for file in there if not file.name.startswith(".")]
+    names = [file.as_posix() for file in there if not any(part[0] == "." for part in file.parts)]
     rows = [file for file in names if file_kind(file) and Path(file).name not in NO_ROWS]
     training = list(filter_repo_objects(rows, ignore_patterns=HELD_OUT_NAMES))
     chosen = ([file for file in rows if file not in training] or rows) if held_out else training
     if rows and not chosen:
-        raise ValueError(f"holds no training split; name one of {reprlib.repr(rows)}")
+        held_out_files = textwrap.shorten(", ".join(rows), 200)
+        raise ValueError(f"holds no training split: name a file of {held_out_files}")
     for kinds in ([".parquet"], [".json", ".jsonl"], [".csv"]):
         if one_kind and any(file_kind(file) in kinds for file in chosen):
             chosen = [file for file in chosen if file_kind(file) in kinds]
@@ -262,21 +264,24 @@ def log_files(name: str, found: list[str], chosen: list[str]) -> None:
 
 def download(url: str) -> Path:
     """A URL's file in Hugging Face's cache, fetched again only where the server says it changed."""
-    name = urllib.parse.unquote(urllib.parse.urlparse(url).path).rpartition("/")[2]
+    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
     if not file_kind(name):
         raise ValueError(f"expected a file of the kinds {FILE_KINDS}")
     with urllib.request.urlopen(url, timeout=60) as response:
-        version = [response.headers[name] for name in ("ETag", "Last-Modified")]
+        version = response.headers["ETag"], response.headers["Last-Modified"]
         size = response.headers["Content-Length"]
         key = hashlib.sha256(repr((url, version, size)).encode()).hexdigest()
         file = cached_assets_path("data_pipeline", "urls", key) / name
         if file.exists() and any(version):
             return file
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as part:
-            shutil.copyfileobj(response, part)
-            if size and part.tell() != int(size):
-                raise ValueError(f"the download broke off after {part.tell()} of {size} bytes")
-    os.replace(part.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            part = Path(scratch) / name
+            with open(part, "wb") as target:
+                shutil.copyfileobj(response, target)
+            if size and part.stat().st_size != int(size):
+                found = f"{part.stat().st_size} of {size} bytes"
+                raise ValueError(f"the download broke off after {found}")
+            os.replace(part, file)  # whole, or not there: other processes read it too
     return file
 
 
@@ -380,32 +385,31 @@ def read_json(file: TextIO, kind: str) -> Iterator[list]:
     """A JSON array at once; JSON lines, also under the name .json, in chunks."""
     if kind == ".json":
         content = file.read()
-        file = io.StringIO(content)
-        if not holds_json_lines(file):
+        if not starts_json_lines(content):
             value = parse_json(content)
             if not isinstance(value, list):
                 hint = wrapped_rows(value) if isinstance(value, dict) else ""
                 raise ValueError(f"the top level must be a list of rows, not {value!r:.40}{hint}")
             yield value
             return
-        file.seek(0)
+        file = io.StringIO(content)
     numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
         yield [parse_line(line, number) for number, line in lines]
 
 
-def holds_json_lines(file: TextIO) -> bool:
+def starts_json_lines(content: str) -> bool:
     """Whether the first line that is not blank is an object of its own."""
-    first = next((line for line in file if line.strip()), "")
+    first_line = re.match(r"\s*(\{.*)", content)
     try:
-        return first.lstrip().startswith("{") and bool(parse_json(first))
+        return first_line is not None and isinstance(parse_json(first_line[1]), dict)
     except ValueError:
         return False
 
 
 def parse_line(line: str, number: int) -> object:
     """One of the JSON lines. Raises ValueError."""
-    if line.startswith("["):
+    if line.lstrip().startswith("["):
         array = "a JSON array, not one object a line; a file with one is named .json"
         raise ValueError(f"line {number}: {array}")
     return parse_json(line, number)
@@ -815,15 +819,22 @@ def report_round_trip(dataset: AlpacaDataset, exact: int, max_length: int) -> No
 
 
 def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> None:
-    """Logs the first rows as text, token ids and decoded text."""
+    """Logs the first rows as text, token ids and decoded text, long ones cut."""
     logger.info("Visualizing tokenization quality...")
     for row, original in enumerate(texts):
         ids = dataset[row]["input_ids"].tolist()
         logger.info("Sample %d:", row + 1)
-        logger.info("Original Text: %s", original)
-        logger.info("Tokenized (IDs): %s", ids)
+        logger.info("Original Text: %s", cut_to_show(original))
+        logger.info("Tokenized (IDs): %s", cut_to_show(str(ids)))
         decoded = encoder.decode(ids if dataset.truncated[row] else ids[:-1])
-        logger.info("Detokenized Text: %s", decoded)
+        logger.info("Detokenized Text: %s", cut_to_show(decoded))
+
+
+def cut_to_show(text: str) -> str:
+    """A text as it is logged: the start of a long one, and how long it is."""
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[:SHOWN_CHARACTERS]} ... ({len(text):,} characters)"
 
 
 # ---- from rows to batches ------------------------------------------------------------------------
@@ -1025,7 +1036,9 @@ def set_up_logging() -> None:
         sys.stdout.reconfigure(errors="ignore")
     line = "%(levelname)s:%(name)s:%(message)s"
     logging.basicConfig(level=logging.INFO, format=line, stream=sys.stdout, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for http_client in ("httpx", "httpx2", "urllib3", "huggingface_hub"):
+        logging.getLogger(http_client).setLevel(logging.ERROR)
+    disable_progress_bars()
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # 4 workers do no harm
 
 
