@@ -442,7 +442,7 @@ def read_records(path: Path, errors: str = "strict") -> Iterator[list]:
 
 
 def locate_undecodable(path: Path) -> str:
-    """ "row N: " for the first row of a file that is not UTF-8, or "" for none that can be told."""
+    """The first row of a file that is not UTF-8, as "row N: "; "" where none can be told."""
     rows = itertools.chain.from_iterable(read_records(path, errors="surrogateescape"))
     try:
         for row, record in enumerate(rows, 1):
@@ -968,7 +968,7 @@ def final_dataset_loader(
 ) -> DataLoader:  # fmt: skip
     """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch, length).
 
-    dataset_path: a file or URL, or rows already tokenised. split: None for all rows, "train" or
+    dataset_path: as of the flag, or rows already tokenised. split: None for all rows, "train" or
     "eval" for either side of the held-out split by `eval_fraction` and `seed`. padding:
     "max_length", or "longest" (of each batch, to a multiple of 8). tokenizer: a tokenizer, a local
     directory or hub id; None: GPT-2's. `len(loader)` is the number of batches; each pass has
