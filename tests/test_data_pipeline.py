@@ -192,7 +192,8 @@ def write(tmp_path):
 
 @pytest.fixture
 def web(tmp_path, tmp_path_factory, monkeypatch):
-    """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off.
+    """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off
+    at the end of a line.
 
     web.cache is where downloads are kept.
     """
@@ -208,7 +209,7 @@ def web(tmp_path, tmp_path_factory, monkeypatch):
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
-            self.wfile.write(b'[{"instruction": "a", ')
+            self.wfile.write(as_jsonl([alpaca_row()]))
 
         def log_message(self, *_):
             pass
@@ -1078,12 +1079,19 @@ def test_every_kind_of_file_gives_the_same_rows_packed_or_not(write, tokenizer, 
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])
-@pytest.mark.parametrize("left", [3, 40, 300, -1])
+@pytest.mark.parametrize("left", [0.01, 0.4, 0.7, 0.99])
 def test_a_packed_file_that_is_cut_short_is_refused(refused, write, packing, left):
-    """zstandard's own readers end quietly where the file does."""
-    packed = PACKERS[packing](as_jsonl([alpaca_row(output=os.urandom(99).hex()) for _ in "ab"]))
-    path = write(packed[:left], f"rows.jsonl{packing}")
-    assert refused("--dataset_path", path).startswith(f"--dataset_path {path}: ")
+    """zstandard's own readers end quietly where the file does, here after whole lines: a block of
+    131,072 bytes holds 512."""
+    hidden = len(as_jsonl([alpaca_row(output="")]))
+    texts = (os.urandom(128).hex()[: 256 - hidden] for _ in range(1024))
+    content = as_jsonl([alpaca_row(output=text) for text in texts])
+    assert len(content) == 2 * 131_072
+    zst = pytest.importorskip("zstandard").compress
+    packed = {".gz": gzip.compress, ".zst": zst}[packing](content)
+    path = write(packed[: int(left * len(packed))], f"rows.jsonl{packing}")
+    error = refused("--dataset_path", path)
+    assert error.startswith(f"--dataset_path {path}: does not unpack: ")
 
 
 def test_a_packed_file_that_is_damaged_is_refused(refused, write):
