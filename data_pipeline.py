@@ -56,11 +56,17 @@ PROMPT_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-PROMPT_WITHOUT_INPUT = (
+PREAMBLE = (
     "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "Write a response that appropriately completes the request."
 )
+PROMPT_WITHOUT_INPUT = PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:"
+# The same headings for the turns of a conversation.
+TURN_PARAGRAPHS = {
+    "system": "{turn}", "user": "### Instruction:\n{turn}", "assistant": "### Response:",
+}  # fmt: skip
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in TURN_PARAGRAPHS}
+TURNS = "[turns]"  # the column of checked turns: no template can name it
 # All sizes share one vocabulary of 50,257 tokens, which a PyPI package brings: no network needed.
 GPT2_FAMILY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
 GPT2_SIZES = range(50_257, 50_305)  # of its vocabulary: padded to a multiple of up to 128
@@ -116,7 +122,7 @@ def nonempty(value: str) -> str:
 
 
 def legal_format(value: str) -> str:
-    """A flag's type: output, alpaca or a template."""
+    """A flag's type: output, alpaca, messages or a template."""
     try:
         format_columns(value)
     except ValueError as error:
@@ -133,7 +139,8 @@ DATA_FLAGS = {
     ),
     "text_format": Flag(
         "output", legal_format, "output: the response text alone; alpaca: instruction prompt + "
-        "response, loss on the response; or a template over the file's columns, || where the "
+        "response, loss on the response; messages: rows of turns (messages or conversations), "
+        "loss on every assistant turn; or a template over the file's columns, || where the "
         'response begins: "Q: {question}\\nA:||{answer}"',
     ),
     "tokenizer_name_or_path": Flag(
@@ -226,6 +233,9 @@ def check_record(record: object, columns: list[str]) -> None:
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
     if None in record:  # where csv.DictReader puts what has no header
         raise ValueError("more fields than the header names")
+    if columns == [TURNS]:
+        record[TURNS] = read_turns(record)
+        return
     for column in columns:
         if column not in record:
             raise ValueError(f"no {column!r}; the row has {sorted(map(str, record))}")
@@ -281,10 +291,12 @@ def format_columns(text_format: str) -> list[str]:
     """
     if text_format in ("output", "alpaca"):
         return ALPACA_COLUMNS
+    if text_format == "messages":
+        return [TURNS]
     if SURROGATES.search(text_format):
         raise ValueError(f"{text_format!r} is not UTF-8")
     if text_format.count("||") != 1:
-        legal = "output, alpaca, or a template with one || where the response begins"
+        legal = "output, alpaca, messages, or a template with one || where the response begins"
         raise ValueError(f"{text_format!r} is not {legal}")
     try:
         prompt, response = (list(string.Formatter().parse(p)) for p in text_format.split("||"))
@@ -300,15 +312,100 @@ def format_columns(text_format: str) -> list[str]:
     return list(dict.fromkeys(name for _, name, *_ in prompt + response if name))
 
 
-def split_text(text_format: str, row: Mapping[str, str]) -> tuple[str, str]:
-    """One row as (prompt, response): the loss is on the response alone."""
+def row_templates(text_format: str, row: Mapping[str, Any]) -> list[str]:
+    """A row's texts as templates over its fields: prompt, response, and in turn for each answer
+    of a conversation. The loss is on the responses, and an end-of-text token closes each."""
+    if text_format == "messages":
+        return turn_templates([role for role, _ in row[TURNS]])
     if text_format == "output":
-        return "", row["output"]
+        return ["", "{output}"]
     if text_format == "alpaca":  # as at Stanford, an empty input chooses the prompt
-        prompt = PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT
-        return prompt.format_map(row), row["output"]
-    prompt, response = text_format.split("||")
-    return prompt.format_map(row), response.format_map(row)
+        return [PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT, "{output}"]
+    return text_format.split("||")
+
+
+def turn_templates(roles: list[str]) -> list[str]:
+    """The templates of a conversation, whose turns are the fields {turn0}, {turn1} and so on.
+
+    One of a user's turn and an answer is an alpaca row without an input, to the letter. A system
+    turn at the start stands in the place of the opening sentences; every other turn, in whatever
+    order they come, is a paragraph under its heading, and all are separated by an empty line.
+    """
+    templates, paragraphs = [], [] if roles[:1] == ["system"] else [PREAMBLE]
+    for number, role in enumerate(roles):
+        paragraphs.append(TURN_PARAGRAPHS[role].replace("{turn}", f"{{turn{number}}}"))
+        if role == "assistant":
+            templates += ["\n\n".join(paragraphs), f"{{turn{number}}}"]
+            paragraphs = [""]  # an empty line after the end-of-text token
+    if paragraphs != [""]:
+        templates += ["\n\n".join(paragraphs), ""]  # nobody answers: nothing to learn
+    return templates
+
+
+def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
+    is none. Raises ValueError."""
+    turns = record.get("messages", record.get("conversations"))
+    if not isinstance(turns, list) or not turns:
+        columns = sorted(map(str, record))
+        raise ValueError(f"no turns under 'messages' or 'conversations'; the row has {columns}")
+    read = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} is {turn!r:.40}, not an object")
+        role, text = (turn.get(a, turn.get(b)) for a, b in (("role", "from"), ("content", "value")))
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
+        if not isinstance(text, str):
+            raise ValueError(f"turn {number}: the content {text!r:.40} is not text")
+        if lone := SURROGATES.search(text):
+            half = "half a surrogate pair at character"
+            raise ValueError(f"turn {number}: holds {half} {lone.start()}")
+        if text or role != "system":
+            read.append((ROLES[role], text))
+    return read
+
+
+def row_renderer(
+    text_format: str, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Mapping[str, Any]], list[list[str | int]]]:
+    """A function from a row to its prompt, response, prompt ... each as a list of texts and of
+    ids: those of special tokens that the format itself writes, and of the end of a response."""
+    eos, specials = tokenizer.eos_token_id, special_tokens(tokenizer)
+
+    @functools.cache
+    def parts_of(template: str, is_response: bool) -> list[str | int]:
+        parts = split_at_specials(template, specials)
+        return [*parts, eos] if is_response and parts[-1:] != [eos] else parts
+
+    def render(row: Mapping[str, Any]) -> list[list[str | int]]:
+        templates = row_templates(text_format, row)
+        if text_format == "messages":
+            row = {f"turn{number}": text for number, (_, text) in enumerate(row[TURNS])}
+        return [
+            [
+                part if isinstance(part, int) else part.format_map(row)
+                for part in parts_of(template, number % 2 == 1)
+            ]
+            for number, template in enumerate(templates)
+        ]
+
+    return render
+
+
+def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | int]:
+    """A template as ids of the special tokens in its own text, and templates of what is between."""
+    longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
+    parts: list[str | int] = [""]
+    for literal, name, *_ in string.Formatter().parse(template):
+        for piece in re.split(f"({'|'.join(longest_first)})", literal):
+            if piece in specials:
+                parts += [specials[piece], ""]
+            else:
+                parts[-1] += piece.replace("{", "{{").replace("}", "}}")
+        if name is not None:
+            parts[-1] += f"{{{name}}}"
+    return [part for part in parts if part != ""]
 
 
 # ---- from text to tokens -------------------------------------------------------------------------
@@ -482,7 +579,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer"
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The ids of the tokens that only a format may write, never a row's text."""
     added = tokenizer.added_tokens_decoder.items()
-    return {token.content: number for number, token in added if token.special}
+    tokens = {token.content: number for number, token in added if token.special}
+    if tokenizer.eos_token_id is not None:
+        tokens[tokenizer.eos_token] = tokenizer.eos_token_id
+    return tokens
 
 
 class Encoder:
@@ -547,20 +647,24 @@ class AlpacaDataset(Dataset):
 
     tokens: np.ndarray  # (total tokens,) uint16, or int32 for vocabularies beyond 65,536
     offsets: np.ndarray  # (rows + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]]
-    prompt_lengths: np.ndarray  # (rows,) int32; tokens at the row's start that carry no label
+    label_starts: np.ndarray  # (spans,) int64; tokens[label_starts[j]:label_ends[j]] carry labels,
+    label_ends: np.ndarray  # (spans,) int64; a row has a span for each response, or none
     truncated: np.ndarray  # (rows,) bool; cut at max_length, so without its end-of-text token
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.truncated)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, int64 (length,); labels are -100 on the prompt."""
+        """`input_ids` and `labels`, int64 (length,); labels are -100 on all but the responses."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
-        input_ids = torch.from_numpy(tokens.astype(np.int64))
-        labels = input_ids.clone()
-        labels[: max(1, self.prompt_lengths[row])] = IGNORED  # nothing predicts position 0
+        start, end = self.offsets[row : row + 2]
+        input_ids = torch.from_numpy(self.tokens[start:end].astype(np.int64))
+        labels = torch.full_like(input_ids, IGNORED)
+        for span in range(*np.searchsorted(self.label_starts, [start, end])):
+            labelled = slice(self.label_starts[span] - start, self.label_ends[span] - start)
+            labels[labelled] = input_ids[labelled]
+        labels[:1] = IGNORED  # nothing predicts position 0
         return {"input_ids": input_ids, "labels": labels}
 
     @property
@@ -569,15 +673,35 @@ class AlpacaDataset(Dataset):
         return np.diff(self.offsets)
 
     @property
+    def prompt_lengths(self) -> np.ndarray:
+        """(rows,) int32 tokens before each row's first response; all, where it has none."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        first_spans = np.searchsorted(self.label_starts, starts)
+        first_labels = np.append(self.label_starts, ends[-1:])[first_spans]
+        return (np.minimum(first_labels, ends) - starts).astype(np.int32)
+
+    @property
+    def label_rows(self) -> np.ndarray:
+        """(spans,) the row of each span."""
+        return np.searchsorted(self.offsets, self.label_starts, side="right") - 1
+
+    @property
     def label_counts(self) -> np.ndarray:
         """(rows,) tokens of each row that carry a label; 0: nothing to learn from it."""
-        return np.maximum(self.lengths - np.maximum(self.prompt_lengths, 1), 0)
+        rows = self.label_rows
+        starts = np.maximum(self.label_starts, self.offsets[rows] + 1)  # not at position 0
+        counts = np.bincount(rows, self.label_ends - starts, minlength=len(self))
+        return counts.astype(np.int64)
 
     def select(self, keep: np.ndarray) -> "AlpacaDataset":
         """The rows where `keep` (rows,) bool is true, in their order."""
         tokens = self.tokens[np.repeat(keep, self.lengths)]
+        left_out = np.cumsum(np.where(keep, 0, self.lengths))  # (rows,) tokens, up to each row
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        return AlpacaDataset(tokens, offsets, self.prompt_lengths[keep], self.truncated[keep])
+        rows = self.label_rows
+        spans, moved = keep[rows], left_out[rows]
+        starts, ends = (self.label_starts - moved)[spans], (self.label_ends - moved)[spans]
+        return AlpacaDataset(tokens, offsets, starts, ends, self.truncated[keep])
 
     def first(self, number: int) -> "AlpacaDataset":
         """The first `number` rows; 0: all."""
@@ -594,43 +718,81 @@ class AlpacaDataset(Dataset):
     def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
         """The rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
+        starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        pairs = list(zip(parts, starts[:-1], strict=True))
         return AlpacaDataset(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate([part.prompt_lengths for part in parts]),
+            np.concatenate([part.label_starts + start for part, start in pairs]),
+            np.concatenate([part.label_ends + start for part, start in pairs]),
             np.concatenate([part.truncated for part in parts]),
         )
 
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.prompt_lengths):
+        arrays = [self.tokens, self.offsets, self.prompt_lengths]
+        if not np.isin(self.label_ends, self.offsets).all():  # a row goes on after a response
+            arrays += [self.label_starts, self.label_ends]
+        for array in arrays:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
 
 def encode_rows(
-    texts: list[tuple[str, str]], encoder: Encoder, eos_token_id: int, max_length: int
-) -> tuple[AlpacaDataset, int]:
-    """(prompt, response) pairs as tokens, and how many whole ones decode to their exact text.
+    rows: list[list[list[str | int]]], encoder: Encoder, text_of: Mapping[int, str],
+    max_length: int,
+) -> tuple[AlpacaDataset, int]:  # fmt: skip
+    """Rows from `row_renderer` as tokens, and how many whole ones decode to their exact text.
 
-    A row is prompt + response + one end-of-text. Prompt and response are tokenised apart: a
-    response that starts with a quote or a bracket would otherwise merge into the prompt.
+    Each text is tokenised apart: a response that starts with a quote or a bracket would otherwise
+    merge into the prompt. text_of: of the ids that a row may hold.
     """
-    rows, prompt_lengths, truncated, exact = [], [], [], 0
-    prompts, responses = (encoder.encode(part) for part in zip(*texts, strict=True))
-    for (prompt, response), prompt_ids, response_ids in zip(texts, prompts, responses, strict=True):
-        ids = prompt_ids + response_ids
-        too_long = len(ids) >= max_length  # no room for the end-of-text token
-        exact += not too_long and encoder.decode(ids) == prompt + response
-        rows.append(ids[:max_length] if too_long else [*ids, eos_token_id])
-        # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
-        prompt_lengths.append(min(max_length, len(prompt_ids) + (not response_ids)))
-        truncated.append(too_long)
-    tokens = np.fromiter(itertools.chain.from_iterable(rows), encoder.dtype)
-    offsets = np.cumsum([0, *map(len, rows)])
-    arrays = np.array(prompt_lengths, np.int32), np.array(truncated)
-    return AlpacaDataset(tokens, offsets, *arrays), exact
+    texts = [part for row in rows for parts in row for part in parts if isinstance(part, str)]
+    encoded = iter(encoder.encode(texts))
+    tokens, lengths, spans, truncated, exact = [], [], [], [], 0
+    for row in rows:
+        ids, start_of_row = [], len(tokens)
+        for number, parts in enumerate(row):
+            start = len(ids)
+            for part in parts:
+                ids += [part] if isinstance(part, int) else next(encoded)
+            # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
+            if number % 2 and len(ids) - start > 1 and start < max_length:
+                spans.append((start_of_row + start, start_of_row + min(len(ids), max_length)))
+        truncated.append(len(ids) > max_length)
+        if not truncated[-1]:
+            exact += encoder.decode(ids[:-1]) == row_text(row, text_of)
+        tokens += ids[:max_length]
+        lengths.append(min(len(ids), max_length))
+    starts, ends = np.array(spans, np.int64).reshape(-1, 2).T.copy()
+    arrays = np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), starts, ends
+    return AlpacaDataset(*arrays, np.array(truncated)), exact
+
+
+def row_text(row: list[list[str | int]], text_of: Mapping[int, str]) -> str:
+    """The text of a row from `row_renderer`, without the end-of-text token that closes it."""
+    parts = list(itertools.chain.from_iterable(row))[:-1]
+    return "".join(text_of[part] if isinstance(part, int) else part for part in parts)
+
+
+def encode_prompt(
+    fields: Mapping[str, Any], text_format: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The tokens of a row of these fields as a dataset's are, up to where its response begins.
+
+    `output` has no prompt: the tokens of the text that is to go on. `messages`: up to where the
+    next answer begins. Raises ValueError for turns that cannot be read.
+    """
+    if text_format == "messages":
+        fields = {TURNS: [*read_turns(fields), ("assistant", "")]}
+    prompt = row_renderer(text_format, tokenizer)(fields)[:-1]
+    if text_format == "output":
+        prompt = [[fields["output"]]]
+    encoder, ids = encoder_for(tokenizer), []
+    for part in itertools.chain.from_iterable(prompt):
+        ids += [part] if isinstance(part, int) else encoder.encode([part])[0]
+    return ids
 
 
 def load_dataset(
@@ -647,6 +809,8 @@ def load_dataset(
     tokenizer = tokenizer or gpt2_tokenizer()
     check_tokenizer(tokenizer)
     encoder, columns = encoder_for(tokenizer), format_columns(text_format)
+    render = row_renderer(text_format, tokenizer)
+    text_of = {number: text for text, number in special_tokens(tokenizer).items()}
     parts, exact, samples = [], 0, []
     for frame in read_frames(dataset_path, columns, flag):
         if show and not parts:
@@ -656,11 +820,11 @@ def load_dataset(
             logger.info("Preprocessing and tokenizing the dataset...")
         # Column by column: DataFrame.to_dict takes 8 times as long.
         rows = zip(*(frame[column].tolist() for column in columns), strict=True)
-        texts = [split_text(text_format, dict(zip(columns, row, strict=True))) for row in rows]
-        samples = samples or ["".join(pair) for pair in texts[:5]]
+        texts = [render(dict(zip(columns, row, strict=True))) for row in rows]
+        samples = samples or [row_text(row, text_of) for row in texts[:5]]
         for start in range(0, len(texts), TOKENISE_ROWS):
             some = texts[start : start + TOKENISE_ROWS]
-            part, exact_rows = encode_rows(some, encoder, tokenizer.eos_token_id, max_length)
+            part, exact_rows = encode_rows(some, encoder, text_of, max_length)
             parts.append(part)
             exact += exact_rows
     dataset = AlpacaDataset.join(parts)
