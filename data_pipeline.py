@@ -397,14 +397,18 @@ def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | 
     """A template as ids of the special tokens in its own text, and templates of what is between."""
     longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
     parts: list[str | int] = [""]
-    for literal, name, *_ in string.Formatter().parse(template):
-        for piece in re.split(f"({'|'.join(longest_first)})", literal):
+    text = ""
+    for literal, name, *_ in [*string.Formatter().parse(template), ("", "", None, None)]:
+        text += literal
+        if name is None:  # the literal ends at a doubled brace, the text does not
+            continue
+        for piece in re.split(f"({'|'.join(longest_first)})", text):
             if piece in specials:
                 parts += [specials[piece], ""]
             else:
                 parts[-1] += piece.replace("{", "{{").replace("}", "}}")
-        if name is not None:
-            parts[-1] += f"{{{name}}}"
+        parts[-1] += f"{{{name}}}" if name else ""
+        text = ""
     return [part for part in parts if part != ""]
 
 

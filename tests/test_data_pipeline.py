@@ -1159,6 +1159,229 @@ def test_the_content_hash_sees_where_rows_and_prompts_end(write, tokenizer, refe
     )
 
 
+# ---------------------------------------------------------------- special tokens of a format
+
+
+@pytest.fixture
+def chat(tokenizer):
+    """GPT-2's tokenizer with special tokens of its own, one of which ends a text."""
+    own = copy.deepcopy(tokenizer)
+    tokens = ["<|user|>", "<|assistant|>", "<{x}>", "<|user|>+"]
+    own.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": tokens})
+    return own
+
+
+def test_special_tokens_that_a_template_writes_are_the_models_own(write, chat, reference):
+    end, user, assistant, braces, longer = (
+        chat.convert_tokens_to_ids(t)
+        for t in ("<|end|>", "<|user|>", "<|assistant|>", "<{x}>", "<|user|>+")
+    )
+    said = "an <|end|> of <|user|> text <|endoftext|>"
+    path = write([{"q": said, "a": f"{said}!"}])
+    row = load_dataset(path, chat, text_format="<|user|>{q}\n<|assistant|>||{a}")[0]
+    prompt = [user, *reference(f"{said}\n"), assistant]
+    assert row["input_ids"].tolist() == [*prompt, *reference(f"{said}!"), end]
+    assert row["labels"].tolist() == [-100] * len(prompt) + [*reference(f"{said}!"), end]
+    braced = load_dataset(path, chat, text_format="<|user|>+<{{x}}>{{||<|assistant|>{a}")
+    assert ids(braced)[0][:4] == [longer, braces, *reference("{"), assistant]
+    assert braced[0]["labels"][3] == assistant
+
+
+def test_a_template_that_writes_the_end_of_text_itself_does_not_double_it(write, tokenizer):
+    path = write([alpaca_row(output="Yes.")])
+    plain = load_dataset(path, tokenizer, text_format="||{output}")
+    written = load_dataset(path, tokenizer, text_format="||{output}<|endoftext|>")
+    assert ids(written) == ids(plain) and written.content_hash() == plain.content_hash()
+
+
+def test_rows_with_special_tokens_survive_the_round_trip(write, chat, caplog):
+    with caplog.at_level(logging.INFO):
+        load_dataset(write([{"q": "1", "a": "2"}]), chat, text_format="<|user|>{q}||{a}", show=True)
+    assert "1 of 1 rows decode to their exact text" in caplog.text
+    assert "Original Text: <|user|>12\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text_format, row",
+    [
+        ("alpaca", alpaca_row(input="")),
+        ("alpaca", alpaca_row(input="<|endoftext|>")),
+        ("<|user|>{q}<|assistant|>\n||{a}", {"q": "Why <|user|>?", "a": "So."}),
+        ("||{a}", {"a": "So."}),
+        ("messages", {"messages": [{"role": "user", "content": "Why?"}]}),
+        ("messages", {"conversations": [{"from": "human", "value": "Why?"}]}),
+    ],
+)
+def test_a_prompt_is_encoded_as_the_rows_of_a_dataset_are(write, chat, text_format, row):
+    answered = copy.deepcopy(row)
+    for name, answer in (
+        ("messages", {"role": "assistant", "content": "So."}),
+        ("conversations", {"from": "gpt", "value": "So."}),
+    ):
+        if name in row:
+            answered[name].append(answer)
+    dataset = load_dataset(write([answered]), chat, text_format=text_format)
+    prompt = ids(dataset)[0][: dataset.prompt_lengths[0]]
+    assert data_pipeline.encode_prompt(row, text_format, chat) == prompt
+
+
+def test_the_output_format_goes_on_with_the_prompts_own_text(tokenizer, reference):
+    prompt = data_pipeline.encode_prompt({"output": "Once <|endoftext|>"}, "output", tokenizer)
+    assert prompt == reference("Once <|endoftext|>")
+
+
+# ---------------------------------------------------------------- rows of turns
+
+
+def turns(text, keys=("role", "content"), roles=("user", "assistant", "system")):
+    """ "u:Hi.|a:Yes." -> [{"role": "user", "content": "Hi."}, ...]"""
+    names = dict(zip("uas", roles, strict=True))
+    return [dict(zip(keys, (names[t[0]], t[2:]), strict=True)) for t in text.split("|")]
+
+
+SHARE_GPT = {"keys": ("from", "value"), "roles": ("human", "gpt", "system")}
+
+
+def spelled(dataset, tokenizer, row=0):
+    """A row's text, with [[ ]] around the parts that carry labels."""
+    tokens, labels = dataset[row]["input_ids"], dataset[row]["labels"] != -100
+    text, before = "", False
+    for token, labelled in [*zip(tokens.tolist(), labels.tolist(), strict=True), (None, False)]:
+        text += ("[[" if labelled else "]]") * (labelled != before)
+        text += "" if token is None else tokenizer.decode([token])
+        before = labelled
+    return text
+
+
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        (
+            "u:One?|a:1|u:Two?|a:2",
+            f"{data_pipeline.PREAMBLE}\n\n### Instruction:\nOne?\n\n### Response:[[1{END}]]"
+            f"\n\n### Instruction:\nTwo?\n\n### Response:[[2{END}]]",
+        ),
+        ("s:Be brief.|u:Q|a:A", f"Be brief.\n\n### Instruction:\nQ\n\n### Response:[[A{END}]]"),
+        ("s:|u:Q|a:A", "=u:Q|a:A"),
+        (
+            "a:Hello.|u:Q|a:A",
+            f"{data_pipeline.PREAMBLE}\n\n### Response:[[Hello.{END}]]"
+            f"\n\n### Instruction:\nQ\n\n### Response:[[A{END}]]",
+        ),
+        (
+            "s:S|u:P|u:Q|a:A|a:B",
+            "S\n\n### Instruction:\nP\n\n### Instruction:\nQ\n\n### Response:"
+            f"[[A{END}]]\n\n### Response:[[B{END}]]",
+        ),
+        (
+            "s:S|u:P|a:A|s:T|u:Q",
+            f"S\n\n### Instruction:\nP\n\n### Response:[[A{END}]]"
+            f"\n\nT\n\n### Instruction:\nQ{END}",
+        ),
+        ("s:S|u:P|a:|u:Q|a:A", f"S\n\n### Instruction:\nP\n\n### Response:{END}"
+         f"\n\n### Instruction:\nQ\n\n### Response:[[A{END}]]"),
+        ("s:S|u:P", f"S\n\n### Instruction:\nP{END}"),
+    ],
+)  # fmt: skip
+def test_every_assistant_turn_and_its_end_of_text_carry_labels(
+    write, tokenizer, caplog, said, expected
+):
+    rows = [{"messages": turns(said)}, {"conversations": turns(said, **SHARE_GPT), "id": 7}]
+    with caplog.at_level(logging.INFO):
+        dataset = load_dataset(write(rows), tokenizer, text_format="messages")
+    if expected.startswith("="):
+        rows = [{"messages": turns(expected[1:])}]
+        same = load_dataset(write(rows), tokenizer, text_format="messages")
+        expected = spelled(same, tokenizer)
+    assert [spelled(dataset, tokenizer, row) for row in (0, 1)] == [expected] * 2
+    counts = [int((dataset[row]["labels"] != -100).sum()) for row in (0, 1)]
+    assert dataset.label_counts.tolist() == counts and (counts[0] > 0) == ("[[" in expected)
+    assert "2 of 2 rows decode to their exact text" in caplog.text
+
+
+def test_one_turn_of_each_is_an_alpaca_row_to_the_last_token(write, tokenizer):
+    row = alpaca_row(instruction="Why?", input="", output="So <|endoftext|>.")
+    expected = load_dataset(write([row]), tokenizer, text_format="alpaca")
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": row["output"]}]
+    path = write([{"messages": said}])
+    assert load_dataset(path, tokenizer, text_format="messages").content_hash() == (
+        expected.content_hash()
+    )
+
+
+def test_a_conversation_cut_anywhere_keeps_the_tokens_and_labels_before_the_cut(write, tokenizer):
+    rows = [{"messages": turns("s:S|u:One?|a:One two.|u:Two?|a:Three four.")}, ALPACA_TURNS]
+    whole = load_dataset(write(rows), tokenizer, text_format="messages")
+    for length in range(2, whole.lengths.max() + 2):
+        cut = load_dataset(write(rows), tokenizer, text_format="messages", max_length=length)
+        for row in range(2):
+            for name in ("input_ids", "labels"):
+                assert torch.equal(cut[row][name], whole[row][name][:length])
+        assert cut.truncated.tolist() == (whole.lengths > length).tolist()
+        counts = [int((row["labels"] != -100).sum()) for row in cut]
+        assert cut.label_counts.tolist() == counts
+
+
+ALPACA_TURNS = {"messages": turns("u:Q|a:A")}
+
+
+def test_selected_and_split_conversations_keep_their_labels(write, tokenizer):
+    said = ["u:a|a:b c|u:d|a:e", "u:f", "a:g|u:h|a:i j", "s:k|u:l|a:m", "u:n|a:|u:o|a:p q r"]
+    rows = [{"messages": turns(text)} for text in said]
+    dataset = load_dataset(write(rows), tokenizer, text_format="messages")
+    spellings = [spelled(dataset, tokenizer, row) for row in range(5)]
+    for keep in itertools.product([False, True], repeat=5):
+        some = dataset.select(np.array(keep))
+        assert [spelled(some, tokenizer, row) for row in range(len(some))] == list(
+            itertools.compress(spellings, keep)
+        )
+        assert some.prompt_lengths.tolist() == dataset.prompt_lengths[list(keep)].tolist()
+        again = load_dataset(
+            write(list(itertools.compress(rows, keep))), tokenizer, text_format="messages"
+        ) if any(keep) else some  # fmt: skip
+        assert again.content_hash() == some.content_hash()
+
+
+def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenizer):
+    both = load_dataset(write([{"messages": turns("a:a|a:b")}]), tokenizer, text_format="messages")
+    other = copy.copy(both)
+    other.label_starts, other.label_ends = both.label_starts[:1], both.label_ends[:1]
+    assert both.content_hash() != other.content_hash()
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": []}, "no turns under 'messages' or 'conversations'; the row has"),
+        ({"messages": "Hi"}, "no turns under"),
+        (alpaca_row(), "no turns under 'messages' or 'conversations'; the row has ['input'"),
+        ({"messages": ["Hi"]}, "turn 1 is 'Hi', not an object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: the role 'tool' is none of"),
+        ({"messages": [{"content": "x"}]}, "turn 1: the role None is none of"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1: the role ['user'] is none"),
+        (
+            {"messages": [*turns("u:x"), {"role": "assistant", "content": None}]},
+            "turn 2: the content None is not text",
+        ),
+        ({"conversations": turns("u:\ud800", **SHARE_GPT)}, "turn 1: holds half a surrogate pair"),
+    ],
+)
+def test_turns_that_cannot_be_read_are_refused_by_row(refused, write, row, said):
+    path = write([ALPACA_TURNS, row])
+    error = refused("--dataset_path", path, "--text_format", "messages")
+    assert error.startswith(f"--dataset_path {path}: row 2: {said}")
+
+
+def test_a_column_that_is_called_messages_fills_in_a_template(write, tokenizer, reference):
+    path = write([{"messages": "Hi."}])
+    assert ids(load_dataset(path, tokenizer, text_format="||{messages}")) == [
+        [*reference("Hi."), EOS]
+    ]
+
+
 # ---------------------------------------------------------------- reading files
 
 
