@@ -18,7 +18,6 @@ import csv
 import functools
 import hashlib
 import http.client
-import importlib.util
 import io
 import itertools
 import json
@@ -33,6 +32,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -42,7 +42,13 @@ import tiktoken
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoTokenizer, BertTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
 
@@ -76,6 +82,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
 )  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
+# The end of a text where a tokenizer names none: GPT-2's, RoBERTa's or T5's, BERT's.
+END_TOKENS = (END_OF_TEXT, "</s>", "[SEP]")
 # The expression by which GPT-2 splits a text into words (Radford et al., 2019, encoder.py).
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
@@ -466,7 +474,9 @@ def load_tokenizer(
         said = "%s brings no tokenizer; GPT-2's is taken, as its vocabulary of %s has that size"
         logger.info(said, where, f"{size:,}")
         return prepare_tokenizer(gpt2_tokenizer(), where)
-    reason = f"brings no tokenizer, and GPT-2's does not fit its vocabulary of {size}"
+    reason = "brings no tokenizer"
+    if size:
+        reason = f"{reason}, and GPT-2's does not fit its vocabulary of {size}"
     if not local:
         reason = "the repository, or what is cached of it, holds no tokenizer"
     raise ValueError(f"{where}: {reason}; give --tokenizer_name_or_path")
@@ -515,35 +525,68 @@ def first_line(error: Exception) -> str:
 def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
     """The tokenizer whose files a directory holds. Raises ValueError that gives the reason."""
     files = {file.name for file in tokenizer_files(directory)}
-    configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
-    unnamed = not any(config.get("tokenizer_class") for config in configs)
     pieces = [name for name in sorted(files) if name.endswith(".model")]
-    # For a GPT-2 that names no class, AutoTokenizer would look for GPT-2's files alone.
-    bert = unnamed and "vocab.txt" in files and not files & {"tokenizer.json", "vocab.json"}
     reason, verbosity = "", transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its warnings are reasons here
     try:
-        tokenizer = (BertTokenizer if bert else AutoTokenizer).from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = from_files(directory, files)
+        if pieces and "tokenizer.json" not in files and isinstance(tokenizer, GPT2Tokenizer):
+            reason = f"tokenizer_config.json must name the tokenizer_class that reads {pieces[0]}"
     except Exception as error:  # of any type, for files that are JSON and no tokenizer's
         reason = f"holds no tokenizer that loads: {first_line(error)}"
-        if "auto_map" in configs[0]:
+        if "auto_map" in read_settings(directory / "tokenizer_config.json"):
             reason = "its tokenizer is code that the model brings, which is not run"
+        if pieces and "tokenizer.json" not in files and not find_spec("sentencepiece"):
+            reason = f"{pieces[0]} needs the package sentencepiece"
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if pieces and "tokenizer.json" not in files:
-        if not reason and isinstance(tokenizer, GPT2Tokenizer):
-            reason = f"tokenizer_config.json must name the tokenizer_class that reads {pieces[0]}"
-        elif reason and not importlib.util.find_spec("sentencepiece"):
-            reason = f"{pieces[0]} needs the package sentencepiece"
     if reason:
         raise ValueError(f"{where}: {reason}")
-    if tokenizer.eos_token is None and tokenizer.sep_token:
-        # GPT-2s with BERT's vocabulary are trained with [SEP] at the end of a text.
-        logger.info("%s names no end-of-text token; %s is taken", where, tokenizer.sep_token)
-        tokenizer.eos_token = tokenizer.sep_token
     return tokenizer
+
+
+def from_files(directory: Path, files: set[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a directory's files say, not what transformers makes of them."""
+    configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
+    unnamed = not any(config.get("tokenizer_class") for config in configs)
+    # For a GPT-2 that names no class, AutoTokenizer would look for GPT-2's files alone.
+    bert = unnamed and "vocab.txt" in files and not files & {"tokenizer.json", "vocab.json"}
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    chosen_class = BertTokenizer if bert else AutoTokenizer
+    tokenizer = chosen_class.from_pretrained(directory, **settings)
+    if tokenizer.is_fast and "tokenizer.json" in files:
+        written = encoding_parts(Tokenizer.from_file(str(directory / "tokenizer.json")))
+        # GPT2Tokenizer takes the vocabulary alone, and splits words as GPT-2 does.
+        if encoding_parts(tokenizer.backend_tokenizer) != written:
+            chosen_class = PreTrainedTokenizerFast
+            tokenizer = chosen_class.from_pretrained(directory, **settings)
+    if not tokenizer.is_fast:
+        return tokenizer
+    named = configs[0] | read_settings(directory / "special_tokens_map.json")
+    if added := tokens_to_replace(tokenizer, named, directory):
+        tokenizer = chosen_class.from_pretrained(directory, **settings | added)
+    return tokenizer
+
+
+def tokens_to_replace(
+    tokenizer: PreTrainedTokenizerBase, named: Mapping[str, Any], directory: Path
+) -> dict[str, str]:
+    """The special tokens that a class assumes, though neither the files name them nor the
+    vocabulary holds them (GPT2Tokenizer would add GPT-2's), and the end of text in their place.
+
+    Raises ValueError where no token can be the end of a text.
+    """
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    end = tokenizer.eos_token
+    if "eos_token" not in named and end not in vocabulary:
+        end = next((token for token in END_TOKENS if token in vocabulary), None)
+        if end:
+            logger.info("%s names no end-of-text token (eos_token); %s is taken", directory, end)
+        elif vocabulary:
+            raise ValueError(f"names no eos_token, and has none of {', '.join(END_TOKENS)}")
+    assumed = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    absent = {name for name, token in assumed.items() if token and token not in vocabulary}
+    return {name: end for name in {*absent, "eos_token"} - named.keys() if end != assumed[name]}
 
 
 def prepare_tokenizer(
@@ -570,7 +613,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer"
     model = tokenizer.backend_tokenizer.model
     tokens = {*special_tokens(tokenizer), *filter(None, [getattr(model, "unk_token", None)])}
     if len(tokenizer) <= len(tokens):
-        raise ValueError(f"{where}: holds no vocabulary, only {sorted(tokens)}")
+        raise ValueError(f"{where}: holds no vocabulary, only special tokens: {sorted(tokens)}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{where}: needs an end-of-text token, so that a model learns to stop")
     try:
@@ -601,9 +644,11 @@ class Encoder:
         self.backend.no_truncation()
         ids = self.backend.get_vocab()
         self.dtype = np.dtype("uint16" if max(ids.values()) < 65_536 else "int32")
-        gpt2_state = gpt2_tokenizer().backend_tokenizer.to_str()
-        is_gpt2 = encoding_parts(state) == encoding_parts(gpt2_state)
-        self.gpt2 = gpt2_encoding() if is_gpt2 else None
+        both = self.backend, gpt2_tokenizer().backend_tokenizer
+        ours, gpt2s = (
+            [*encoding_parts(backend), repr(backend.get_added_tokens_decoder())] for backend in both
+        )
+        self.gpt2 = gpt2_encoding() if ours == gpt2s else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # tiktoken's regular expression overflows its stack on a million blanks in a row.
@@ -639,10 +684,11 @@ def gpt2_encoding() -> tiktoken.Encoding:
     )
 
 
-def encoding_parts(state: str) -> list:
-    """All in a tokenizer.json that decides how a text is encoded and decoded."""
-    parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
-    return [json.loads(state)[part] for part in parts]
+def encoding_parts(backend: Tokenizer) -> list[bytes]:
+    """All but the added tokens that decides how a text is encoded and decoded, as JSON."""
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.model, backend.decoder)
+    # Older files say null for an empty prefix of a word.
+    return [part.__getstate__().replace(b"null", b'""') if part else b"" for part in parts]
 
 
 @dataclass(eq=False)

@@ -32,7 +32,7 @@ import tiktoken
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data_pipeline
@@ -625,6 +625,64 @@ def test_a_bert_vocabulary_is_read_and_its_sep_ends_a_text(write, directory_of, 
     assert ids(load_dataset(path, bert)) == [[5, 6, 7, 8, 3]]
 
 
+def byte_level_tokenizer(*special):
+    """A byte-level BPE as the tokenizers library trains it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"special_tokens": list(special), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, **settings)
+    backend.train_from_iterator(["Une phrase, puis 1 autre."] * 9, trainer)
+    return backend
+
+
+def lower_case(backend):
+    backend.normalizer = normalizers.Lowercase()
+
+
+def single_digits(backend):
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+
+
+def whole_words(backend):
+    backend.model = models.WordLevel({"<|endoftext|>": 0, "phrase": 1, "?": 2}, unk_token="?")
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("change", [lambda _: None, lower_case, single_digits, whole_words])
+def test_a_tokenizer_json_is_read_to_the_letter_whatever_class_is_named(
+    directory_of, change, named
+):
+    """transformers' GPT2Tokenizer takes the vocabulary alone."""
+    backend = byte_level_tokenizer("<|endoftext|>")
+    change(backend)
+    config = {"tokenizer_config.json": {"tokenizer_class": named}} if named else {}
+    directory = directory_of("model", config | gpt2_config(300))
+    backend.save(f"{directory}/tokenizer.json")
+    text = "Une PHRASE puis 12 phrase"
+    encoder = encoder_for(read := load_tokenizer(directory))
+    assert encoder.encode([text]) == [backend.encode(text).ids]
+    assert read.eos_token_id == 0 and len(read) == backend.get_vocab_size()
+
+
+@pytest.mark.parametrize("named", [{}, {"special_tokens_map.json": {"eos_token": "</s>"}}])
+@pytest.mark.parametrize("whole_file", [True, False])
+def test_a_vocabulary_of_its_own_gets_none_of_gpt2s_tokens_added(directory_of, named, whole_file):
+    backend = byte_level_tokenizer("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    directory = directory_of("model", named | gpt2_config(300))
+    if whole_file:
+        backend.save(f"{directory}/tokenizer.json")
+    else:
+        backend.model.save(directory)  # vocab.json and merges.txt
+    read = load_tokenizer(directory)
+    assert (read.eos_token_id, len(read)) == (2, backend.get_vocab_size())
+    text = "Une phrase."
+    assert encoder_for(read).encode([text]) == [backend.encode(text).ids]
+
+
 def test_an_adapters_tokenizer_comes_before_its_bases(directory_of):
     word_tokenizer("a", "b").save_pretrained(base := directory_of("base", {}))
     with_own = directory_of("with_own", {})
@@ -649,7 +707,8 @@ def test_gpt2s_tokenizer_is_taken_for_a_directory_without_one_if_the_sizes_agree
             assert len(model_tokenizer(model)) == 50257
         assert f"--model_name_or_path {model} brings no tokenizer" in caplog.text
     else:
-        with pytest.raises(ValueError, match=f"vocabulary of {size}; give --tokenizer_name"):
+        said = f", and GPT-2's does not fit its vocabulary of {size}" if size else ""
+        with pytest.raises(ValueError, match=f"brings no tokenizer{said}; give --tokenizer_name"):
             model_tokenizer(model)
 
 
@@ -676,6 +735,7 @@ def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, 
     "files, said",
     [
         ({"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, "holds no vocabulary"),
+        ({"vocab.txt": "[UNK]\na\nb"}, "names no eos_token, and has none of"),
         ({"tokenizer_config.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
         ({"special_tokens_map.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
         ({"spiece.model": "x", **gpt2_config(9)}, "must name the tokenizer_class that reads"),
@@ -697,7 +757,7 @@ def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, 
 def test_a_tokenizer_that_cannot_be_used_is_refused_by_the_true_reason(
     directory_of, monkeypatch, files, said
 ):
-    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)  # no sentencepiece
+    monkeypatch.setattr(data_pipeline, "find_spec", lambda *_: None)  # no sentencepiece
     directory = directory_of("model", files)
     with pytest.raises(ValueError, match=said) as error:
         load_tokenizer(directory)
