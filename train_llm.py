@@ -72,6 +72,7 @@ from data_pipeline import (
     final_dataset_loader,
     load_dataset,
     load_tokenizer,
+    model_tokenizer,
 )
 from modify_llm import (
     TECHNIQUES,
@@ -815,18 +816,13 @@ class Run:
 
 
 def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The tokenizer of the flags, else the model's own, else, where it brings none, GPT-2's."""
+    """The tokenizer of the flags, else the model's own; random weights have GPT-2's."""
     if args.tokenizer_name_or_path:
         return load_tokenizer(args.tokenizer_name_or_path)
     base = None if args.from_scratch else args.model_name_or_path
     if args.adapter_path and not base:
         base = trained_settings(Path(args.adapter_path)).get("base_model_name_or_path")
-    for directory in filter(None, (args.adapter_path, base)):
-        files = Path(directory, "tokenizer.json"), Path(directory, "vocab.json")
-        if any(file.is_file() for file in files):
-            return load_tokenizer(directory)
-    no_hub_id = not base or Path(base).exists() or Path(base).is_absolute()
-    return load_tokenizer("gpt2" if no_hub_id else base)
+    return model_tokenizer(base, args.adapter_path)
 
 
 def load_rows(
@@ -948,39 +944,46 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def prompt_text(text: str, text_format: str) -> str:
-    """What the model reads for a --prompt: the text in the run's own format.
+def prompt_fields(text: str, text_format: str) -> dict[str, Any]:
+    """The fields of a row that a --prompt gives: the text is the only one before the response.
 
-    For formats with several fields before the response, the text may be a JSON object of them.
+    For formats with several, and for turns, it may be a JSON object of them; null is empty.
     Raises ValueError for a field that is missing.
     """
+    given = {}
+    if text.lstrip().startswith("{"):
+        with suppress(ValueError, RecursionError):
+            given = json.loads(text)
     if text_format == "output":
-        return text
+        return {"output": text}
+    if text_format == "messages":
+        is_turns = given.keys() & {"messages", "conversations"}
+        return given if is_turns else {"messages": [{"role": "user", "content": text}]}
     columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
     if text_format == "alpaca":
         before_response = data_pipeline.PROMPT_WITH_INPUT
     read = [name for name in columns if f"{{{name}}}" in before_response]
     required = [name for name in read if name != "input"] or read  # an input may be empty
-    fields = {required[0]: text} if len(required) == 1 else {}
-    if text.lstrip().startswith("{"):
-        with suppress(ValueError, AttributeError):
-            fields = {name: str(value) for name, value in json.loads(text).items()}
+    fields = {name: "" if value is None else str(value) for name, value in given.items()}
+    if not given and len(required) == 1:
+        fields = {required[0]: text}
     if missing := [name for name in required if name not in fields]:
-        wanted = f"the format reads {read}; give a JSON object, {missing[0]!r} is missing"
-        raise ValueError(f"--prompt: {wanted}")
-    return data_pipeline.split_text(text_format, dict.fromkeys(columns, "") | fields)[0]
+        needs = f"give a JSON object, {missing[0]!r} is missing"
+        raise ValueError(f"the format reads {read}; {needs}")
+    return dict.fromkeys(columns, "") | fields
 
 
 def prompt_ids(
     text: str, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, text_format: str
 ) -> list[int]:
     """The tokens of a --prompt in the run's own format. Raises ValueError for one too long."""
-    whole, positions = prompt_text(text, text_format), model.config.n_positions
-    # The backend: `<|endoftext|>` in a prompt is text, as in training.
-    ids = tokenizer.backend_tokenizer.encode(whole, add_special_tokens=False).ids
-    if len(ids) + prefix_length(model) >= positions:
-        full = f"{len(ids)} tokens leave no room in {positions} positions"
-        raise ValueError(f"--prompt {text[:20]!r}...: {full}")
+    try:
+        fields = prompt_fields(text, text_format)
+        ids = data_pipeline.encode_prompt(fields, text_format, tokenizer)
+        if len(ids) + prefix_length(model) >= (positions := model.config.n_positions):
+            raise ValueError(f"{len(ids)} tokens leave no room in {positions} positions")
+    except ValueError as error:
+        raise ValueError(f"--prompt {text[:20]!r}...: {error}") from None
     return ids or [tokenizer.eos_token_id]
 
 
@@ -1037,11 +1040,15 @@ def answer_prompts(
 def held_out_prompts(run: Run) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its
     first eight tokens."""
-    pairs, rows = [], run.eval_rows
+    pairs, rows, prompt_lengths = [], run.eval_rows, run.eval_rows.prompt_lengths
     for row in range(min(run.args.num_samples, len(rows))):
-        ids = rows[row]["input_ids"].tolist()
-        end = int(rows.prompt_lengths[row]) or min(8, len(ids) - 1)
-        pairs.append((ids[:end], ids[end : None if rows.truncated[row] else -1]))
+        ids, labels = (rows[row][name].tolist() for name in ("input_ids", "labels"))
+        start = int(prompt_lengths[row]) or min(8, len(ids) - 1)
+        after = [i for i in range(start, len(ids)) if labels[i] == IGNORED]
+        reference = ids[start : after[0] if after else None]  # of several answers, the first
+        if reference[-1:] == [run.tokenizer.eos_token_id]:
+            reference.pop()
+        pairs.append((ids[:start], reference))
     return pairs
 
 

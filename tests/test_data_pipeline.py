@@ -33,7 +33,7 @@ import tiktoken
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data_pipeline
@@ -41,9 +41,11 @@ from data_pipeline import (
     BUNDLED_SAMPLE,
     GlobalBatches,
     PadBatch,
+    encoder_for,
     final_dataset_loader,
     load_dataset,
     load_tokenizer,
+    model_tokenizer,
 )
 
 SCRIPT = Path(data_pipeline.__file__)
@@ -149,24 +151,6 @@ def reference(tmp_path_factory):
     tokenizer = GPT2Tokenizer.from_pretrained(directory)
     as_data = {"add_special_tokens": False, "split_special_tokens": True}
     return lambda text: tokenizer(text, **as_data)["input_ids"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def prepared_once(tokenizer):
-    """Half a second a test: the tests' shared tokenizer is prepared already, and its encoder is
-    built once. Any other tokenizer goes the whole way."""
-    prepare, build = data_pipeline.prepare_tokenizer, data_pipeline.Encoder
-    encoder = build(prepare(tokenizer))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data_pipeline,
-            "prepare_tokenizer",
-            lambda given, *where: given if given is tokenizer else prepare(given, *where),
-        )
-        patch.setattr(
-            data_pipeline, "Encoder", lambda given: encoder if given is tokenizer else build(given)
-        )
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -430,7 +414,7 @@ def test_a_tokenizer_of_ones_own_gives_the_same_rows(write, tokenizer, tmp_path)
     used(["hello"], padding="max_length", truncation=True, max_length=9)
     used.save_pretrained(tmp_path / "saved")
     for theirs in (fresh, used, load_tokenizer(str(tmp_path / "saved"))):
-        assert data_pipeline.Encoder(theirs).gpt2
+        assert encoder_for(theirs).gpt2
         batch = batch_of(write(ROWS), theirs)
         pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
         assert [row[mask == 1].tolist() for row, mask in pairs] == expected
@@ -463,11 +447,11 @@ def test_what_is_done_to_one_loaded_tokenizer_does_not_reach_the_next():
     first.padding_side = "left"
     second = load_tokenizer()
     assert second.backend_tokenizer.normalizer is None and second.padding_side == "right"
-    assert data_pipeline.Encoder(second).gpt2
+    assert encoder_for(second).gpt2
 
 
 def without_an_end_of_text():
-    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     return PreTrainedTokenizerFast(tokenizer_object=words)
 
 
@@ -503,7 +487,7 @@ CURIOUS = [
 
 
 def assert_gpt2s_ids(tokenizer, reference, texts):
-    encoder = data_pipeline.Encoder(tokenizer)
+    encoder = encoder_for(tokenizer)
     assert isinstance(encoder.gpt2, tiktoken.Encoding)
     encoded = encoder.encode(texts)
     assert encoded == reference(texts)
@@ -594,7 +578,7 @@ def test_a_tokenizer_that_splits_otherwise_gives_the_librarys_ids(write, change)
     change(own)
     expected = own.backend_tokenizer.encode(text, add_special_tokens=False).ids
     assert expected != plainly and EOS not in expected
-    assert data_pipeline.Encoder(own).gpt2 is None
+    assert encoder_for(own).gpt2 is None
     # What load_dataset must put right itself.
     own.backend_tokenizer.encode_special_tokens = False
     own.backend_tokenizer.enable_padding(length=99)
@@ -607,7 +591,7 @@ def test_a_decoder_that_changes_the_text_is_found_out(write, caplog):
     own.backend_tokenizer.decoder = decoders.Sequence(
         [decoders.ByteLevel(), decoders.Replace("  ", " ")]
     )
-    assert data_pipeline.Encoder(own).gpt2 is None
+    assert encoder_for(own).gpt2 is None
     with caplog.at_level(logging.INFO):
         load_dataset(write([alpaca_row(output="a  b"), alpaca_row(output="a b")]), own)
     assert any("1 of 2 rows" in record.getMessage() for record in caplog.records)
@@ -622,6 +606,216 @@ def test_a_word_that_the_vocabulary_lacks_is_found_out_wherever_it_stands(write,
     with caplog.at_level(logging.INFO):
         load_dataset(write([alpaca_row(output=output) for output in outputs]), lacking)
     assert any("4 of 6 rows decode" in record.getMessage() for record in caplog.records)
+
+
+# ---------------------------------------------------------------- which tokenizer is this model's?
+
+
+def word_tokenizer(*words, eos="<end>", **specials):
+    """A tokenizer of whole words, numbered in their order; the special tokens come last."""
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, **specials)
+
+
+@pytest.fixture
+def directory_of(tmp_path):
+    """directory_of(name, file=content) -> a directory with these files; a dict becomes JSON."""
+
+    def make(name, files):
+        directory = tmp_path / name
+        directory.mkdir()
+        for file, content in files.items():
+            text = json.dumps(content) if isinstance(content, dict) else content
+            (directory / file).write_text(text)
+        return str(directory)
+
+    return make
+
+
+def gpt2_config(size):
+    return {"config.json": {"model_type": "gpt2", "vocab_size": size}}
+
+
+BERT_WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] hello world ##s ."
+
+
+@pytest.mark.parametrize(
+    "named", [{}, {"tokenizer_config.json": {"tokenizer_class": "BertTokenizer"}}]
+)
+@pytest.mark.parametrize("config", [{}, gpt2_config(9)])
+def test_a_bert_vocabulary_is_read_and_its_sep_ends_a_text(write, directory_of, config, named):
+    files = {"vocab.txt": BERT_WORDS.replace(" ", "\n")}
+    bert = load_tokenizer(directory_of("bert", files | config | named))
+    path = write([alpaca_row(output="hello worlds .")])
+    assert ids(load_dataset(path, bert)) == [[5, 6, 7, 8, 3]]
+
+
+def byte_level_tokenizer(*special):
+    """A byte-level BPE as the tokenizers library trains it."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    settings = {"special_tokens": list(special), "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False, **settings)
+    backend.train_from_iterator(["Une phrase, puis 1 autre."] * 9, trainer)
+    return backend
+
+
+def lower_case(backend):
+    backend.normalizer = normalizers.Lowercase()
+
+
+def single_digits(backend):
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+
+
+def whole_words(backend):
+    backend.model = models.WordLevel({"<|endoftext|>": 0, "phrase": 1, "?": 2}, unk_token="?")
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "PreTrainedTokenizerFast", None])
+@pytest.mark.parametrize("change", [lambda _: None, lower_case, single_digits, whole_words])
+def test_a_tokenizer_json_is_read_to_the_letter_whatever_class_is_named(
+    directory_of, change, named
+):
+    """transformers' GPT2Tokenizer takes the vocabulary alone."""
+    backend = byte_level_tokenizer("<|endoftext|>")
+    change(backend)
+    config = {"tokenizer_config.json": {"tokenizer_class": named}} if named else {}
+    directory = directory_of("model", config | gpt2_config(300))
+    backend.save(f"{directory}/tokenizer.json")
+    text = "Une PHRASE puis 12 phrase"
+    encoder = encoder_for(read := load_tokenizer(directory))
+    assert encoder.encode([text]) == [backend.encode(text).ids]
+    assert read.eos_token_id == 0 and len(read) == backend.get_vocab_size()
+
+
+@pytest.mark.parametrize("named", [{}, {"special_tokens_map.json": {"eos_token": "</s>"}}])
+@pytest.mark.parametrize("whole_file", [True, False])
+def test_a_vocabulary_of_its_own_gets_none_of_gpt2s_tokens_added(directory_of, named, whole_file):
+    backend = byte_level_tokenizer("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    directory = directory_of("model", named | gpt2_config(300))
+    if whole_file:
+        backend.save(f"{directory}/tokenizer.json")
+    else:
+        backend.model.save(directory)  # vocab.json and merges.txt
+    read = load_tokenizer(directory)
+    assert (read.eos_token_id, len(read)) == (2, backend.get_vocab_size())
+    text = "Une phrase."
+    assert encoder_for(read).encode([text]) == [backend.encode(text).ids]
+
+
+def test_an_adapters_tokenizer_comes_before_its_bases(directory_of):
+    word_tokenizer("a", "b").save_pretrained(base := directory_of("base", {}))
+    with_own = directory_of("with_own", {})
+    word_tokenizer("a", "b", "c").save_pretrained(with_own)
+    without = directory_of("without", {"adapter_config.json": {"base_model_name_or_path": base}})
+    beside = directory_of("beside", {"modification.json": {"base_model_name_or_path": "../base"}})
+    sizes = {
+        (base, None): 3, (base, with_own): 4, (base, without): 3, (None, without): 3,
+        (None, beside): 3, (None, with_own): 4, ("gpt2", without): 50257, (None, None): 50257,
+    }  # fmt: skip
+    for (model, adapter), size in sizes.items():
+        assert len(model_tokenizer(model, adapter)) == size
+
+
+@pytest.mark.parametrize("size", [50256, 50257, 50304, 50305, None])
+def test_gpt2s_tokenizer_is_taken_for_a_directory_without_one_if_the_sizes_agree(
+    directory_of, caplog, size
+):
+    model = directory_of("model", gpt2_config(size))
+    if size in (50257, 50304):
+        with caplog.at_level(logging.INFO):
+            assert len(model_tokenizer(model)) == 50257
+        assert f"--model_name_or_path {model} brings no tokenizer" in caplog.text
+    else:
+        said = f", and GPT-2's does not fit its vocabulary of {size}" if size else ""
+        with pytest.raises(ValueError, match=f"brings no tokenizer{said}; give --tokenizer_name"):
+            model_tokenizer(model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "distilgpt2"])
+def test_gpt2s_names_are_gpt2s_tokenizer_but_for_a_directory_of_that_name(
+    directory_of, tmp_path, monkeypatch, name
+):
+    assert encoder_for(load_tokenizer(name)).gpt2
+    monkeypatch.chdir(tmp_path)
+    word_tokenizer("a", "b").save_pretrained(name)
+    assert len(load_tokenizer(name)) == 3
+
+
+@pytest.mark.parametrize("size", [9, 50257])
+def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, size):
+    """What is cached of it may lack the tokenizer, whatever the size of its vocabulary."""
+    snapshot = directory_of("snapshot", gpt2_config(size))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: snapshot)
+    with pytest.raises(ValueError, match="the repository, or what is cached of it"):
+        load_tokenizer("someone/french-gpt2")
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, "holds no vocabulary"),
+        ({"vocab.txt": "[UNK]\na\nb"}, "names no eos_token, and has none of"),
+        ({"tokenizer_config.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
+        ({"special_tokens_map.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
+        ({"spiece.model": "x", **gpt2_config(9)}, "must name the tokenizer_class that reads"),
+        (
+            {"spiece.model": "x", "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}},
+            "spiece.model needs the package sentencepiece",
+        ),
+        ({"tokenizer.model": "\n\x0e", **gpt2_config(50257)}, "tokenizer.model needs the package"),
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "ByT5Tokenizer"}},
+            "ByT5Tokenizer is a slow tokenizer",
+        ),
+        (
+            {"tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["own.Own", None]}}},
+            "code that the model brings",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused_by_the_true_reason(
+    directory_of, monkeypatch, files, said
+):
+    monkeypatch.setattr(data_pipeline, "find_spec", lambda *_: None)  # no sentencepiece
+    directory = directory_of("model", files)
+    with pytest.raises(ValueError, match=said) as error:
+        load_tokenizer(directory)
+    assert str(error.value).startswith(f"--tokenizer_name_or_path {directory}: ")
+
+
+@pytest.mark.parametrize(
+    "words, specials", [(["[UNK]"], {}), (["[UNK]", "[PAD]"], {"pad_token": "[PAD]"})]
+)
+def test_a_tokenizer_without_a_vocabulary_is_refused(words, specials):
+    with pytest.raises(ValueError, match="holds no vocabulary"):
+        load_dataset(tokenizer=word_tokenizer(*words, **specials))
+
+
+def test_a_tokenizer_with_a_part_in_python_is_refused_in_one_line():
+    class Words:
+        def pre_tokenize(self, text):
+            text.split(lambda _, part: [part])
+
+    own = word_tokenizer("a", "b")
+    own.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
+    for use in (load_dataset, data_pipeline.prepare_tokenizer):
+        with pytest.raises(ValueError, match="tokenizer: has a part in Python code"):
+            use(tokenizer=own)
+
+
+def test_a_tokenizer_that_changes_between_two_datasets_is_followed(write):
+    own = word_tokenizer("a", "b", "c")
+    path = write([alpaca_row(output="a b c")])
+    assert ids(load_dataset(path, own)) == [[0, 1, 2, 3]]
+    own.backend_tokenizer.normalizer = normalizers.Replace("b", "c")
+    assert ids(load_dataset(path, own)) == [[0, 2, 2, 3]]
 
 
 # ---------------------------------------------------------------- templates
@@ -1049,6 +1243,229 @@ def test_the_content_hash_sees_where_rows_and_prompts_end(write, tokenizer, refe
         cut_at_3.tokens.tolist() == cut_at_4.tokens.tolist()
         and cut_at_3.content_hash() != cut_at_4.content_hash()
     )
+
+
+# ---------------------------------------------------------------- special tokens of a format
+
+
+@pytest.fixture
+def chat(tokenizer):
+    """GPT-2's tokenizer with special tokens of its own, one of which ends a text."""
+    own = copy.deepcopy(tokenizer)
+    tokens = ["<|user|>", "<|assistant|>", "<{x}>", "<|user|>+"]
+    own.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": tokens})
+    return own
+
+
+def test_special_tokens_that_a_template_writes_are_the_models_own(write, chat, reference):
+    end, user, assistant, braces, longer = (
+        chat.convert_tokens_to_ids(t)
+        for t in ("<|end|>", "<|user|>", "<|assistant|>", "<{x}>", "<|user|>+")
+    )
+    said = "an <|end|> of <|user|> text <|endoftext|>"
+    path = write([{"q": said, "a": f"{said}!"}])
+    row = load_dataset(path, chat, text_format="<|user|>{q}\n<|assistant|>||{a}")[0]
+    prompt = [user, *reference(f"{said}\n"), assistant]
+    assert row["input_ids"].tolist() == [*prompt, *reference(f"{said}!"), end]
+    assert row["labels"].tolist() == [-100] * len(prompt) + [*reference(f"{said}!"), end]
+    braced = load_dataset(path, chat, text_format="<|user|>+<{{x}}>{{||<|assistant|>{a}")
+    assert ids(braced)[0][:4] == [longer, braces, *reference("{"), assistant]
+    assert braced[0]["labels"][3] == assistant
+
+
+def test_a_template_that_writes_the_end_of_text_itself_does_not_double_it(write, tokenizer):
+    path = write([alpaca_row(output="Yes.")])
+    plain = load_dataset(path, tokenizer, text_format="||{output}")
+    written = load_dataset(path, tokenizer, text_format="||{output}<|endoftext|>")
+    assert ids(written) == ids(plain) and written.content_hash() == plain.content_hash()
+
+
+def test_rows_with_special_tokens_survive_the_round_trip(write, chat, caplog):
+    with caplog.at_level(logging.INFO):
+        load_dataset(write([{"q": "1", "a": "2"}]), chat, text_format="<|user|>{q}||{a}", show=True)
+    assert "1 of 1 rows decode to their exact text" in caplog.text
+    assert "Original Text: <|user|>12\n" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text_format, row",
+    [
+        ("alpaca", alpaca_row(input="")),
+        ("alpaca", alpaca_row(input="<|endoftext|>")),
+        ("<|user|>{q}<|assistant|>\n||{a}", {"q": "Why <|user|>?", "a": "So."}),
+        ("||{a}", {"a": "So."}),
+        ("messages", {"messages": [{"role": "user", "content": "Why?"}]}),
+        ("messages", {"conversations": [{"from": "human", "value": "Why?"}]}),
+    ],
+)
+def test_a_prompt_is_encoded_as_the_rows_of_a_dataset_are(write, chat, text_format, row):
+    answered = copy.deepcopy(row)
+    for name, answer in (
+        ("messages", {"role": "assistant", "content": "So."}),
+        ("conversations", {"from": "gpt", "value": "So."}),
+    ):
+        if name in row:
+            answered[name].append(answer)
+    dataset = load_dataset(write([answered]), chat, text_format=text_format)
+    prompt = ids(dataset)[0][: dataset.prompt_lengths[0]]
+    assert data_pipeline.encode_prompt(row, text_format, chat) == prompt
+
+
+def test_the_output_format_goes_on_with_the_prompts_own_text(tokenizer, reference):
+    prompt = data_pipeline.encode_prompt({"output": "Once <|endoftext|>"}, "output", tokenizer)
+    assert prompt == reference("Once <|endoftext|>")
+
+
+# ---------------------------------------------------------------- rows of turns
+
+
+def turns(text, keys=("role", "content"), roles=("user", "assistant", "system")):
+    """ "u:Hi.|a:Yes." -> [{"role": "user", "content": "Hi."}, ...]"""
+    names = dict(zip("uas", roles, strict=True))
+    return [dict(zip(keys, (names[t[0]], t[2:]), strict=True)) for t in text.split("|")]
+
+
+SHARE_GPT = {"keys": ("from", "value"), "roles": ("human", "gpt", "system")}
+
+
+def spelled(dataset, tokenizer, row=0):
+    """A row's text, with [[ ]] around the parts that carry labels."""
+    tokens, labels = dataset[row]["input_ids"], dataset[row]["labels"] != -100
+    text, before = "", False
+    for token, labelled in [*zip(tokens.tolist(), labels.tolist(), strict=True), (None, False)]:
+        text += ("[[" if labelled else "]]") * (labelled != before)
+        text += "" if token is None else tokenizer.decode([token])
+        before = labelled
+    return text
+
+
+END = "<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    "said, expected",
+    [
+        (
+            "u:One?|a:1|u:Two?|a:2",
+            f"{data_pipeline.PREAMBLE}\n\n### Instruction:\nOne?\n\n### Response:[[1{END}]]"
+            f"\n\n### Instruction:\nTwo?\n\n### Response:[[2{END}]]",
+        ),
+        ("s:Be brief.|u:Q|a:A", f"Be brief.\n\n### Instruction:\nQ\n\n### Response:[[A{END}]]"),
+        ("s:|u:Q|a:A", "=u:Q|a:A"),
+        (
+            "a:Hello.|u:Q|a:A",
+            f"{data_pipeline.PREAMBLE}\n\n### Response:[[Hello.{END}]]"
+            f"\n\n### Instruction:\nQ\n\n### Response:[[A{END}]]",
+        ),
+        (
+            "s:S|u:P|u:Q|a:A|a:B",
+            "S\n\n### Instruction:\nP\n\n### Instruction:\nQ\n\n### Response:"
+            f"[[A{END}]]\n\n### Response:[[B{END}]]",
+        ),
+        (
+            "s:S|u:P|a:A|s:T|u:Q",
+            f"S\n\n### Instruction:\nP\n\n### Response:[[A{END}]]"
+            f"\n\nT\n\n### Instruction:\nQ{END}",
+        ),
+        ("s:S|u:P|a:|u:Q|a:A", f"S\n\n### Instruction:\nP\n\n### Response:{END}"
+         f"\n\n### Instruction:\nQ\n\n### Response:[[A{END}]]"),
+        ("s:S|u:P", f"S\n\n### Instruction:\nP{END}"),
+    ],
+)  # fmt: skip
+def test_every_assistant_turn_and_its_end_of_text_carry_labels(
+    write, tokenizer, caplog, said, expected
+):
+    rows = [{"messages": turns(said)}, {"conversations": turns(said, **SHARE_GPT), "id": 7}]
+    with caplog.at_level(logging.INFO):
+        dataset = load_dataset(write(rows), tokenizer, text_format="messages")
+    if expected.startswith("="):
+        rows = [{"messages": turns(expected[1:])}]
+        same = load_dataset(write(rows), tokenizer, text_format="messages")
+        expected = spelled(same, tokenizer)
+    assert [spelled(dataset, tokenizer, row) for row in (0, 1)] == [expected] * 2
+    counts = [int((dataset[row]["labels"] != -100).sum()) for row in (0, 1)]
+    assert dataset.label_counts.tolist() == counts and (counts[0] > 0) == ("[[" in expected)
+    assert "2 of 2 rows decode to their exact text" in caplog.text
+
+
+def test_one_turn_of_each_is_an_alpaca_row_to_the_last_token(write, tokenizer):
+    row = alpaca_row(instruction="Why?", input="", output="So <|endoftext|>.")
+    expected = load_dataset(write([row]), tokenizer, text_format="alpaca")
+    said = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": row["output"]}]
+    path = write([{"messages": said}])
+    assert load_dataset(path, tokenizer, text_format="messages").content_hash() == (
+        expected.content_hash()
+    )
+
+
+def test_a_conversation_cut_anywhere_keeps_the_tokens_and_labels_before_the_cut(write, tokenizer):
+    rows = [{"messages": turns("s:S|u:One?|a:One two.|u:Two?|a:Three four.")}, ALPACA_TURNS]
+    whole = load_dataset(write(rows), tokenizer, text_format="messages")
+    for length in range(2, whole.lengths.max() + 2):
+        cut = load_dataset(write(rows), tokenizer, text_format="messages", max_length=length)
+        for row in range(2):
+            for name in ("input_ids", "labels"):
+                assert torch.equal(cut[row][name], whole[row][name][:length])
+        assert cut.truncated.tolist() == (whole.lengths > length).tolist()
+        counts = [int((row["labels"] != -100).sum()) for row in cut]
+        assert cut.label_counts.tolist() == counts
+
+
+ALPACA_TURNS = {"messages": turns("u:Q|a:A")}
+
+
+def test_selected_and_split_conversations_keep_their_labels(write, tokenizer):
+    said = ["u:a|a:b c|u:d|a:e", "u:f", "a:g|u:h|a:i j", "s:k|u:l|a:m", "u:n|a:|u:o|a:p q r"]
+    rows = [{"messages": turns(text)} for text in said]
+    dataset = load_dataset(write(rows), tokenizer, text_format="messages")
+    spellings = [spelled(dataset, tokenizer, row) for row in range(5)]
+    for keep in itertools.product([False, True], repeat=5):
+        some = dataset.select(np.array(keep))
+        assert [spelled(some, tokenizer, row) for row in range(len(some))] == list(
+            itertools.compress(spellings, keep)
+        )
+        assert some.prompt_lengths.tolist() == dataset.prompt_lengths[list(keep)].tolist()
+        again = load_dataset(
+            write(list(itertools.compress(rows, keep))), tokenizer, text_format="messages"
+        ) if any(keep) else some  # fmt: skip
+        assert again.content_hash() == some.content_hash()
+
+
+def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenizer):
+    both = load_dataset(write([{"messages": turns("a:a|a:b")}]), tokenizer, text_format="messages")
+    other = copy.copy(both)
+    other.label_starts, other.label_ends = both.label_starts[:1], both.label_ends[:1]
+    assert both.content_hash() != other.content_hash()
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": []}, "no turns under 'messages' or 'conversations'; the row has"),
+        ({"messages": "Hi"}, "no turns under"),
+        (alpaca_row(), "no turns under 'messages' or 'conversations'; the row has ['input'"),
+        ({"messages": ["Hi"]}, "turn 1 is 'Hi', not an object"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: the role 'tool' is none of"),
+        ({"messages": [{"content": "x"}]}, "turn 1: the role None is none of"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "turn 1: the role ['user'] is none"),
+        (
+            {"messages": [*turns("u:x"), {"role": "assistant", "content": None}]},
+            "turn 2: the content None is not text",
+        ),
+        ({"conversations": turns("u:\ud800", **SHARE_GPT)}, "turn 1: holds half a surrogate pair"),
+    ],
+)
+def test_turns_that_cannot_be_read_are_refused_by_row(refused, write, row, said):
+    path = write([ALPACA_TURNS, row])
+    error = refused("--dataset_path", path, "--text_format", "messages")
+    assert error.startswith(f"--dataset_path {path}: row 2: {said}")
+
+
+def test_a_column_that_is_called_messages_fills_in_a_template(write, tokenizer, reference):
+    path = write([{"messages": "Hi."}])
+    assert ids(load_dataset(path, tokenizer, text_format="||{messages}")) == [
+        [*reference("Hi."), EOS]
+    ]
 
 
 # ---------------------------------------------------------------- reading files
@@ -1990,6 +2407,7 @@ def test_the_loader_has_the_workers_and_the_seed_of_the_flags(
     run_main(capsys, "--dataset_path", write(ROWS), "--num_workers", 1, "--seed", 5)
     own = final_dataset_loader(write(ROWS), tokenizer=tokenizer, num_workers=0, seed=5)
     assert built[0].num_workers == 1
+    built[0].batch_sampler.set_epoch(0)  # the script has drawn a batch of it
     assert torch.equal(next(iter(built[0]))["input_ids"], next(iter(own))["input_ids"])
 
 

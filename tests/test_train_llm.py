@@ -2965,10 +2965,18 @@ def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, sa
         ("{Hi}", "Q: {question}\nA:||{answer}", "Q: {Hi}\nA:"),
         ("Hi", "Q: {input}\nA:||{answer}", "Q: Hi\nA:"),
         ('{"q": "Hi"}', "Q: {q} {input}\nA:||{answer}", "Q: Hi \nA:"),
+        ('{"q": "Hi", "input": null}', "Q: {q} {input}\nA:||{answer}", "Q: Hi \nA:"),
+        ("Hi", "messages", data_pipeline.PROMPT_WITHOUT_INPUT.format(instruction="Hi")),
+        (
+            '{"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]}',
+            "messages",
+            "S\n\n### Instruction:\nQ\n\n### Response:",
+        ),
     ],
 )
-def test_a_prompt_is_read_in_the_format_of_the_run(text, text_format, read):
-    assert train_llm.prompt_text(text, text_format) == read
+def test_a_prompt_is_read_in_the_format_of_the_run(tokenizer, text, text_format, read):
+    ids = train_llm.prompt_ids(text, tiny_gpt2(), tokenizer, text_format)
+    assert tokenizer.decode(ids) == read
 
 
 def test_the_end_of_text_inside_a_prompt_is_text_as_in_training(small_base):
