@@ -779,7 +779,7 @@ def test_a_tokenizer_with_a_part_in_python_is_refused_in_one_line():
 
     own = word_tokenizer("a", "b")
     own.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
-    for use in (load_dataset, data_pipeline.prepare_tokenizer):
+    for use in (load_dataset, final_dataset_loader):
         with pytest.raises(ValueError, match="tokenizer: has a part in Python code"):
             use(tokenizer=own)
 
@@ -1349,7 +1349,8 @@ END = "<|endoftext|>"
 def test_every_assistant_turn_and_its_end_of_text_carry_labels(
     write, tokenizer, caplog, said, expected
 ):
-    rows = [{"messages": turns(said)}, {"conversations": turns(said, **SHARE_GPT), "id": 7}]
+    share_gpt = [turn | {"role": None} for turn in turns(said, **SHARE_GPT)]  # as in .parquet
+    rows = [{"messages": turns(said)}, {"messages": None, "conversations": share_gpt, "id": 7}]
     with caplog.at_level(logging.INFO):
         dataset = load_dataset(write(rows), tokenizer, text_format="messages")
     if expected.startswith("="):
@@ -1415,9 +1416,9 @@ def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenize
 @pytest.mark.parametrize(
     "row, said",
     [
-        ({"messages": []}, "no turns under 'messages' or 'conversations'; the row has"),
-        ({"messages": "Hi"}, "no turns under"),
-        (alpaca_row(), "no turns under 'messages' or 'conversations'; the row has ['input'"),
+        ({"messages": []}, "'messages' is [], not a list of turns"),
+        ({"messages": None, "conversations": "Hi"}, "'conversations' is 'Hi', not a list of turns"),
+        (alpaca_row(), "no 'messages' and no 'conversations'; the row has ['input'"),
         ({"messages": ["Hi"]}, "turn 1 is 'Hi', not an object"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: the role 'tool' is none of"),
         ({"messages": [{"content": "x"}]}, "turn 1: the role None is none of"),
