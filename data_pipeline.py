@@ -471,9 +471,10 @@ def load_tokenizer(
         directory = download_tokenizer(name_or_path, where)
     if tokenizer_files(directory):
         return prepare_tokenizer(read_tokenizer(directory, where), where)
-    if base := base_of_adapter(directory):
+    config = read_settings(directory / "config.json")
+    if not config and (base := base_of_adapter(directory)):  # an adapter may lie in its base
         return load_tokenizer(base, flag)
-    size = read_settings(directory / "config.json").get("vocab_size")
+    size = config.get("vocab_size")
     if local and size in GPT2_SIZES:
         said = "%s brings no tokenizer; GPT-2's is taken, as its vocabulary of %s has that size"
         logger.info(said, where, f"{size:,}")

@@ -712,6 +712,11 @@ def test_gpt2s_tokenizer_is_taken_for_a_directory_without_one_if_the_sizes_agree
             model_tokenizer(model)
 
 
+def test_an_adapter_that_lies_in_its_base_is_no_other_model(directory_of, tmp_path):
+    adapter = {"adapter_config.json": {"base_model_name_or_path": str(tmp_path / "model")}}
+    assert len(load_tokenizer(directory_of("model", adapter | gpt2_config(50257)))) == 50257
+
+
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "distilgpt2"])
 def test_gpt2s_names_are_gpt2s_tokenizer_but_for_a_directory_of_that_name(
     directory_of, tmp_path, monkeypatch, name
