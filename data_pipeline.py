@@ -624,15 +624,19 @@ def turn_templates(roles: list[str]) -> list[str]:
 def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
     is none. Raises ValueError."""
-    turns = record.get("messages", record.get("conversations"))
-    if not isinstance(turns, list) or not turns:
+    name = "messages" if record.get("messages") is not None else "conversations"
+    if name not in record:
         columns = sorted(map(str, record))
-        raise ValueError(f"no turns under 'messages' or 'conversations'; the row has {columns}")
+        raise ValueError(f"no 'messages' and no 'conversations'; the row has {columns}")
+    turns = record[name]
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{name!r} is {turns!r:.40}, not a list of turns")
     read = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {number} is {turn!r:.40}, not an object")
-        role, text = (turn.get(a, turn.get(b)) for a, b in (("role", "from"), ("content", "value")))
+        keys = ("from", "value") if turn.get("role") is None else ("role", "content")
+        role, text = map(turn.get, keys)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
         if not isinstance(text, str):
@@ -732,19 +736,20 @@ def load_tokenizer(
     where, directory = f"--{flag} {name_or_path}", Path(name_or_path)
     name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
     if name in GPT2_FAMILY and not directory.exists():
-        return prepare_tokenizer(gpt2_tokenizer(), where)
+        return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
     local = directory.exists()
     if not local:
         directory = download_tokenizer(name_or_path, where)
     if tokenizer_files(directory):
         return prepare_tokenizer(read_tokenizer(directory, where), where)
-    if base := base_of_adapter(directory):
+    config = read_settings(directory / "config.json")
+    if not config and (base := base_of_adapter(directory)):  # an adapter may lie in its base
         return load_tokenizer(base, flag)
-    size = read_settings(directory / "config.json").get("vocab_size")
+    size = config.get("vocab_size")
     if local and size in GPT2_SIZES:
         said = "%s brings no tokenizer; GPT-2's is taken, as its vocabulary of %s has that size"
         logger.info(said, where, f"{size:,}")
-        return prepare_tokenizer(gpt2_tokenizer(), where)
+        return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
     reason = "brings no tokenizer"
     if size:
         reason = f"{reason}, and GPT-2's does not fit its vocabulary of {size}"
@@ -860,15 +865,12 @@ def tokens_to_replace(
     return {name: end for name in {*absent, "eos_token"} - named.keys() if end != assumed[name]}
 
 
-def prepare_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer"
-) -> PreTrainedTokenizerBase:
-    """A copy with pad = eos, right padding, and no padding or cutting that it remembers.
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """The same, with pad = eos, right padding, and no padding or cutting that it remembers.
 
     Text is data: `<|endoftext|>` inside a row is split into ordinary tokens.
     """
     check_tokenizer(tokenizer, where)
-    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
     tokenizer.backend_tokenizer.encode_special_tokens = True
     tokenizer.backend_tokenizer.no_padding()
@@ -1135,7 +1137,8 @@ def load_dataset(
     parts, exact, samples = [], 0, []
     for frame in read_frames(dataset_path, columns, flag):
         if show and not parts:
-            logger.info("Dataset columns: %s", list(frame.columns))
+            columns_read = [column for column in frame.columns if column != TURNS]
+            logger.info("Dataset columns: %s", columns_read)
             head = frame[columns].head().to_string(max_colwidth=40)
             logger.info("First few rows:\n%s", head)
             logger.info("Preprocessing and tokenizing the dataset...")

@@ -738,6 +738,11 @@ def test_gpt2s_tokenizer_is_taken_for_a_directory_without_one_if_the_sizes_agree
             model_tokenizer(model)
 
 
+def test_an_adapter_that_lies_in_its_base_is_no_other_model(directory_of, tmp_path):
+    adapter = {"adapter_config.json": {"base_model_name_or_path": str(tmp_path / "model")}}
+    assert len(load_tokenizer(directory_of("model", adapter | gpt2_config(50257)))) == 50257
+
+
 @pytest.mark.parametrize("name", ["gpt2", "openai-community/gpt2-xl", "distilgpt2"])
 def test_gpt2s_names_are_gpt2s_tokenizer_but_for_a_directory_of_that_name(
     directory_of, tmp_path, monkeypatch, name
@@ -805,7 +810,7 @@ def test_a_tokenizer_with_a_part_in_python_is_refused_in_one_line():
 
     own = word_tokenizer("a", "b")
     own.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(Words())
-    for use in (load_dataset, data_pipeline.prepare_tokenizer):
+    for use in (load_dataset, final_dataset_loader):
         with pytest.raises(ValueError, match="tokenizer: has a part in Python code"):
             use(tokenizer=own)
 
@@ -1375,7 +1380,8 @@ END = "<|endoftext|>"
 def test_every_assistant_turn_and_its_end_of_text_carry_labels(
     write, tokenizer, caplog, said, expected
 ):
-    rows = [{"messages": turns(said)}, {"conversations": turns(said, **SHARE_GPT), "id": 7}]
+    share_gpt = [turn | {"role": None} for turn in turns(said, **SHARE_GPT)]  # as in .parquet
+    rows = [{"messages": turns(said)}, {"messages": None, "conversations": share_gpt, "id": 7}]
     with caplog.at_level(logging.INFO):
         dataset = load_dataset(write(rows), tokenizer, text_format="messages")
     if expected.startswith("="):
@@ -1441,9 +1447,9 @@ def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenize
 @pytest.mark.parametrize(
     "row, said",
     [
-        ({"messages": []}, "no turns under 'messages' or 'conversations'; the row has"),
-        ({"messages": "Hi"}, "no turns under"),
-        (alpaca_row(), "no turns under 'messages' or 'conversations'; the row has ['input'"),
+        ({"messages": []}, "'messages' is [], not a list of turns"),
+        ({"messages": None, "conversations": "Hi"}, "'conversations' is 'Hi', not a list of turns"),
+        (alpaca_row(), "no 'messages' and no 'conversations'; the row has ['input'"),
         ({"messages": ["Hi"]}, "turn 1 is 'Hi', not an object"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1: the role 'tool' is none of"),
         ({"messages": [{"content": "x"}]}, "turn 1: the role None is none of"),
