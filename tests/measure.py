@@ -155,11 +155,18 @@ def peft_parts(model_path: str, dropout: float = 0.0) -> tuple[GPT2LMHeadModel, 
     )
 
 
-def trainer_settings(output_dir: Path) -> dict[str, Any]:
-    """Hugging Face's Trainer and TRL's: nothing saved, nothing reported."""
-    settings = {"output_dir": str(output_dir), "save_strategy": "no", "report_to": []}
+def default_runtime() -> train_llm.Runtime:
+    """The device and the precision that train_llm.py takes here."""
+    return train_llm.choose_runtime(argparse.Namespace(device="auto", precision="auto"))
+
+
+def trainer_settings(output_dir: str) -> dict[str, Any]:
+    """Of Hugging Face's Trainer and TRL's: nothing saved or reported, our device and precision."""
+    settings = {"output_dir": output_dir, "save_strategy": "no", "report_to": []}
     settings |= {"logging_steps": 10_000, "disable_tqdm": True}
-    return settings | {"use_cpu": not torch.cuda.is_available()}
+    runtime = default_runtime()
+    settings |= {"use_cpu": runtime.device.type == "cpu"}
+    return settings | {"bf16": runtime.dtype == torch.bfloat16}
 
 
 def peft_trainer(
@@ -169,10 +176,7 @@ def peft_trainer(
     from peft import get_peft_model
 
     model = get_peft_model(*peft_parts(model_path, dropout))
-    data = [
-        {name: values.tolist() for name, values in row.items()} | {"length": len(row["labels"])}
-        for row in (rows[i] for i in range(len(rows)))
-    ]
+    data = [{name: ids.tolist() for name, ids in row.items()} for row in rows]
     collate = DataCollatorForSeq2Seq(data_pipeline.load_tokenizer())  # labels padded with -100
     settings = TrainingArguments(per_device_train_batch_size=8, **settings)
     return Trainer(model=model, args=settings, train_dataset=data, data_collator=collate)
@@ -203,7 +207,7 @@ def peft_loss(args: argparse.Namespace, seed: int) -> float:
         modify_llm.locate(args.model_name_or_path), rows, num_train_epochs=1, seed=seed,
         learning_rate=flags.learning_rate, weight_decay=flags.weight_decay,
         lr_scheduler_type="cosine", warmup_steps=min(100, len(loader) // 10),
-        bf16=runtime.dtype == torch.bfloat16, **trainer_settings(args.work_dir / "peft"),
+        **trainer_settings(str(args.work_dir / "peft")),
     )  # fmt: skip
     trainer.get_train_dataloader = lambda: loader  # Trainer's order, long to short, learns less
     trainer.train()
