@@ -1,275 +1,298 @@
 """How fast is training, in how much memory, and beside the libraries?
 
-    python tests/benchmark.py                                   # ours, technique by technique
-    python tests/benchmark.py --peers                           # LoRA beside Trainer + PEFT and TRL, run in turn
+    python tests/benchmark.py --dataset_path alpaca_data.json            # technique by technique
+    python tests/benchmark.py --dataset_path alpaca_data.json --peers    # LoRA, Trainer + PEFT, TRL
+    python tests/benchmark.py --dataset_path alpaca_data.json --peers --min_words 150   # long rows
     python tests/benchmark.py --loading 30000,300000,1000000 --plot loading.png
+    python tests/benchmark.py --launches     # what a step launches on a GPU, counted without one
 
-Random weights of GPT-2 small serve (speed does not depend on them), or --model_name_or_path DIR. Each figure is a
-difference of whole processes: one pass over all rows against one over the first 16 of them, start-up and the building
-of kernels for the first shapes cancelled out; the memory is the operating system's peak of the longer one. The share
-is of the matrix-product rate measured in the same minute. Peers need: pip install peft accelerate trl datasets
+Every run is a process of its own: `--steps` optimizer steps of 8 response texts each, drawn from
+the first `--rows` rows. (Of a hundred rows, grouping by length finds none of like length: whoever
+pads would look slow.) The runs take turns, `--repeats` times, with another seed each time.
+
+The speed is in tokens with a label, so without padding and without each row's first token, from
+the third step's begin to the last step's end. The memory is the process's peak: resident, or on
+CUDA what PyTorch allocated. The model is a GPT-2 small with random weights, on which speed does
+not depend, or --model_name_or_path. --peers needs: pip install peft accelerate datasets trl
 """
 
 import argparse
+import itertools
 import json
-import os
+import re
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import measure  # before ours: it makes them importable
 import torch
-from measure import LAYERS, ROOT, TECHNIQUES, parse, technique_flags, train_with_peft
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
-import data_pipeline  # importable since measure has been imported
-import modify_llm
+import data_pipeline
 import train_llm
 
-FEW = 16  # rows of the short run
-NAMES = sorted(
-    TECHNIQUES, key=lambda name: not name.startswith("LoRA")
-)  # LoRA first: what others are compared to
-SETTINGS = {name: technique_flags(name, "gpt2") for name in NAMES}
-SETTINGS["selective, head frozen"] = [*SETTINGS["selective, lower half frozen"], "--freeze_head"]
-PEERS = {
-    "Trainer + PEFT, at its best": "trainer bf16 group",  # rows grouped by length, no dropout
-    "Trainer + PEFT, as it comes": "trainer fp32 dynamic",  # GPT-2's dropout of 0.1
-    "TRL, packed": "trl bf16 packed",
-}
+BATCH_SIZE = 8
+PACKED_TOKENS = 4 * 512  # a step of TRL's
+WARM_UP = 2  # steps before the clock starts
+LORA = "LoRA r=4, all layers"  # first in each turn: what the others are compared with
+PEERS = ("Trainer + PEFT, at its best", "Trainer + PEFT, as it comes", "TRL, packed")
 
 
-def run(command: list[str]) -> tuple[float, float]:
-    """(wall seconds, peak resident GB) of a command, by the operating system."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        if status:
-            said.seek(0)
-            sys.exit(f"{' '.join(command)}\n{said.read().decode()[-2000:]}")
-    return seconds, usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+# ---- one run, in a process of its own ------------------------------------------------------------
 
 
-def matmul_rate() -> float:
-    """Matrix-product FLOP a second in the precision that training takes here, at the shape of GPT-2's feed-forward."""
-    args = argparse.Namespace(device="auto", precision="auto")
-    runtime = train_llm.choose_runtime(args)
-    a, b = (
-        torch.randn(s, device=runtime.device, dtype=runtime.dtype)
-        for s in ((2048, 768), (768, 3072))
-    )
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        return time.perf_counter() - start
-
-    return 2 * 2048 * 768 * 3072 / statistics.median(seconds() for _ in range(30))
+def peak_memory() -> float:
+    """Of this process, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux getrusage counts the process that started this one, too
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS gives bytes
 
 
-def flops_per_token(flags: list[str]) -> float:
-    """Of the products with weight matrices: 2 a parameter forward, 2 back to the input, 2 for what trains."""
+def ours(*flags: str) -> dict[str, float]:
+    """train_llm.py with these flags; its speed is that of its metrics.jsonl.
 
-    args = parse(["--dataset_path=-", *flags])
-    parameters = {
-        n: p
-        for n, p in modify_llm.meta_model(args).named_parameters()
-        if p.ndim == 2 and ".wpe." not in n
-    }
-    blocks = {n: int(n.split(".h.")[1].split(".")[0]) if ".h." in n else -1 for n in parameters}
-    lowest = min(blocks[name] for name, parameter in parameters.items() if parameter.requires_grad)
-    return sum(
-        parameter.numel()
-        * (2 + 2 * (blocks[name] >= lowest or blocks[name] < 0) + 2 * parameter.requires_grad)
-        for name, parameter in parameters.items()
-        if "prefix" not in name
-    )
-
-
-def difference(command: list[str], rows: tuple[Path, Path], few: int, tokens: int) -> dict:
-    """Tokens a second beyond the first rows, and the peak memory of the longer run."""
-    short, _ = run([*command, str(rows[0])])
-    long, memory = run([*command, str(rows[1])])
-    return {"tokens": tokens / (long - short), "records": few / (long - short), "memory": memory}
+    A row there has the tokens a second since the row before, the logging itself left out. (A step
+    waits for the device, so on CUDA too its clock is right.) How many tokens these were is known
+    from the sampler.
+    """
+    flags = [*flags, f"--log_interval={WARM_UP}", "--eval_fraction=0", "--num_samples=0"]
+    if status := train_llm.main(flags):
+        sys.exit(status)
+    args = measure.parse(flags)
+    runtime, tokenizer = train_llm.choose_runtime(args), train_llm.tokenizer_for(args)
+    rows, _ = train_llm.load_rows(args, tokenizer)
+    loader = train_llm.make_loader(rows, args, runtime, tokenizer)
+    batches, tokens, seconds = loader.batch_sampler.global_batches(), 0, 0.0
+    lines = Path(args.output_dir, "metrics.jsonl").read_text().splitlines()
+    for before, line in itertools.pairwise(map(json.loads, lines)):
+        batch = torch.cat(batches[before["step"] : line["step"]])  # row numbers
+        tokens += int(rows.label_counts[batch].sum())
+        seconds += float(rows.lengths[batch].sum() / line["tokens_per_second"])
+    return {"tokens": tokens, "seconds": seconds}
 
 
-def ours(directory: Path, flags: list[str]) -> list[str]:
-    command = [
-        sys.executable,
-        str(ROOT / "train_llm.py"),
-        f"--model_name_or_path={directory / 'model'}",
-        *flags,
-    ]
-    command += [
-        f"--output_dir={directory / 'run'}",
-        "--overwrite_output_dir",
-        "--epochs=1",
-        "--text_format=output",
-    ]
-    return [*command, "--eval_fraction=0", "--num_samples=0", "--dataset_path"]
+def peer(name: str, directory: str, steps: str, seed: str) -> dict[str, float]:
+    """The same work by a library."""
+    model_path, rows = f"{directory}/model", data_pipeline.load_dataset(f"{directory}/rows.json")
+    settings = measure.trainer_settings(f"{directory}/peer")
+    settings |= {"max_steps": int(steps), "seed": int(seed)}
+    if name == "Trainer + PEFT, at its best":
+        settings["train_sampling_strategy"] = "group_by_length"
+        return timed(measure.peft_trainer(model_path, rows, **settings))
+    if name == "Trainer + PEFT, as it comes":  # GPT-2's dropout, rows of any length together
+        return timed(measure.peft_trainer(model_path, rows, 0.1, **settings | {"bf16": False}))
+    as_many_tokens = round(int(steps) * BATCH_SIZE * rows.lengths.mean() / PACKED_TOKENS)
+    settings["max_steps"] = max(WARM_UP + 2, as_many_tokens)
+    return timed(trl_trainer(model_path, rows, **settings))
 
 
-def peer(name: str, directory: Path, path: Path) -> None:
-    """The same work by a library, in this process: LoRA r=4 on every Conv1D, batch size 8, one pass."""
-
-    library, precision, batching = name.split()
-    bf16, tokenizer = precision == "bf16", data_pipeline.load_tokenizer()
-    if library == "trainer":
-        grouped = {"train_sampling_strategy": "group_by_length"} if batching == "group" else {}
-        dropout, rows = (
-            0.1 if batching == "dynamic" else 0.0,
-            data_pipeline.load_dataset(path, tokenizer),
-        )
-        train_with_peft(
-            directory / "model", rows, directory / "peer", dropout, bf16=bf16, **grouped
-        )
-        return
+def trl_trainer(model_path: str, rows: data_pipeline.AlpacaDataset, **settings: Any) -> Trainer:
+    """TRL's trainer with PEFT's LoRA, in batches of 4 x 512 tokens."""
     from datasets import Dataset
-    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    base = GPT2LMHeadModel.from_pretrained(
-        directory / "model", attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    settings |= {"per_device_train_batch_size": 4, "packing": True, "max_length": 512}
+    settings = SFTConfig(**settings, gradient_checkpointing=False)
+    data = Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in rows])
+    (model, lora), tokenizer = measure.peft_parts(model_path), data_pipeline.load_tokenizer()
+    return SFTTrainer(
+        model, settings, train_dataset=data, processing_class=tokenizer, peft_config=lora
     )
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM"
-    )
-    settings = SFTConfig(
-        output_dir=str(directory / "peer"), per_device_train_batch_size=4, num_train_epochs=1, bf16=bf16, packing=True,
-        max_length=512, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(), report_to=[],
-        save_strategy="no", logging_steps=10_000, disable_tqdm=True,
-    )  # fmt: skip
-    texts = Dataset.from_list([{"text": row["output"]} for row in json.loads(path.read_text())])
-    SFTTrainer(
-        base, args=settings, train_dataset=texts, processing_class=tokenizer, peft_config=config
-    ).train()
 
 
-def loading(args: argparse.Namespace, directory: Path) -> None:
-    """Reading, tokenising and checking JSON lines of so many rows: the dataset's over and over, each text changed."""
-    source, points = json.loads(Path(args.dataset_path).read_text(encoding="utf-8")), []
-    print("| rows | seconds | peak memory |\n| ---: | ---: | ---: |")
-    for number in map(int, args.loading.split(",")):
-        path = directory / "rows.jsonl"
-        with open(path, "w", encoding="utf-8") as file:
-            for i in range(number):
-                row = source[i % len(source)]
-                file.write(json.dumps(row | {"output": f"{row['output']} ({i})"}) + "\n")
-        script = f"import data_pipeline as d; assert len(d.load_dataset({str(path)!r})) == {number}"
-        seconds, memory = run(
-            [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {script}"]
-        )
-        points.append((number, seconds, memory))
-        print(f"| {number:,} | {seconds:.1f} | {memory:.2f} GB |", flush=True)
-    if args.plot:
-        from matplotlib.figure import Figure
+class Clock(TrainerCallback):
+    """Notes when the third step begins and when the last one ends."""
 
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        for axes, column, label in zip(
-            figure.subplots(1, 2), (1, 2), ("seconds", "peak memory, GB"), strict=True
-        ):
-            axes.plot([p[0] for p in points], [p[column] for p in points], "o-", color="#4c72b0")
-            axes.set(xlabel="rows of JSON lines", ylabel=label, ylim=(0, None))
-            axes.grid(alpha=0.3)
-        figure.savefig(args.plot, dpi=120)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == WARM_UP:
+            self.begin = synchronised_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == args.max_steps:
+            self.end = synchronised_time()
 
 
-def training(args: argparse.Namespace, directory: Path) -> None:
+def synchronised_time() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
+
+def timed(trainer: Trainer) -> dict[str, float]:
+    """Trains, and counts the labels of each batch."""
+    clock, collate, labels = Clock(), trainer.data_collator, []
+
+    def counting(rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(rows)
+        labels.append(int((batch["labels"] != data_pipeline.IGNORED).sum()))
+        return batch
+
+    trainer.data_collator = counting
+    trainer.add_callback(clock)
+    trainer.train()
+    tokens = sum(labels[WARM_UP : trainer.args.max_steps])  # it may have collated a batch ahead
+    return {"tokens": tokens, "seconds": clock.end - clock.begin}
+
+
+def load(path: str) -> dict[str, float]:
+    """The data pipeline on a file."""
+    start = time.perf_counter()
+    rows = data_pipeline.load_dataset(path)
+    return {"rows": len(rows), "seconds": time.perf_counter() - start}
+
+
+# ---- all runs ------------------------------------------------------------------------------------
+
+
+def run(*command: str) -> dict[str, float]:
+    """What `ours`, `peer` or `load` returns in a process of its own, and its peak memory."""
+    command = [sys.executable, __file__, "--child", *command]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def read_rows(args: argparse.Namespace) -> list[dict[str, str]]:
+    """The rows whose response has at least --min_words words."""
+    columns = data_pipeline.ALPACA_COLUMNS
+    frames = data_pipeline.read_frames(args.dataset_path, columns)
+    rows = [row for frame in frames for row in frame[columns].to_dict("records")]
+    return [row for row in rows if len(row["output"].split()) >= max(1, args.min_words)]
+
+
+def write_inputs(args: argparse.Namespace, directory: Path) -> int:
+    """rows.json and model/ for all runs. Returns the steps of a run, within one pass."""
+    rows = read_rows(args)[: args.rows]
+    steps = min(args.steps, len(rows) // BATCH_SIZE)
+    if steps <= WARM_UP:
+        too_short = f"{len(rows)} rows and --steps {args.steps} make {steps} steps"
+        raise ValueError(f"--dataset_path {args.dataset_path}: {too_short}, of which 2 warm up")
+    (directory / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     if args.model_name_or_path:
         (directory / "model").symlink_to(Path(args.model_name_or_path).resolve())
     else:
         GPT2LMHeadModel(GPT2Config()).save_pretrained(directory / "model")
-    source = json.loads(Path(args.dataset_path).read_text(encoding="utf-8"))
-    source = [row for row in source if len(row["output"].split()) >= max(1, args.min_words)][
-        : args.rows
-    ]
-    rows = directory / "few.json", directory / "all.json"
-    for path, part in zip(rows, (source[:FEW], source), strict=True):
-        path.write_text(json.dumps(part), encoding="utf-8")
-    lengths = data_pipeline.load_dataset(rows[1]).lengths
-    tokens, few = int(lengths[FEW:].sum()), len(lengths) - FEW
-    print(
-        f"\n{len(source)} rows of {lengths.mean():.0f} tokens; {args.repeats} x in turn, medians\n"
-    )
-    commands = {}
-    for name in [
-        n for n in SETTINGS if args.only in n and (not args.peers or n.startswith("LoRA"))
-    ]:
-        commands[name] = ours(directory, SETTINGS[name])
-        if args.compile:
-            commands[f"{name}, compiled"] = ours(directory, [*SETTINGS[name], "--compile"])
-            run(
-                [*commands[f"{name}, compiled"], str(rows[0])]
-            )  # the compiler keeps on disk what it has compiled
-    for name, kind in PEERS.items() if args.peers else ():
-        commands[name] = [
-            sys.executable,
-            __file__,
-            "--as_peer",
-            kind,
-            "--model_name_or_path",
-            str(directory),
-            "--dataset_path",
-        ]
-    found: dict[str, list[dict]] = {name: [] for name in commands}
-    for _ in range(args.repeats):
-        for name, command in commands.items():
-            rate = matmul_rate()
-            found[name].append(difference(command, rows, few, tokens) | {"rate": rate})
-    print(
-        "| | tokens/s | records/s | peak memory | share of the matrix-product rate | LoRA's is |\n"
-        + "| --- "
-        + "| ---: " * 5
-        + "|"
-    )
-    middle = {
-        n: {k: statistics.median(r[k] for r in results) for k in results[0]}
-        for n, results in found.items()
-    }
-    first = next(iter(middle.values()))["tokens"]
-    for name, row in middle.items():
-        flags = SETTINGS.get(name.removesuffix(", compiled"))
-        share = f"{row['tokens'] * flops_per_token(flags) / row['rate']:.0%}" if flags else ""
-        figures = f"{row['tokens']:,.0f} | {row['records']:.1f} | {row['memory']:.2f} GB | {share}"
-        print(f"| {name} | {figures} | {first / row['tokens']:.2f} x |")
+    lengths = data_pipeline.load_dataset(directory / "rows.json").lengths
+    fewer = "" if len(rows) == args.rows else f" (there are no {args.rows:,})"
+    print(f"{len(rows):,} rows{fewer} of {lengths.mean():.0f} tokens, {BATCH_SIZE} a step")
+    runtime = measure.default_runtime()
+    print(f"Steps {WARM_UP + 1} to {steps} on {runtime.device}, {runtime.dtype}", flush=True)
+    return steps
 
 
-def main() -> None:
+def commands(args: argparse.Namespace, directory: Path, steps: int, seed: int) -> dict[str, list]:
+    """The runs of a turn, by name."""
+    model, found = f"{directory}/model", {}
+    shared = [f"--model_name_or_path={model}", f"--dataset_path={directory}/rows.json"]
+    shared += [f"--output_dir={directory}/run", "--overwrite_output_dir", f"--seed={seed}"]
+    shared += ["--text_format=output", f"--max_steps={steps}", f"--batch_size={BATCH_SIZE}"]
+    techniques = {name: measure.technique_flags(name, model) for name in measure.TECHNIQUES}
+    half_frozen = techniques["selective, lower half frozen"]
+    techniques["selective, head frozen"] = [*half_frozen, "--freeze_head"]
+    for name in sorted(techniques, key=lambda name: name != LORA):
+        if args.only in name and (name == LORA or not args.peers):
+            found[name] = ["ours", *shared, *techniques[name]]
+            if args.compile:
+                found[f"{name}, compiled"] = [*found[name], "--compile"]
+    for name in PEERS if args.peers else ():
+        found[name] = ["peer", name, str(directory), str(steps), str(seed)]
+    return found
+
+
+def training(args: argparse.Namespace, directory: Path) -> None:
+    """Speed and memory of each run, as they come, and in a table."""
+    steps = write_inputs(args, directory)
+    for name, command in commands(args, directory, steps, seed=0).items():
+        if name.endswith("compiled"):
+            run(*command)  # the compiler keeps on disk what it has compiled
+    found: dict[str, list[dict]] = {}
+    for turn in range(args.repeats):
+        for name, command in commands(args, directory, steps, seed=turn).items():
+            figures = run(*command)
+            found.setdefault(name, []).append(figures)
+            counted = f"{figures['tokens']:,} tokens in {figures['seconds']:.2f} s"
+            print(f"turn {turn + 1}: {name}: {counted}, {figures['memory']:.2f} GB", flush=True)
+    print("\n| | tokens/s | in each turn | beside the first | peak memory |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    first = None
+    for name, turns in found.items():
+        speeds = [figures["tokens"] / figures["seconds"] for figures in turns]
+        speed, each = statistics.median(speeds), ", ".join(f"{s:,.0f}" for s in speeds)
+        first, memory = first or speed, statistics.median(f["memory"] for f in turns)
+        print(f"| {name} | {speed:,.0f} | {each} | {speed / first:.2f} x | {memory:.2f} GB |")
+
+
+def loading(args: argparse.Namespace, directory: Path) -> None:
+    """Reading, tokenising and checking JSON lines: the dataset's over and over, each text new."""
+    from matplotlib.figure import Figure
+
+    source, path, points = read_rows(args), directory / "rows.jsonl", []
+    print("| rows | seconds | peak memory |\n| ---: | ---: | ---: |")
+    for number in map(int, args.loading.split(",")):
+        with open(path, "w", encoding="utf-8") as file:
+            for i, row in enumerate(itertools.islice(itertools.cycle(source), number)):
+                file.write(json.dumps(row | {"output": f"{row['output']} ({i})"}) + "\n")
+        points.append(run("load", str(path)))
+        print("| {rows:,} | {seconds:.1f} | {memory:.2f} GB |".format(**points[-1]), flush=True)
+    if args.plot:
+        figure = Figure(figsize=(9, 4), layout="constrained")
+        labels = {"seconds": "seconds", "memory": "peak memory, GB"}
+        for axes, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+            axes.plot([p["rows"] for p in points], [p[key] for p in points], "o-")
+            axes.set(xlabel="rows of JSON lines", ylabel=label, ylim=(0, None))
+        figure.savefig(args.plot, dpi=120)
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--dataset_path", default=str(ROOT / "tests" / "data" / "alpaca_sample.json")
-    )
-    parser.add_argument("--model_name_or_path", default="")
-    parser.add_argument("--rows", type=int, default=144)
-    parser.add_argument(
-        "--min_words", type=int, default=0, help="only rows whose output has at least so many words"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", help="techniques whose name holds this")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="each of ours once more with train_llm.py's --compile",
-    )
-    parser.add_argument("--peers", action="store_true")
-    parser.add_argument(
-        "--loading", default="", help="measure the data pipeline instead, on so many rows each"
-    )
-    parser.add_argument("--plot", default="")
-    parser.add_argument("--as_peer", default="", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.as_peer:
-        peer(args.as_peer, Path(args.model_name_or_path), Path(args.dataset_path))
+    add = parser.add_argument
+    add("--dataset_path", default=str(data_pipeline.BUNDLED_SAMPLE), help="(the bundled sample)")
+    add("--model_name_or_path", help="local directory (a random GPT-2 small)")
+    add("--rows", type=int, default=3000, help="that batches are drawn from (3000)")
+    add("--min_words", type=int, default=0, help="only rows with so many words of output (0)")
+    add("--steps", type=int, default=52, help="optimizer steps of a run (52)")
+    add("--repeats", type=int, default=3, help="turns (3)")
+    add("--only", default="", help="techniques whose name holds this (all)")
+    add("--compile", action="store_true", help="each of ours once more with --compile")
+    add("--peers", action="store_true", help="LoRA beside Trainer + PEFT and TRL")
+    add("--loading", help="the data pipeline instead, on so many rows: 30000,300000")
+    add("--plot", help="a drawing of --loading")
+    add("--launches", action="store_true", help="the launches of a step on a GPU instead")
+    return parser
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        name, *arguments = sys.argv[2:]
+        figures = {"ours": ours, "peer": peer, "load": load}[name](*arguments)
+        print(json.dumps(figures | {"memory": peak_memory()}))
         return
+    parser = build_parser()
+    args = parser.parse_args()
+    if args.launches:
+        import gpu_rehearsal
+
+        gpu_rehearsal.launches()
+        return
+    needed = ("peft", "accelerate", "datasets", "trl") if args.peers else ()
+    if command := measure.missing_packages(*needed):
+        parser.error(f"--peers: packages are missing: {command}")
     with tempfile.TemporaryDirectory() as directory:
-        (loading if args.loading else training)(args, Path(directory))
+        try:
+            (loading if args.loading else training)(args, Path(directory))
+        except ValueError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

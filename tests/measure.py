@@ -1,14 +1,19 @@
 """Measurements for the README: learning rates, and what each technique learns, costs and saves.
 
     python tests/measure.py sweep --dataset_path alpaca_data.json --model_name_or_path distilgpt2
-    python tests/measure.py results --dataset_path alpaca_data.json --model_name_or_path distilgpt2 --plot chart.png
-    python tests/measure.py peft --max_samples 6000 ...        # PEFT's LoRA beside ours; pip install peft accelerate
+    python tests/measure.py results --dataset_path alpaca_data.json --plot chart.png
+    python tests/measure.py peft --dataset_path alpaca_data.json --max_samples 6000
 
-Every row is a run of train_llm.py of its own: one pass over `--max_samples` rows of response texts, evaluated on
-held-out rows. Each run's result is kept in --work_dir, so that an interrupted measurement goes on where it was.
+`sweep`: the held-out loss at several learning rates. `results`: perplexity, parameters, size and
+time of each technique. `peft`: PEFT's LoRA beside ours (pip install peft accelerate).
+
+Every figure is of a run of train_llm.py: one pass over `--max_samples` rows of response texts,
+evaluated on held-out rows. Each run's result is kept in --work_dir, so that an interrupted
+measurement goes on where it was.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -18,17 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.data import DataLoader
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, Trainer, TrainingArguments
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data_pipeline  # noqa: E402
 import modify_llm  # noqa: E402
 import train_llm  # noqa: E402
 
-LAYERS = ["c_attn", "c_proj", "c_fc"]
 TECHNIQUES = {
     "full": ["--modification_type", "full"],
     "selective, lower half frozen": ["--modification_type", "selective"],
@@ -55,32 +57,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run_flags(args: argparse.Namespace) -> list[str]:
     """What all runs have in common."""
-    flags = [
-        "--dataset_path",
-        args.dataset_path,
-        "--model_name_or_path",
-        args.model_name_or_path,
-        "--epochs",
-        "1",
-    ]
-    flags += [
-        "--max_samples",
-        str(args.max_samples),
-        "--max_eval_samples",
-        str(args.max_eval_samples),
-    ]
-    flags += [
-        "--text_format",
-        "output",
-        "--num_samples",
-        "0",
-        "--log_interval",
-        "100",
-        "--overwrite_output_dir",
-    ]
-    return flags + (
-        ["--eval_dataset_path", args.eval_dataset_path] if args.eval_dataset_path else []
-    )
+    flags = [f"--dataset_path={args.dataset_path}", f"--max_samples={args.max_samples}"]
+    flags += [f"--max_eval_samples={args.max_eval_samples}"]
+    flags += [f"--model_name_or_path={args.model_name_or_path}", "--epochs=1"]
+    flags += ["--text_format=output", "--num_samples=0", "--log_interval=100"]
+    if args.eval_dataset_path:
+        flags += [f"--eval_dataset_path={args.eval_dataset_path}"]
+    return [*flags, "--overwrite_output_dir"]
 
 
 def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
@@ -89,38 +72,26 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     summary = directory / "summary.json"
     if summary.exists():
         return json.loads(summary.read_text())
-    command = [
-        sys.executable,
-        str(ROOT / "train_llm.py"),
-        *run_flags(args),
-        "--output_dir",
-        str(directory),
-        *flags,
-    ]
+    command = [sys.executable, str(ROOT / "train_llm.py"), *run_flags(args), *flags]
+    command += [f"--output_dir={directory}"]
     before = cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    seconds = cpu_seconds() - before
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    counts = json.loads((directory / "run.json").read_text())["parameters"]
-    skip = ("tokenizer.json", "tokenizer_config.json")
-    size = sum(
-        file.stat().st_size for file in (directory / "final").iterdir() if file.name not in skip
-    )
-    result = {
-        "name": name,
-        "before": losses[0],
-        "after": losses[-1],
-        "seconds": cpu_seconds() - before,
-    }
-    result |= {"trainable": counts["trainable"], "total": counts["total"], "saved_mb": size / 1e6}
+    tokenizer = ("tokenizer.json", "tokenizer_config.json")
+    saved = [file for file in (directory / "final").iterdir() if file.name not in tokenizer]
+    result = json.loads((directory / "run.json").read_text())["parameters"]  # total, trainable
+    result |= {"name": name, "before": losses[0], "after": losses[-1], "seconds": seconds}
+    result["saved_mb"] = sum(file.stat().st_size for file in saved) / 1e6
     summary.write_text(json.dumps(result))
     return result
 
 
 def cpu_seconds() -> float:
-    """Of the runs so far: what they would take on one idle core, whatever else the machine was doing."""
+    """Of the runs so far: what they would take on one idle core, whatever else the machine does."""
     times = os.times()
     return times.children_user + times.children_system
 
@@ -129,40 +100,31 @@ def technique_flags(name: str, model: str) -> list[str]:
     """The flags of a technique; "lower half frozen" is of whatever model this is."""
     if "half" not in name:
         return TECHNIQUES[name]
-    args = modify_llm.with_defaults(None, model_name_or_path=model)
-    return [
-        *TECHNIQUES[name],
-        "--freeze_layers",
-        f"0-{modify_llm.read_config(args).n_layer // 2 - 1}",
-    ]
+    config = modify_llm.read_config(modify_llm.with_defaults(model_name_or_path=model))
+    return [*TECHNIQUES[name], f"--freeze_layers=0-{config.n_layer // 2 - 1}"]
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Held-out loss after one pass, a row a technique, a column a learning rate; the best in bold."""
+    """Held-out loss after one pass: a row a technique, a cell a learning rate, the best in bold."""
     for name, rates in RATES.items():
-        if args.only and args.only not in name:
+        if args.only not in name:
             continue
-        flags = technique_flags(name, args.model_name_or_path)
-        losses = {
-            r: train(args, f"sweep {name} {r:g}", *flags, "--learning_rate", str(r))["after"]
-            for r in rates
-        }
-        best = min(losses.values())
-        cells = [
-            f"**{loss:.3f}** ({rate:g})" if loss == best else f"{loss:.3f} ({rate:g})"
-            for rate, loss in losses.items()
-        ]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        flags, losses = technique_flags(name, args.model_name_or_path), {}
+        for rate in rates:
+            run = train(args, f"sweep {name} {rate:g}", *flags, f"--learning_rate={rate}")
+            losses[rate] = run["after"]
+        best = min(losses, key=losses.get)
+        cells = {rate: f"{loss:.3f}" for rate, loss in losses.items()}
+        cells[best] = f"**{cells[best]}**"
+        row = " | ".join(f"{loss} ({rate:g})" for rate, loss in cells.items())
+        print(f"| {name} | {row} |", flush=True)
 
 
 def results(args: argparse.Namespace) -> None:
+    """What each technique trains, learns, saves and costs, a row each."""
+    columns = "trainable | share | held-out perplexity before | after | saved | CPU time"
+    print(f"| technique | {columns} |\n| --- {'| ---: ' * 6}|")
     rows = []
-    print(
-        "| technique | trainable | share | held-out perplexity before | after | saved | CPU time |\n"
-        + "| --- "
-        + "| ---: " * 6
-        + "|"
-    )
     for name in TECHNIQUES:
         row = train(args, f"results {name}", *technique_flags(name, args.model_name_or_path))
         rows.append(row | {"label": name})
@@ -174,72 +136,84 @@ def results(args: argparse.Namespace) -> None:
         plot(rows, args)
 
 
-def train_with_peft(
-    model_path: str, rows: data_pipeline.AlpacaDataset, output_dir: Path, dropout: float = 0.0,
-    loader: DataLoader | None = None, **settings: Any,
-) -> nn.Module:  # fmt: skip
-    """Hugging Face's Trainer with PEFT's LoRA: one pass over the rows, in its own batches or the loader's."""
-    import peft
+def missing_packages(*names: str) -> str:
+    """The command that installs those that are not there; "" where all are."""
+    missing = [name for name in names if not importlib.util.find_spec(name)]
+    return f"pip install {' '.join(missing)}" if missing else ""
+
+
+def peft_parts(model_path: str, dropout: float = 0.0) -> tuple[GPT2LMHeadModel, Any]:
+    """(the base with GPT-2's dropouts set, PEFT's LoRA as ours is by default)"""
+    from peft import LoraConfig
 
     base = GPT2LMHeadModel.from_pretrained(
         model_path, attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout
     )
-    config = peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules=LAYERS, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    layers = ["c_attn", "c_proj", "c_fc"]
+    return base, LoraConfig(
+        r=4, lora_alpha=8, target_modules=layers, fan_in_fan_out=True, task_type="CAUSAL_LM"
     )
-    model = peft.get_peft_model(base, config)
-    arguments = TrainingArguments(
-        output_dir=str(output_dir), per_device_train_batch_size=8, num_train_epochs=1,
-        use_cpu=not torch.cuda.is_available(), report_to=[], logging_steps=10_000, save_strategy="no",
-        disable_tqdm=True, remove_unused_columns=False, **settings,
-    )  # fmt: skip
-    data = [dict(rows[i], length=int(n)) for i, n in enumerate(rows.lengths)]
-    collate = data_pipeline.PadBatch(data_pipeline.load_tokenizer().pad_token_id, None)
-    trainer = Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate)
-    if loader:
-        trainer.get_train_dataloader = lambda: loader
-    trainer.train()
-    return model
+
+
+def default_runtime() -> train_llm.Runtime:
+    """The device and the precision that train_llm.py takes here."""
+    return train_llm.choose_runtime(argparse.Namespace(device="auto", precision="auto"))
+
+
+def trainer_settings(output_dir: str) -> dict[str, Any]:
+    """Of Hugging Face's Trainer and TRL's: nothing saved or reported, our device and precision."""
+    settings = {"output_dir": output_dir, "save_strategy": "no", "report_to": []}
+    settings |= {"logging_steps": 10_000, "disable_tqdm": True}
+    runtime = default_runtime()
+    settings |= {"use_cpu": runtime.device.type == "cpu"}
+    return settings | {"bf16": runtime.dtype == torch.bfloat16}
+
+
+def peft_trainer(
+    model_path: str, rows: data_pipeline.AlpacaDataset, dropout: float = 0.0, **settings: Any
+) -> Trainer:
+    """Hugging Face's Trainer with PEFT's LoRA, in batches of 8 rows padded to their longest."""
+    from peft import get_peft_model
+
+    model = get_peft_model(*peft_parts(model_path, dropout))
+    data = [{name: ids.tolist() for name, ids in row.items()} for row in rows]
+    collate = DataCollatorForSeq2Seq(data_pipeline.load_tokenizer())  # labels padded with -100
+    settings = TrainingArguments(per_device_train_batch_size=8, **settings)
+    return Trainer(model=model, args=settings, train_dataset=data, data_collator=collate)
 
 
 def beside_peft(args: argparse.Namespace) -> None:
-    """Held-out perplexity of our LoRA and PEFT's, same batches and hyperparameters, over three seeds."""
+    """Held-out perplexity of our LoRA and PEFT's over three seeds: same batches, same settings."""
+    if command := missing_packages("peft", "accelerate"):
+        sys.exit(f"measure.py peft: packages are missing: {command}")
     print("| seed | ours | PEFT |\n| ---: | ---: | ---: |")
     for seed in range(3):
-        ours = train(args, f"peft ours {seed}", "--seed", str(seed))
+        ours = train(args, f"peft ours {seed}", f"--seed={seed}")["after"]
         summary = args.work_dir / f"peft_theirs_{seed}.json"
         if not summary.exists():
             summary.write_text(json.dumps({"after": peft_loss(args, seed)}))
-        theirs = json.loads(summary.read_text())
-        print(
-            f"| {seed} | {math.exp(ours['after']):.2f} | {math.exp(theirs['after']):.2f} |",
-            flush=True,
-        )
+        theirs = json.loads(summary.read_text())["after"]
+        print(f"| {seed} | {math.exp(ours):.2f} | {math.exp(theirs):.2f} |", flush=True)
 
 
 def peft_loss(args: argparse.Namespace, seed: int) -> float:
-    """The held-out loss of PEFT's LoRA after Hugging Face's Trainer, by the same evaluation as ours."""
-    flags = parse([*run_flags(args), "--seed", str(seed)])
-    runtime, tokenizer = train_llm.choose_runtime(flags), data_pipeline.load_tokenizer()
+    """The held-out loss of PEFT's LoRA after Trainer, by the same evaluation as ours."""
+    flags = parse([*run_flags(args), f"--seed={seed}"])
+    runtime, tokenizer = train_llm.choose_runtime(flags), train_llm.tokenizer_for(flags)
     rows, held_out = train_llm.load_rows(flags, tokenizer)
-    set_seed(seed)
-    grouped = {
-        "tokenizer": tokenizer,
-        "padding": "longest",
-        "group_by_length": True,
-        "num_workers": 0,
-        "seed": seed,
-    }
-    loader = data_pipeline.final_dataset_loader(
-        rows, **grouped
-    )  # Trainer's own order, long to short, learns less
-    model = train_with_peft(
-        modify_llm.locate(args.model_name_or_path), rows, args.work_dir / "peft", loader=loader, seed=seed,
-        learning_rate=flags.learning_rate, weight_decay=flags.weight_decay, lr_scheduler_type="cosine",
-        warmup_steps=min(100, len(rows) // 80), bf16=runtime.dtype == torch.bfloat16,
+    loader = train_llm.make_loader(rows, flags, runtime, tokenizer)
+    torch.manual_seed(seed)
+    trainer = peft_trainer(
+        modify_llm.locate(args.model_name_or_path), rows, num_train_epochs=1, seed=seed,
+        learning_rate=flags.learning_rate, weight_decay=flags.weight_decay,
+        lr_scheduler_type="cosine", warmup_steps=min(100, len(loader) // 10),
+        **trainer_settings(str(args.work_dir / "peft")),
     )  # fmt: skip
-    loader = data_pipeline.final_dataset_loader(held_out, shuffle=False, **grouped)
-    return train_llm.evaluate(train_llm.SummedLoss(model.base_model.model), loader, runtime)[0]
+    trainer.get_train_dataloader = lambda: loader  # Trainer's order, long to short, learns less
+    trainer.train()
+    loader = train_llm.make_loader(held_out, flags, runtime, tokenizer, shuffle=False)
+    summed_loss = train_llm.SummedLoss(trainer.model.base_model.model)
+    return train_llm.evaluate(summed_loss, loader, runtime)[0]
 
 
 def plot(rows: list[dict], args: argparse.Namespace) -> None:
@@ -253,15 +227,10 @@ def plot(rows: list[dict], args: argparse.Namespace) -> None:
     axes.axhline(math.exp(full["after"]), color="#c44e52", linestyle="--", label="full fine-tuning")
     for row in rows:
         if row is not full:
-            axes.plot(
-                row["trainable"], math.exp(row["after"]), "o", markersize=9, label=row["label"]
-            )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="trainable parameters",
-        ylabel="held-out perplexity after one epoch",
-    )
+            after = math.exp(row["after"])
+            axes.plot(row["trainable"], after, "o", markersize=9, label=row["label"])
+    axes.set(xscale="log", xlabel="trainable parameters")
+    axes.set(yscale="log", ylabel="held-out perplexity after one epoch")
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_title(f"{Path(args.model_name_or_path).name}, {args.max_samples:,} rows")
