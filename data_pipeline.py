@@ -13,11 +13,15 @@ rows meet) -> PadBatch (tensors).
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import functools
+import glob
+import gzip
 import hashlib
 import http.client
+import importlib
 import io
 import itertools
 import json
@@ -25,21 +29,29 @@ import logging
 import math
 import os
 import re
+import reprlib
+import shutil
 import signal
 import string
 import sys
+import tempfile
+import textwrap
+import urllib.parse
 import urllib.request
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import pandas as pd
 import tiktoken
 import torch
+from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -89,8 +101,26 @@ GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
 CHUNK_ROWS = 10_000  # rows held as text at a time: bounds the memory of a long .jsonl or .csv
 TOKENISE_ROWS = 1_000  # rows tokenised at a time: bounds the memory of their Python integers
+SHOWN_CHARACTERS = 4_000  # of a sample in the log
 SORTED_BATCHES = 100  # global batches sorted by length together
 WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
+KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zst")
+FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# By these words in a file's name, between signs, hub datasets tell their splits.
+HELD_OUT_NAMES = [
+    f"{before}{word}[-._ 0-9/]*"
+    for before in ("", "*[-._ 0-9/]")
+    for word in ("test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
+]
+NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
+SIGNATURES = {  # files that are not what their name says, by their first bytes
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
+    b"\x1f\x8b": "gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "zstandard: let its name end in .zst",
+    b"PAR1": "parquet: let its name end in .parquet",
+    b"PK\x03\x04": "a zip archive or an Excel sheet: unpack it, or save it as CSV",
+}
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
@@ -142,7 +172,8 @@ at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 below_one = number_type(float, 0, 1)
 DATA_FLAGS = {
     "dataset_path": Flag(
-        None, nonempty, "local .json (records), .jsonl or .csv, or an http(s) URL of one "
+        None, nonempty, "local .json (records), .jsonl, .ndjson, .csv or .parquet, also .gz or "
+        ".zst, a directory or glob of them, an http(s) URL of one, or a hub dataset's id "
         "(a bundled sample; none in training)",
     ),
     "text_format": Flag(
@@ -185,13 +216,151 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 # ---- from a file to checked rows -----------------------------------------------------------------
 
 
-def open_text(dataset_path: str) -> TextIO:
-    """A local file or a URL as UTF-8 text; a byte-order mark is accepted."""
-    if dataset_path.startswith(("http://", "https://")):
-        with urllib.request.urlopen(dataset_path, timeout=60) as response:
-            content = io.BytesIO(response.read())
-        return io.TextIOWrapper(content, encoding="utf-8-sig", newline="")
-    return open(dataset_path, encoding="utf-8-sig", newline="")
+def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, Path]:
+    """The local files of a dataset in their order, by the names that errors give them.
+
+    A local file, a directory or glob (sorted), a URL, or a hub dataset's id: what is not on this
+    machine is downloaded. Of a directory or hub dataset, the files of the training split; for
+    --eval_dataset_path those of the held-out ones. Raises ValueError that names the flag.
+    """
+    name, path, held_out = str(dataset_path), Path(dataset_path), flag == "eval_dataset_path"
+    try:
+        if name.startswith(("http://", "https://")):
+            return {name: download(name)}
+        if glob.has_magic(name) and not path.exists():
+            found = sorted(glob.glob(name, recursive=True))
+            chosen = [file for file in found if file_kind(file)]
+            log_files(name, found, chosen)
+            return {file: Path(file) for file in chosen}
+        is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
+        if not is_hub_id and not path.is_dir():
+            return {name: path}  # where there is none, opening it gives the reason
+        directory = hub_snapshot(name, held_out) if is_hub_id else path
+        chosen = choose_files(name, directory, held_out, one_kind=bool(is_hub_id))
+        return {f"{name.rstrip('/')}/{file}": directory / file for file in chosen}
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
+
+
+def hub_snapshot(repo_id: str, held_out: bool) -> Path:
+    """The cached directory of a hub dataset, completed from the hub where that can be reached."""
+    wanted = [f"*{kind}{packed}" for kind in KINDS for packed in ("", *PACKED)]
+    unwanted = None if held_out else HELD_OUT_NAMES
+    try:
+        directory = snapshot_download(
+            repo_id, repo_type="dataset", allow_patterns=wanted, ignore_patterns=unwanted
+        )
+        return Path(directory)
+    except Exception as error:  # of any type: the hub's, the HTTP client's, the disk's
+        reason = textwrap.shorten(str(error) or type(error).__name__, 250)
+        neither = "neither a local file or directory nor a dataset that the hub gives"
+        raise ValueError(f"{neither}: {reason}") from None
+
+
+def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> list[str]:
+    """The files of rows in a directory that belong to the training or to the held-out split.
+
+    one_kind: the first kind alone, since hub datasets may hold the same rows in several.
+    """
+    there = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
+    names = [file.as_posix() for file in there if not any(part[0] == "." for part in file.parts)]
+    rows = [file for file in names if file_kind(file) and Path(file).name not in NO_ROWS]
+    training = list(filter_repo_objects(rows, ignore_patterns=HELD_OUT_NAMES))
+    chosen = ([file for file in rows if file not in training] or rows) if held_out else training
+    if rows and not chosen:
+        held_out_files = textwrap.shorten(", ".join(rows), 200)
+        raise ValueError(f"holds no training split: name a file of {held_out_files}")
+    for kinds in ([".parquet"], [".json", ".jsonl"], [".csv"]):
+        if one_kind and any(file_kind(file) in kinds for file in chosen):
+            chosen = [file for file in chosen if file_kind(file) in kinds]
+    log_files(name, names, chosen)
+    return chosen
+
+
+def log_files(name: str, found: list[str], chosen: list[str]) -> None:
+    """Says which of several files are read, and which are not. Raises ValueError for none."""
+    if not chosen:
+        raise ValueError(f"holds no file of the kinds {FILE_KINDS}")
+    logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
+    if left_out := [file for file in found if file not in chosen]:
+        logger.info("Left out: %s", textwrap.shorten(", ".join(left_out), 300))
+
+
+def download(url: str) -> Path:
+    """A URL's file in Hugging Face's cache, fetched again only where the server says it changed."""
+    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
+    if not file_kind(name):
+        raise ValueError(f"expected a file of the kinds {FILE_KINDS}")
+    with urllib.request.urlopen(url, timeout=60) as response:
+        version = response.headers["ETag"], response.headers["Last-Modified"]
+        size = response.headers["Content-Length"]
+        key = hashlib.sha256(repr((url, version, size)).encode()).hexdigest()
+        file = cached_assets_path("data_pipeline", "urls", key) / name
+        if file.exists() and any(version):
+            return file
+        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
+            part = Path(scratch) / name
+            with open(part, "wb") as target:
+                shutil.copyfileobj(response, target)
+            if size and part.stat().st_size != int(size):
+                found = f"{part.stat().st_size} of {size} bytes"
+                raise ValueError(f"the download broke off after {found}")
+            os.replace(part, file)  # whole, or not there: other processes read it too
+    return file
+
+
+def optional_package(name: str) -> Any:
+    """A package that only some files need. Raises ValueError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise ValueError(f"needs the package {package}: pip install {package}") from None
+
+
+def file_kind(name: str) -> str:
+    """.json, .jsonl, .csv or .parquet by a file's name, without .gz or .zst; else ""."""
+    path = Path(name.lower())
+    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    return {".ndjson": ".jsonl"}.get(suffix, suffix) if suffix in KINDS else ""
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """A file's bytes; those of a .gz or .zst file unpacked into a temporary file, since parquet is
+    read at any place."""
+    suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        if suffix not in PACKED:
+            yield file
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            try:
+                if suffix == ".gz":
+                    shutil.copyfileobj(gzip.GzipFile(fileobj=file), unpacked)
+                else:
+                    unpack_zst(file, unpacked)
+            except (EOFError, zlib.error) as error:
+                raise ValueError(f"does not unpack: {error}") from None
+            unpacked.seek(0)
+            yield unpacked
+
+
+def unpack_zst(packed: BinaryIO, unpacked: BinaryIO) -> None:
+    """Frame by frame: zstandard's own readers take a file that is cut short for a whole one."""
+    zstandard = optional_package("zstandard")
+    frame = None
+    while chunk := packed.read(2**20):
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                unpacked.write(frame.decompress(chunk))
+            except zstandard.ZstdError as error:
+                raise EOFError(error) from None
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame:
+        raise EOFError("it ends in the middle of a frame")
 
 
 def parse_json(content: str, first_line: int = 1) -> object:
@@ -208,45 +377,123 @@ def parse_json(content: str, first_line: int = 1) -> object:
 
 
 def read_csv(file: TextIO) -> Iterator[list[dict]]:
-    """CSV rows by their header, in chunks; fields that a short row lacks are left out of it."""
+    """CSV rows by their header, in chunks; fields that a short row lacks are left out of it.
+
+    Fields beyond the header's last name stand under None, unless they are empty: spreadsheets
+    write such columns.
+    """
     csv.field_size_limit(2**31 - 1)
     # Not pandas.read_csv: it fills up a row that is cut short and guesses types.
-    reader = csv.DictReader(file, strict=True)
-    header = reader.fieldnames or []
-    if len(set(header)) < len(header):
-        raise ValueError("the header names a column twice")
-    while rows := list(itertools.islice(reader, CHUNK_ROWS)):
-        yield [{name: value for name, value in row.items() if value is not None} for row in rows]
-
-
-def read_json(file: TextIO, suffix: str) -> Iterator[list]:
-    """A JSON array at once; JSON lines, also under the name .json, in chunks."""
-    if suffix == ".json":
-        content = file.read()
-        if not content.lstrip().startswith("{"):
-            records = parse_json(content)
-            if not isinstance(records, list):
-                raise ValueError("the top level must be a list of rows")
+    reader = csv.reader(file, strict=True)
+    try:
+        header = next(reader, [])
+        while header and not header[-1].strip():
+            header.pop()
+        if len(set(header)) < len(header):
+            raise ValueError("the header names a column twice")
+        rows = filter(None, reader)  # without blank lines
+        while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+            records = [dict(zip(header, fields, strict=False)) for fields in chunk]
+            for record, fields in zip(records, chunk, strict=True):
+                if any(map(str.strip, fields[len(header) :])):
+                    record[None] = fields[len(header) :]
             yield records
+    except csv.Error as error:
+        doubled = (
+            "; a quote inside a quoted field is written twice" if "expected" in str(error) else ""
+        )
+        raise ValueError(f"line {reader.line_num}: {error}{doubled}") from None
+
+
+def read_json(file: TextIO, kind: str) -> Iterator[list]:
+    """A JSON array at once; JSON lines, also under the name .json, in chunks."""
+    if kind == ".json":
+        content = file.read()
+        if not starts_json_lines(content):
+            value = parse_json(content)
+            if not isinstance(value, list):
+                hint = wrapped_rows(value) if isinstance(value, dict) else ""
+                raise ValueError(f"the top level must be a list of rows, not {value!r:.40}{hint}")
+            yield value
             return
         file = io.StringIO(content)
     numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
-        yield [parse_json(line, number) for number, line in lines]
+        yield [parse_line(line, number) for number, line in lines]
+
+
+def starts_json_lines(content: str) -> bool:
+    """Whether the first line that is not blank is an object of its own."""
+    first_line = re.match(r"\s*(\{.*)", content)
+    try:
+        return first_line is not None and isinstance(parse_json(first_line[1]), dict)
+    except ValueError:
+        return False
+
+
+def parse_line(line: str, number: int) -> object:
+    """One of the JSON lines. Raises ValueError."""
+    if line.lstrip().startswith("["):
+        array = "a JSON array, not one object a line; a file with one is named .json"
+        raise ValueError(f"line {number}: {array}")
+    return parse_json(line, number)
+
+
+def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
+    """The rows of a parquet file, in chunks."""
+    parquet = optional_package("pyarrow.parquet")
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
+            yield batch.to_pylist()
+    except NotImplementedError as error:  # of pyarrow; its other errors are ValueErrors
+        raise ValueError(error) from None
+
+
+def read_records(path: Path, errors: str = "strict") -> Iterator[list]:
+    """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
+    kind = file_kind(path.name)
+    with open_bytes(path) as file:
+        if kind == ".parquet":
+            yield from read_parquet(file)
+            return
+        start = file.read(40)
+        for signature, what in SIGNATURES.items():
+            if start.startswith(signature):
+                raise ValueError(f"is {what}")
+        file.seek(0)
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
+        yield from read_csv(text) if kind == ".csv" else read_json(text, kind)
+
+
+def locate_undecodable(path: Path) -> str:
+    """The first row of a file that is not UTF-8, as "row N: "; "" where none can be told."""
+    rows = itertools.chain.from_iterable(read_records(path, errors="surrogateescape"))
+    try:
+        for row, record in enumerate(rows, 1):
+            # Where Python puts bytes that it cannot decode.
+            if re.search("[\udc80-\udcff]", json.dumps(record, ensure_ascii=False, default=str)):
+                return f"row {row}: "
+    except ValueError:
+        pass
+    return ""
 
 
 def check_record(record: object, columns: list[str]) -> None:
-    """Every field that the format reads must be text; a null `input` becomes empty (in place)."""
+    """Every field that the format reads must be text; a null `input` becomes empty (in place), and
+    so does one that a row with an instruction lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
-    if None in record:  # where csv.DictReader puts what has no header
+    if None in record:  # where read_csv puts what has no header
         raise ValueError("more fields than the header names")
     if columns == [TURNS]:
         record[TURNS] = read_turns(record)
         return
     for column in columns:
+        if column == "input" and "instruction" in columns:
+            record.setdefault("input", "")
         if column not in record:
-            raise ValueError(f"no {column!r}; the row has {sorted(map(str, record))}")
+            names = reprlib.repr(sorted(map(str, record)))
+            raise ValueError(f"no {column!r}; the row has {names}{wrapped_rows(record, column)}")
         value = record[column]
         if column == "input" and (value is None or value != value):  # NaN differs from itself
             record[column] = ""
@@ -256,6 +503,39 @@ def check_record(record: object, columns: list[str]) -> None:
             raise ValueError(f"{column!r} holds half a surrogate pair at character {lone.start()}")
 
 
+def wrapped_rows(record: dict, column: str = "") -> str:
+    """What to do about an object such as {"data": [row, ...]}, whose rows have the column."""
+    for name, value in record.items():
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, dict) and (not column or column in first):
+            return f"; save its list {name!r} alone as the file"
+    return ""
+
+
+def file_frames(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
+    """A file as DataFrames of checked rows. Raises ValueError that names the row (from 1)."""
+    rows_read = 0
+    if not file_kind(path.name):
+        also = "a directory or glob of them, an http(s) URL of one, or a hub dataset's owner/name"
+        raise ValueError(f"expected a file of the kinds {FILE_KINDS}, {also}")
+    try:
+        for records in read_records(path):
+            for row, record in enumerate(records, rows_read + 1):
+                try:
+                    check_record(record, columns)
+                except ValueError as error:
+                    raise ValueError(f"row {row}: {error}") from None
+            rows_read += len(records)
+            if records:
+                # dtype=object: any value in a column that is not read
+                yield pd.DataFrame(records, dtype=object)
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} is not UTF-8: save the file as UTF-8"
+        raise ValueError(f"{locate_undecodable(path)}{byte}") from None
+    if not rows_read:
+        raise ValueError("holds no rows")
+
+
 def read_frames(
     dataset_path: str | Path, columns: list[str], flag: str = "dataset_path"
 ) -> Iterator[pd.DataFrame]:
@@ -263,30 +543,21 @@ def read_frames(
 
     Raises ValueError that names the flag, the file, the row (from 1) and what is wrong with it.
     """
-    dataset_path, rows_read = str(dataset_path), 0
-    suffix = Path(dataset_path.partition("?")[0]).suffix.lower()
-    try:
-        if suffix not in (".json", ".jsonl", ".csv"):
-            raise ValueError("expected a .json, .jsonl or .csv file")
-        with open_text(dataset_path) as file:
-            chunks = read_csv(file) if suffix == ".csv" else read_json(file, suffix)
-            # In pairs, so that the number of rows is told before the last of them are shown.
-            for records, following in itertools.pairwise(itertools.chain(chunks, [None])):
-                for row, record in enumerate(records, rows_read + 1):
-                    try:
-                        check_record(record, columns)
-                    except ValueError as error:
-                        raise ValueError(f"row {row}: {error}") from None
-                rows_read += len(records)
-                if not following and rows_read:
-                    logger.info("Dataset loaded successfully with %d entries.", rows_read)
-                if records:
-                    # dtype=object: any value in a column that is not read
-                    yield pd.DataFrame(records, dtype=object)
-        if not rows_read:
-            raise ValueError("holds no rows")
-    except (ValueError, OSError, csv.Error, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--{flag} {dataset_path}: {error}".split())) from None
+
+    def frames() -> Iterator[pd.DataFrame]:
+        for name, path in dataset_files(dataset_path, flag).items():
+            try:
+                yield from file_frames(path, columns)
+            except (ValueError, OSError) as error:
+                raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
+
+    rows_read = 0
+    # In pairs, so that the number of rows is told before the last of them are shown.
+    for frame, following in itertools.pairwise(itertools.chain(frames(), [None])):
+        rows_read += len(frame)
+        if following is None:
+            logger.info("Dataset loaded successfully with %d entries.", rows_read)
+        yield frame
 
 
 # ---- from a row to its text ----------------------------------------------------------------------
@@ -355,7 +626,7 @@ def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     is none. Raises ValueError."""
     name = "messages" if record.get("messages") is not None else "conversations"
     if name not in record:
-        columns = sorted(map(str, record))
+        columns = f"{sorted(map(str, record))}{wrapped_rows(record)}"
         raise ValueError(f"no 'messages' and no 'conversations'; the row has {columns}")
     turns = record[name]
     if not isinstance(turns, list) or not turns:
@@ -513,8 +784,6 @@ def base_of_adapter(directory: Path) -> str | None:
 
 def download_tokenizer(name: str, where: str) -> Path:
     """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
-    from huggingface_hub import snapshot_download
-
     try:
         patterns = [*TOKENIZER_FILES, "config.json"]
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
@@ -902,15 +1171,22 @@ def report_round_trip(dataset: AlpacaDataset, exact: int, max_length: int) -> No
 
 
 def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> None:
-    """Logs the first rows as text, token ids and decoded text."""
+    """Logs the first rows as text, token ids and decoded text, long ones cut."""
     logger.info("Visualizing tokenization quality...")
     for row, original in enumerate(texts):
         ids = dataset[row]["input_ids"].tolist()
         logger.info("Sample %d:", row + 1)
-        logger.info("Original Text: %s", original)
-        logger.info("Tokenized (IDs): %s", ids)
+        logger.info("Original Text: %s", cut_to_show(original))
+        logger.info("Tokenized (IDs): %s", cut_to_show(str(ids)))
         decoded = encoder.decode(ids if dataset.truncated[row] else ids[:-1])
-        logger.info("Detokenized Text: %s", decoded)
+        logger.info("Detokenized Text: %s", cut_to_show(decoded))
+
+
+def cut_to_show(text: str) -> str:
+    """A text as it is logged: the start of a long one, and how long it is."""
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[:SHOWN_CHARACTERS]} ... ({len(text):,} characters)"
 
 
 # ---- from rows to batches ------------------------------------------------------------------------
@@ -1044,7 +1320,7 @@ def final_dataset_loader(
 ) -> DataLoader:  # fmt: skip
     """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch, length).
 
-    dataset_path: a file or URL, or rows already tokenised. split: None for all rows, "train" or
+    dataset_path: as of the flag, or rows already tokenised. split: None for all rows, "train" or
     "eval" for either side of the held-out split by `eval_fraction` and `seed`. padding:
     "max_length", or "longest" (of each batch, to a multiple of 8). tokenizer: a tokenizer, a local
     directory or hub id; None: GPT-2's. `len(loader)` is the number of batches; each pass has
@@ -1112,7 +1388,9 @@ def set_up_logging() -> None:
         sys.stdout.reconfigure(errors="ignore")
     line = "%(levelname)s:%(name)s:%(message)s"
     logging.basicConfig(level=logging.INFO, format=line, stream=sys.stdout, force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for http_client in ("httpx", "httpx2", "urllib3", "huggingface_hub"):
+        logging.getLogger(http_client).setLevel(logging.ERROR)
+    disable_progress_bars()
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # 4 workers do no harm
 
 

@@ -14,10 +14,12 @@ TECHNIQUES below them holds all that the scripts know of a technique.
 
 import argparse
 import hashlib
+import inspect
 import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -28,11 +30,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -45,6 +46,19 @@ GPT2_SIZES = {
     "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
 }  # fmt: skip
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
+VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*",
+)  # fmt: skip
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LFS_POINTER = b"version https://git-lfs"
+# Keys of config.json that are about generating or about other code, not about the model.
+SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
+NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
+NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
 STATE, METADATA, MANIFEST = "adapter.safetensors", "modification.json", "manifest.json"  # ours
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
@@ -113,12 +127,12 @@ def layer_numbers(value: str | Iterable[int]) -> list[int]:
     """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
     for part in names(value if isinstance(value, str) else map(str, value)):
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        match = re.fullmatch(r"(\d{1,4})(-(\d{1,4}))?", part)
+        numbers = range(int(match[1]), int(match[3] or match[1]) + 1) if match else ()
+        if not numbers:
             legal = "layer numbers below 10,000 and ranges, such as 0,1,4-7"
-            raise argparse.ArgumentTypeError(f"{value!r}: expected {legal}")
-        layers.update(range(first, last + 1))
+            raise argparse.ArgumentTypeError(f"{part!r}: expected {legal}")
+        layers.update(numbers)
     return sorted(layers)
 
 
@@ -136,29 +150,19 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
 below_one = number_type(float, 0, 1)
-SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
-    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
-    "num_hidden_layers": Flag(12, at_least_one, "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
-}
-BASE_FLAGS = {
-    "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
-    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
-    **SCRATCH_FLAGS,
-    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
-    "trainable_modules": Flag(
-        [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
-    ),
-}
 
 
 # ---- the base model ------------------------------------------------------------------------------
 
 
+def named_base(args: argparse.Namespace) -> str:
+    """The flag that messages about the base model name."""
+    name = args.model_name_or_path
+    return "--from_scratch" if args.from_scratch else f"--model_name_or_path {name}"
+
+
 def read_config(args: argparse.Namespace) -> GPT2Config:
-    """The base model's configuration: the flags', a local directory's or a published size's.
+    """The base model's configuration: the flags', a published size's or a directory's.
 
     Raises ValueError for anything but a GPT-2.
     """
@@ -176,17 +180,25 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
     if size and not Path(name).exists():
         return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
-    path = locate(name)
-    architecture = read_json(Path(path) / "config.json").get("model_type")
-    where = f"--model_name_or_path {name}"
+    return stored_config(locate(name), named_base(args))
+
+
+def stored_config(directory: str, where: str) -> GPT2Config:
+    """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
+    settings = read_json(Path(directory) / "config.json")
+    architecture = settings.get("model_type")
+    if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
+        architecture = "gpt2"  # the oldest files do not say what they are
     if architecture != "gpt2":
         raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
     try:
-        config = GPT2Config.from_pretrained(path)
-        if min(config.n_layer, config.n_embd, config.n_head, config.n_positions) < 1:
+        if "quantization_config" in settings:
+            raise ValueError("quantised weights; give the model in full precision")
+        settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
+        config = GPT2Config.from_dict(settings)
+        sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
+        if min(*sizes, config.vocab_size) < 1:
             raise ValueError("a size below 1")
-        if config.vocab_size < 1:
-            raise ValueError("an empty vocabulary")
         return config
     except Exception as error:  # of any type, for values that are none of GPT-2's
         raise ValueError(f"{where}: config.json: {first_line(error)}") from None
@@ -195,25 +207,81 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
 def locate(name: str) -> str:
     """A directory that holds the model: a local one, or the hub's, downloaded if need be.
 
+    Raises ValueError.
+    """
+    where = f"--model_name_or_path {name}"
+    directory = name if Path(name).exists() else from_hub(name)
+    if not (Path(directory) / "config.json").is_file():
+        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
+        if (Path(directory) / PEFT_CONFIG).is_file():
+            ways_out = "it is an adapter, give it as --adapter_path"
+        raise ValueError(f"{where}: holds no config.json; {ways_out}")
+    return directory
+
+
+def from_hub(name: str) -> str:
+    """The hub's copy in the cache, downloaded or completed if need be.
+
     Raises ValueError within seconds, where transformers would retry for a minute.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    where = f"--model_name_or_path {name}"
-    ways_out = "give --model_name_or_path a local directory, or --from_scratch"
-    if Path(name).exists():
-        if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"{where}: holds no config.json; {ways_out}")
-        return name
-    files = ["*.json", "*.txt", "*.safetensors"]
+    cached = lacking = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
-        return snapshot_download(name, allow_patterns=files, local_files_only=True)
+        cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
+        lacking = what_lacks(Path(cached))
+        if not lacking and matching_files(cached, VOCABULARY_FILES):
+            return cached
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=5)  # one quick request tells
-        return snapshot_download(name, allow_patterns=files)
+        files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
+        has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
+        weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
+        patterns = ["config.json", *TOKENIZER_FILES, weights]
+        return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        neither = "neither a local directory nor to be had from the hub"
-        raise ValueError(f"{where}: {neither} ({first_line(error)}); {ways_out}") from None
+        if cached and not lacking:  # a model without a vocabulary
+            return cached
+        reason = "neither a local directory nor to be had from the hub"
+        if cached:
+            reason = f"the cache holds a part of it ({lacking}), and the hub does not answer"
+        reason = f"{reason} ({first_line(error)}); give a local directory, or --from_scratch"
+        raise ValueError(f"--model_name_or_path {name}: {reason}") from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Which files are this model's weights: the only place that decides.
+
+    model.safetensors comes before pytorch_model.bin, one file before its shards. Nothing else in
+    the directory counts, such as an adapter. Raises ValueError for a file that is missing.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).exists():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{index.name} names no weight file")
+            files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
+            return files
+    raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
+
+
+def what_lacks(directory: Path) -> str:
+    """What a directory lacks to be a model; "" for nothing."""
+    try:
+        weight_files(directory)
+    except ValueError as error:
+        return str(error)
+    return "" if (directory / "config.json").exists() else "no config.json"
+
+
+def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a directory whose names match a pattern."""
+    found = [file for pattern in patterns for file in Path(directory).glob(pattern)]
+    return [file for file in found if file.is_file()]
 
 
 def first_line(error: Exception) -> str:
@@ -226,14 +294,14 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never
     filled in quietly.
     """
-    config = read_config(args)  # refuses what is no GPT-2 before any weight is read
+    path, name = None, None
     if args.from_scratch:
         logger.warning("RANDOM WEIGHTS: --from_scratch starts at random, nothing is pretrained")
-        model, path, name = GPT2LMHeadModel(config), None, None
+        model = build(read_config(args), named_base(args))
     else:
         name = args.model_name_or_path
         path = locate(name)
-        model = load_weights(path, f"--model_name_or_path {name}")
+        model = load_weights(path, named_base(args), torch.float32)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -241,32 +309,43 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     return model
 
 
-def load_weights(path: str, where: str) -> GPT2LMHeadModel:
-    """GPT2LMHeadModel.from_pretrained in fp32, with a ValueError for each weight that it would
-    only report as missing, or not even see."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report of missing weights is an error here
+def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadModel:
+    """A model with random weights; with none, only shapes, on PyTorch's device "meta".
+
+    Raises ValueError."""
     try:
-        model, loading = GPT2LMHeadModel.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    except Exception as error:  # of any type, for files that are damaged or of another model
-        raise ValueError(f"{where}: does not load: {first_line(error)}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    if missing := sorted(loading["missing_keys"]):
-        raise ValueError(f"{where}: its weights lack {missing[0]} ({len(missing)} tensors in all)")
-    # Older files of GPT-2 hold the masks of its attention too.
-    unexpected = loading["unexpected_keys"]
-    if surplus := sorted(key for key in unexpected if not key.endswith(".attn.masked_bias")):
-        raise ValueError(f"{where}: config.json leaves no place for {surplus[0]} of its weights")
-    if misshapen := sorted(key for key, *_ in loading["mismatched_keys"]):
-        raise ValueError(f"{where}: {misshapen[0]} has another shape than config.json says")
-    for parameter_name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise ValueError(f"{where}: {parameter_name} holds NaN or infinite values")
-    return model
+        with torch.device(device):
+            return GPT2LMHeadModel(config)
+    except Exception as error:  # of any type, for sizes that no model can have
+        raise ValueError(f"{where}: these sizes make no model: {first_line(error)}") from None
+
+
+def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -> GPT2LMHeadModel:
+    """The model of a directory: its config.json and its weights, and nothing else that lies there.
+
+    from_pretrained would load an adapter that lies beside the model, take over its generation
+    settings, and only report what does not fit. dtype: by default the files' own,
+    `model.stored_dtype`. Raises ValueError.
+    """
+    model = build(stored_config(directory, where), where, "meta")
+    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
+    try:
+        files = weight_files(Path(directory))
+        for name, tensor in (item for file in files for item in read_tensors(file).items()):
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
+                whole_name = f"transformer.{name}"  # the published files leave the start out
+                tensors[whole_name if whole_name in parameters else name] = tensor
+        if is_tied(model) and "lm_head.weight" in tensors:
+            # Some files hold the tied pair under the head's name alone.
+            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
+            untie_if_apart(model, tensors)
+        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
+        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
+        model.tie_weights()
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
+    model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
+    return model.to(dtype or model.stored_dtype).eval()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -290,36 +369,47 @@ def check_unmodified(model: GPT2LMHeadModel) -> None:
         raise ValueError(f"the model carries {technique} already; load a fresh base")
 
 
-def start_modification(model: GPT2LMHeadModel, technique: str, **settings: Any) -> None:
-    """Freezes the whole model, checks a technique's settings by the ranges of their flags, and
-    notes them in `model.modification`, for saving and loading. Raises ValueError."""
+def start_modification(
+    model: GPT2LMHeadModel, technique: str, trainable_modules: Iterable[str] = (),
+    wrapped: Iterable[str] = (), **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Freezes all but the `trainable_modules` and notes the settings in `model.modification`, for
+    saving and loading. Returns them, as their flags parse them.
+
+    wrapped: the layers that LoRA is about to wrap. Raises ValueError, before anything is changed,
+    for a setting out of its flag's range and a module that is not there, or wrapped.
+    """
     check_unmodified(model)
+    settings = {"modification_type": technique, "trainable_modules": trainable_modules, **settings}
     settings = {name: checked(name, value) for name, value in settings.items()}
+    modules = []
+    for suffix in settings["trainable_modules"]:
+        for name, module in modules_named(model, suffix, "trainable_modules").items():
+            if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
+                both = f"{name} is wrapped by LoRA; choose one of the two"
+                raise ValueError(f"--trainable_modules {suffix}: {both}")
+            modules.append(module)
     model.requires_grad_(False)
-    model.modification = {"modification_type": technique, **settings, "trainable_modules": []}
+    for module in modules:
+        module.requires_grad_(True)
+    model.modification = settings
+    return settings
 
 
-def modules_named(model: nn.Module, suffix: str) -> dict[str, nn.Module]:
-    """The modules whose dotted name is, or ends in, `suffix`."""
-    modules = model.named_modules()
-    return {name: module for name, module in modules if f".{name}".endswith(f".{suffix}")}
+def modules_named(
+    model: nn.Module, suffix: str, flag: str, kinds: type | tuple[type, ...] = nn.Module
+) -> dict[str, nn.Module]:
+    """The modules with weights whose dotted name is, or ends in, `suffix`.
 
-
-def train_modules(model: GPT2LMHeadModel, suffixes: Iterable[str]) -> None:
-    """--trainable_modules: whole modules, by suffix, that train besides the technique's own."""
-    for suffix in suffixes:
-        where = f"--trainable_modules {suffix}"
-        found = modules_named(model, suffix)
-        found = {name: m for name, m in found.items() if ".original_layer" not in name}
-        if not found:
-            with_weights = [n for n, m in model.named_modules() if list(m.parameters(False))]
-            legal = ", ".join(sorted({name.split(".")[-1] for name in with_weights}))
-            raise ValueError(f"{where}: matches nothing; the model has {legal}")
-        for name, module in found.items():
-            if any(isinstance(part, LoRALayer) for part in module.modules()):
-                raise ValueError(f"{where}: {name} is wrapped by LoRA; choose one of the two")
-            module.requires_grad_(True)
-        model.modification["trainable_modules"].append(suffix)
+    Raises ValueError that names the flag, and the modules of these kinds, where there is none.
+    """
+    modules = {name: m for name, m in model.named_modules() if list(m.parameters())}
+    found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
+    if not found:
+        held = [n for n, m in modules.items() if isinstance(m, kinds) and list(m.parameters(False))]
+        legal = ", ".join(sorted({name.split(".")[-1] for name in held}))
+        raise ValueError(f"--{flag} {suffix}: matches nothing; the model has {legal}")
+    return found
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -340,14 +430,13 @@ class LoRAProduct(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
-        shape, device = x.shape, x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        shape, dtype, grad_dtype = x.shape, autocast_dtype(x.device) or x.dtype, A.dtype
         x, W, A, B = (tensor.to(dtype) for tensor in (x.flatten(0, -2), W, A, B))
         h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
-        low_rank = (x @ A.t()) * scaling  # (tokens, r)
-        h.addmm_(low_rank, B.t())
+        low_rank = x @ A.t()  # (tokens, r)
+        h.addmm_(low_rank, B.t(), alpha=scaling)
         ctx.save_for_backward(x, W, A, B, low_rank)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.grad_dtype = scaling, grad_dtype
         return h.view(*shape[:-1], -1)
 
     @staticmethod
@@ -355,13 +444,29 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, low_rank = ctx.saved_tensors
         shape, grad = grad.shape, grad.flatten(0, -2)  # (tokens, out)
-        B_grad = (low_rank.t() @ grad).t()  # (out, r)
-        low_rank_grad = (grad @ B) * ctx.scaling  # (tokens, r)
-        A_grad = low_rank_grad.t() @ x  # (r, in)
+        low_rank_grad = grad @ B  # (tokens, r), without its factor s, as low_rank
+        A_grad = scaled_product(low_rank_grad.t(), x, ctx.scaling).to(ctx.grad_dtype)  # (r, in)
+        B_grad = scaled_product(low_rank.t(), grad, ctx.scaling).t()  # (out, r)
+        # Contiguous, as AdamW keeps it: otherwise it would be copied once more.
+        B_grad = B_grad.to(ctx.grad_dtype, memory_format=torch.contiguous_format)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A).view(*shape[:-1], -1)
+            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A, alpha=ctx.scaling)
+            x_grad = x_grad.view(*shape[:-1], -1)
         return x_grad, None, None, A_grad, B_grad, None
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast brings products to on a device; None outside of autocast."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling x a @ b, in one kernel."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 class LoRALayer(nn.Module):
@@ -407,11 +512,22 @@ class LoRALayer(nn.Module):
             return original(x)
         original_trains = any(parameter.requires_grad for parameter in original.parameters())
         if original_trains or (self.training and self.dropout.p):
-            low_rank = F.linear(self.dropout(x), self.lora_A)  # (..., r)
-            return original(x) + self.scaling * F.linear(low_rank, self.full_B())
+            # A and B stay in fp32 beside a base in bf16, also without autocast.
+            low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
+            h = original(x)
+            return h + self.scaling * F.linear(low_rank, self.full_B()).to(h.dtype)
         W = original.weight if isinstance(original, Conv1D) else original.weight.t()
         B = self.full_B()
         return LoRAProduct.apply(x, W, original.bias, self.lora_A, B, self.scaling)
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + (alpha / r) B A: for a loss that multiplies by the head's weight itself."""
+        if self.training and self.dropout.p:
+            where = f"--lora_dropout {self.dropout.p}"
+            raise ValueError(f"{where}: acts on a layer's input, here the weight alone is used")
+        weight = self.original_layer.weight
+        return weight if self.merged else weight + self.get_delta_weight()
 
     def get_delta_weight(self) -> Tensor:
         """(alpha / r) B A in fp32, laid out as the original weight: Conv1D's is transposed."""
@@ -449,18 +565,17 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
         where = f"--lora_target_modules {target}"
         third = re.fullmatch(r"((?:.*\.)?c_attn)\.([qkv])", target)
         suffix, part = third.groups() if third else (target, "")
-        found = modules_named(model, suffix)
-        if not found:
-            layers = [n for n, m in model.named_modules() if isinstance(m, Conv1D | nn.Linear)]
-            legal = ", ".join(sorted({name.split(".")[-1] for name in layers} - {"lm_head"}))
-            raise ValueError(f"{where}: matches nothing; the model has {legal}")
+        found = modules_named(model, suffix, "lora_target_modules", (Conv1D, nn.Linear))
         for name, module in found.items():
-            if not isinstance(module, Conv1D | nn.Linear):
+            # bitsandbytes' 8-bit layers are Linear, too
+            if not (isinstance(module, Conv1D | nn.Linear) and module.weight.is_floating_point()):
                 kind = type(module).__name__
                 raise ValueError(f"{where}: {name} is a {kind}; LoRA wraps Conv1D and Linear")
             if module is model.lm_head and is_tied(model):
                 shares = "the head shares its weight with the token embeddings"
                 raise ValueError(f"{where}: {shares}, LoRA would part them")
+            if part and "crossattention" in name:
+                raise ValueError(f"{where}: {name} holds keys and values alone, no three thirds")
             if name in matched and (not part or not matched[name] or part in matched[name]):
                 raise ValueError(f"{where}: {name} is matched by another target too")
             matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
@@ -482,14 +597,16 @@ def apply_lora(
     nothing, or no layer of these types.
     """
     check_unmodified(model)
-    targets = list(target_modules)
+    targets = checked("lora_target_modules", target_modules)
     matched = match_targets(model, targets)
-    settings = {"lora_rank": rank, "lora_alpha": alpha, "lora_dropout": dropout}
-    start_modification(model, "lora", **settings, lora_target_modules=targets)
+    settings = start_modification(
+        model, "lora", trainable_modules, matched, lora_rank=rank, lora_alpha=alpha,
+        lora_dropout=dropout, lora_target_modules=targets,
+    )  # fmt: skip
+    rank, alpha, dropout = (settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
     for name, thirds in matched.items():
         layer = LoRALayer(model.get_submodule(name), rank, alpha, dropout, thirds)
         model.set_submodule(name, layer)
-    train_modules(model, trainable_modules)
     return model
 
 
@@ -552,14 +669,16 @@ def apply_adapters(
     AdapterFusion, section 3). Houlsby's runs train the LayerNorms too:
     trainable_modules=("ln_1", "ln_2", "ln_f").
     """
-    settings = {"adapter_size": adapter_size, "adapter_placement": placement}
-    start_modification(model, "adapter", **settings)
+    settings = start_modification(
+        model, "adapter", trainable_modules, adapter_size=adapter_size,
+        adapter_placement=placement,
+    )  # fmt: skip
     for block in model.transformer.h:
-        sizes = (model.config.n_embd, adapter_size, block.ln_1.weight.device)
+        device = block.ln_1.weight.device
+        sizes = (model.config.n_embd, settings["adapter_size"], device)
         if placement == "houlsby":
             block.attn.resid_dropout = BottleneckAdapter(block.attn.resid_dropout, *sizes)
         block.mlp.dropout = BottleneckAdapter(block.mlp.dropout, *sizes)
-    train_modules(model, trainable_modules)
     return model
 
 
@@ -577,15 +696,20 @@ class PromptEmbedding(nn.Module):
     def prompt_embeddings(self) -> Tensor:
         return self.embedding
 
-    def keys_and_values(self, transformer: GPT2Model, dtype: torch.dtype) -> Iterable[Tensor]:
-        """A (2, 1, heads, prefix length, head size) a layer, by one pass of the prefix alone.
+    def keys_and_values(
+        self, transformer: GPT2Model, dtype: torch.dtype
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Key and value a layer, each (1, heads, prefix length, head size), by one pass of the
+        prefix alone.
 
         Attention is causal: the prefix sees no text, so its states are the same for every row.
         """
-        cache, virtual = DynamicCache(config=transformer.config), self.embedding[None].to(dtype)
+        cache, virtual = DynamicCache(config=transformer.config), self.embedding[None]
+        if not autocast_dtype(virtual.device):
+            virtual = virtual.to(dtype)
         # `forward` itself, since calling the module would put the prefix before the prefix.
         transformer.forward(inputs_embeds=virtual, past_key_values=cache, use_cache=True)
-        return [torch.stack([layer.keys, layer.values]) for layer in cache.layers]
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 class KeyValuePrefix(nn.Module):
@@ -609,24 +733,25 @@ class KeyValuePrefix(nn.Module):
             nn.Tanh(),
             nn.Linear(projection_size, columns.shape[1], device=device),
         )
-        if device.type != "meta":  # solve the last layer for the columns: a real start here too
-            with torch.no_grad():
-                std = 1 / tokens.std().item() / math.sqrt(hidden_size)
-                nn.init.normal_(self.mlp[0].weight, std=std)
-                features, mean = self.mlp[:2](tokens), columns.mean(0)
-                self.mlp[2].bias.copy_(mean)
-                solution = torch.linalg.pinv(features, rtol=1e-3) @ (columns - mean)
-                self.mlp[2].weight.copy_(solution.t())
+        with torch.no_grad():  # solve the last layer for the columns: a real start here too
+            nn.init.normal_(self.mlp[0].weight).div_(tokens.std() * math.sqrt(hidden_size))
+            features, mean = self.mlp[:2](tokens), columns.mean(0)
+            self.mlp[2].bias.copy_(mean)
+            solution = torch.linalg.pinv(features, rtol=1e-3) @ (columns - mean)
+            self.mlp[2].weight.copy_(solution.t())
 
     def prompt_embeddings(self) -> Tensor:
         """(prefix length, layers * 2 * hidden)"""
         return self.embedding if self.mlp is None else self.mlp(self.embedding)
 
-    def keys_and_values(self, transformer: GPT2Model, dtype: torch.dtype) -> Iterable[Tensor]:
-        """A (2, 1, heads, prefix length, head size) a layer."""
+    def keys_and_values(
+        self, transformer: GPT2Model, dtype: torch.dtype
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """Key and value a layer, each (1, heads, prefix length, head size)."""
         config, columns = transformer.config, self.prompt_embeddings().to(dtype)
-        layers = columns.unflatten(1, (config.n_layer, 2, 1, config.n_head, -1))
-        return layers.permute(1, 2, 3, 4, 0, 5)  # (layers, 2, 1, heads, prefix length, head size)
+        parts = columns.unflatten(1, (2 * config.n_layer, 1, config.n_head, -1))
+        parts = parts.permute(1, 2, 3, 0, 4).unbind()
+        return zip(parts[::2], parts[1::2], strict=True)
 
 
 def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -636,7 +761,7 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
     Its keys and values fill the cache, text positions start at its length, and the attention mask
     grows by it. Raises ValueError for text that does not fit behind it.
     """
-    kwargs |= dict(zip(("input_ids", "past_key_values", "attention_mask"), args, strict=False))
+    kwargs |= inspect.signature(transformer.forward).bind_partial(*args).arguments
     prefix, config = transformer.prefix, transformer.config
     tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     batch_size, length = tokens.shape[:2]
@@ -655,12 +780,10 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
     if not seen:
         if transformer.training and transformer.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that carries a prefix")
-        device = tokens.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else transformer.wte.weight.dtype
+        dtype = autocast_dtype(tokens.device) or transformer.wte.weight.dtype
         kwargs["past_key_values"] = cache = DynamicCache(config=config) if cache is None else cache
         for layer, states in enumerate(prefix.keys_and_values(transformer, dtype)):
-            key, value = states.expand(-1, batch_size, -1, -1, -1)
+            key, value = (part.expand(batch_size, -1, -1, -1) for part in states)
             cache.update(key, value, layer)
     return (), kwargs
 
@@ -683,51 +806,51 @@ def apply_prefix(
     none). init_ids: the real tokens to start from, as Li & Liang find essential (section 7.4); by
     default the most frequent ones: a byte-level BPE numbers its merges, from 256 on, in that order.
     """
-    config, wte = model.config, model.transformer.wte.weight
-    settings = {"prefix_length": prefix_length, "prefix_type": prefix_type}
+    config, transformer = model.config, model.transformer
+    prefix_length = checked("prefix_length", prefix_length)
+    projection_size = checked("prefix_projection_size", projection_size)
     check_projection(prefix_type, projection_size)
     if prefix_length >= config.n_positions:
         room = f"leaves no room for text in {config.n_positions} positions"
         raise ValueError(f"--prefix_length {prefix_length}: {room}")
-    start_modification(model, "prefix", **settings, prefix_projection_size=projection_size)
+    if config.add_cross_attention:
+        reason = "a prefix needs a model that attends to its own text alone"
+        raise ValueError(f"--modification_type prefix: the base has cross-attention; {reason}")
+    start_modification(
+        model, "prefix", trainable_modules, prefix_length=prefix_length, prefix_type=prefix_type,
+        prefix_projection_size=projection_size,
+    )  # fmt: skip
     start = list(init_ids or range(256, 256 + prefix_length))
     ids = [start[i % len(start)] % config.vocab_size for i in range(prefix_length)]
     with torch.no_grad():
-        tokens = wte[ids].float()  # (prefix length, hidden), a copy
-        if prefix_type == "embedding":
-            prefix: nn.Module = PromptEmbedding(tokens)
-        else:
-            columns = key_value_columns(model, torch.tensor(ids, device=wte.device))
-            tokens += model.transformer.wpe.weight[:prefix_length]  # tells repeated tokens apart
+        tokens = transformer.wte.weight[ids].float()  # (prefix length, hidden), a copy
+        prefix: nn.Module = PromptEmbedding(tokens)
+        if prefix_type == "key_value":
+            columns = key_value_columns(transformer, prefix)
+            tokens = tokens + transformer.wpe.weight[:prefix_length]  # tells repeated tokens apart
             prefix = KeyValuePrefix(columns, tokens, projection_size)
-    model.transformer.prefix = prefix
-    model.transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
-    train_modules(model, trainable_modules)
+    transformer.prefix = prefix
+    transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
     return model
 
 
-def key_value_columns(model: GPT2LMHeadModel, ids: Tensor) -> Tensor:
-    """(tokens, layers * 2 * hidden) fp32: the keys and values of the tokens in every layer."""
-    training = model.training
-    model.eval()
-    cache = model.transformer(ids[None], use_cache=True).past_key_values
-    model.train(training)
-    states = [state for layer in cache.layers for state in (layer.keys, layer.values)]
-    return torch.cat([state[0].transpose(0, 1).flatten(1) for state in states], dim=1).float()
+def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor:
+    """(prefix length, layers * 2 * hidden) fp32: the prompt's keys and values in every layer."""
+    training = transformer.training
+    transformer.eval()  # the base's dropout stays out of the start
+    states = prompt.keys_and_values(transformer, transformer.wte.weight.dtype)
+    transformer.train(training)
+    parts = torch.cat([part for pair in states for part in pair])  # (2 x layers, heads, ...)
+    return parts.permute(2, 0, 1, 3).flatten(1).float()
 
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
     """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out."""
-    config, prefix = model.config, model.transformer.prefix
-    key_value = isinstance(prefix, KeyValuePrefix)
+    prefix = model.transformer.prefix
     write_as_peft(model, {"prompt_embeddings": prefix.prompt_embeddings()}, directory, {
-        "peft_type": "PREFIX_TUNING" if key_value else "PROMPT_TUNING",
+        "peft_type":
+            "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
         "num_virtual_tokens": len(prefix.embedding),
-        "token_dim": config.n_embd,
-        "num_attention_heads": config.n_head,
-        "num_layers": config.n_layer,
-        "num_transformer_submodules": 1,
-        **({"prefix_projection": False} if key_value else {"prompt_tuning_init": "RANDOM"}),
     })  # fmt: skip
     state = trainable_state(model)
     besides = {name: t for name, t in state.items() if "transformer.prefix." not in name}
@@ -753,28 +876,32 @@ def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespac
 
 
 def apply_selective_freezing(
-    model: GPT2LMHeadModel, freeze_layers: Iterable[int] = (0, 1, 2, 3), *,
+    model: GPT2LMHeadModel, freeze_layers: Iterable[int] | None = None, *,
     freeze_head: bool = False, trainable_modules: Iterable[str] = (),
 ) -> GPT2LMHeadModel:  # fmt: skip
-    """Trains the blocks that `freeze_layers` leaves, and the head and final LayerNorm unless
-    `freeze_head`. In place.
+    """Trains the blocks that `freeze_layers` (None: the lower half) leaves, and the head and final
+    LayerNorm unless `freeze_head`. In place.
 
     GPT-2's head is tied to the token embeddings, so these train with it, and the backward pass then
     reaches the model's input; with `freeze_head` it stops below the lowest trainable block.
     Position embeddings stay frozen.
     """
-    freeze_layers, layers = sorted(set(freeze_layers)), len(model.transformer.h)
-    if outside := [layer for layer in freeze_layers if not 0 <= layer < layers]:
-        raise ValueError(f"--freeze_layers {outside[0]}: the model has layers 0 to {layers - 1}")
-    settings = {"freeze_layers": freeze_layers, "freeze_head": freeze_head}
-    start_modification(model, "selective", **settings)
-    for i, block in enumerate(model.transformer.h):
-        block.requires_grad_(i not in freeze_layers)
-    model.lm_head.requires_grad_(not freeze_head)
-    model.transformer.ln_f.requires_grad_(not freeze_head)
-    train_modules(model, trainable_modules)
-    if not trainable_state(model):
+    blocks = model.transformer.h
+    if freeze_layers is None:
+        freeze_layers = range(len(blocks) // 2)
+    frozen = checked("freeze_layers", freeze_layers)
+    if outside := [layer for layer in frozen if layer >= len(blocks)]:
+        has = f"the model has layers 0 to {len(blocks) - 1}"
+        raise ValueError(f"--freeze_layers {outside[0]}: {has}")
+    freeze_head = checked("freeze_head", freeze_head)
+    if freeze_head and len(frozen) == len(blocks) and not trainable_modules:
         raise ValueError("--freeze_layers with --freeze_head: nothing is left to train")
+    start_modification(
+        model, "selective", trainable_modules, freeze_layers=frozen, freeze_head=freeze_head
+    )
+    trained = [block for layer, block in enumerate(blocks) if layer not in frozen]
+    for module in trained + ([] if freeze_head else [model.lm_head, model.transformer.ln_f]):
+        module.requires_grad_(True)
     return model
 
 
@@ -786,18 +913,41 @@ def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 
 def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """A plain Hugging Face model: the base as its files hold it, with what was trained put in.
+    """A plain Hugging Face model, at the precision of the base's files, which are not read again.
 
-    So frozen weights are never rounded, and all stand at the precision of the base's files.
+    `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
+    written.
     """
-    plain = model
-    if base_path := getattr(model, "base_path", None):
-        plain = GPT2LMHeadModel.from_pretrained(base_path, dtype="auto", local_files_only=True)
-        put_tensors(plain, trainable_state(model), directory)
-    plain.save_pretrained(directory)
+    dtype, exact = getattr(model, "stored_dtype", None), getattr(model, "exact_weights", {})
+    plain = build(model.config, "the model", "meta")
+    weights = dict(model.named_parameters(remove_duplicate=False)) | exact
+    weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
+    put_tensors(plain, weights, directory)
+    plain.tie_weights()
+    write_plain(plain, directory, end_tokens(model))
     written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
     check_written(directory / "model.safetensors", written)
     return {}
+
+
+def set_end_token(model: GPT2LMHeadModel, token_id: int, pad_token_id: int | None = None) -> None:
+    """Notes the token that ends a text, as training teaches it, and the padding (by default the
+    same). The configuration of what is saved or merged names them, so that generation stops there;
+    the model's own is left alone, since transformers looks for padding where it names some."""
+    pad_token_id = token_id if pad_token_id is None else pad_token_id
+    model.end_tokens = {"eos_token_id": token_id, "pad_token_id": pad_token_id}
+
+
+def end_tokens(model: GPT2LMHeadModel) -> dict[str, int]:
+    """What set_end_token noted."""
+    return getattr(model, "end_tokens", {})
+
+
+def write_plain(model: GPT2LMHeadModel, directory: Path, special: Mapping[str, int]) -> None:
+    """model.safetensors, config.json and generation_config.json, with the special tokens."""
+    model.config.update(special)
+    model.generation_config.update(**special)
+    model.save_pretrained(directory)
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -818,22 +968,33 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ValueError for a damaged one, or one with NaN."""
+    """The tensors of a .safetensors file, or of a .bin, where nothing but tensors is unpickled.
+
+    Raises ValueError for a damaged file, one that holds something else, and one with NaN.
+    """
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError, ValueError) as error:
+        with open(path, "rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
+        is_pickle = path.suffix == ".bin"
+        tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
+        if not all(isinstance(tensor, Tensor) for tensor in dict(tensors).values()):
+            raise ValueError("holds something else than tensors by name")
+    except pickle.UnpicklingError:
+        objects = "damaged, or holds objects, which could run code and are not loaded"
+        raise ValueError(f"{path}: {objects}; give model.safetensors") from None
+    except Exception as error:  # of any type, for damaged files
         raise ValueError(f"{path}: {first_line(error)}") from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.dtype in FLOATS and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinite values")
     return tensors
 
 
-@torch.no_grad()
 def put_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], path: Path, required: Iterable[str] = ()
+    model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, required: Iterable[str] = ()
 ) -> None:
-    """Copies tensors into the parameters of these names.
+    """Copies tensors into the parameters of these names; on device "meta", they become these.
 
     Raises ValueError for one that has no place or another shape there, and for a required one that
     is not given.
@@ -844,10 +1005,13 @@ def put_tensors(
     for name, tensor in tensors.items():
         if name not in parameters:
             raise ValueError(f"{path}: {name} has no place in this model")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised, not in full precision")
         if parameters[name].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
             raise ValueError(f"{path}: {name} has shape {shapes}")
-        parameters[name].copy_(tensor)
+    on_meta = any(parameter.is_meta for parameter in parameters.values())
+    model.load_state_dict(tensors, strict=False, assign=on_meta)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -912,8 +1076,8 @@ def write_as_peft(
     write_json(directory / PEFT_CONFIG, config | common)
 
 
-def lora_as_peft(model: GPT2LMHeadModel) -> tuple[dict[str, Tensor], dict]:
-    """The tensors and the configuration of PEFT's LoRA layout.
+def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """PEFT's LoRA layout.
 
     n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
     of rank n r with the same scaling, A stacked and B in blocks. What differs from layer to layer
@@ -936,7 +1100,7 @@ def lora_as_peft(model: GPT2LMHeadModel) -> tuple[dict[str, Tensor], dict]:
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     wrapped_biases = "lora_only" if any(".original_layer" in name for name in others) else "none"
     conv1d = [isinstance(layer.original_layer, Conv1D) for layer in layers.values()]
-    return tensors, {
+    write_as_peft(model, tensors, directory, {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
@@ -947,12 +1111,7 @@ def lora_as_peft(model: GPT2LMHeadModel) -> tuple[dict[str, Tensor], dict]:
         "fan_in_fan_out": all(conv1d),
         "bias": "all" if biases <= others.keys() else wrapped_biases,
         "modules_to_save": sorted(whole) or None,
-    }
-
-
-def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
-    tensors, config = lora_as_peft(model)
-    write_as_peft(model, tensors, directory, config)
+    })  # fmt: skip
     return {}
 
 
@@ -982,70 +1141,73 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
     """Wraps the layers whose A and B the file holds, and loads everything into its place.
 
     Ranks come from the tensors' shapes; alpha, rsLoRA and their exceptions from PEFT's
-    configuration; the thirds that a run of ours adapted from its own metadata. Tensors of whole
-    modules (modules_to_save, biases) train on.
+    configuration; the thirds that a run of ours adapted from its own metadata. Whole modules and
+    biases (modules_to_save, bias) train on.
     """
-    path, config = directory / WEIGHTS, read_json(directory / PEFT_CONFIG)
-    tensors = {
-        key.removeprefix(PEFT_PREFIX).replace(".base_layer", ""): tensor
-        for key, tensor in read_tensors(path).items()
-    }
-    wrapped = {key.split(".lora_")[0] for key in tensors if ".lora_" in key}
-    targets = args.lora_target_modules or sorted(wrapped)
-    thirds = match_targets(model, targets)
-    if surplus := wrapped - thirds.keys():
-        raise ValueError(f"{path}: {min(surplus)} is no target of its settings")
-    layers = sorted(thirds)
-    for key in (f"{name}.lora_{matrix}.weight" for name in layers for matrix in "AB"):
-        if key not in tensors:
-            raise ValueError(f"{path}: lacks {key}")
-    settings = {name: getattr(args, name) for name in ("lora_rank", "lora_alpha", "lora_dropout")}
-    start_modification(model, "lora", **settings, lora_target_modules=targets)
-    for name in sorted(wrapped):
-        A, B = (tensors.pop(f"{name}.lora_{matrix}.weight") for matrix in "AB")
-        load_lora_layer(model, name, A, B, thirds[name], config, path)
-    untie_if_trained_apart(model, tensors)
-    for key in list(tensors):  # a wrapped layer's own bias or weight
-        name, _, leaf = key.rpartition(".")
-        if name in wrapped:
-            tensors[f"{name}.original_layer.{leaf}"] = tensors.pop(key)
-    train_modules(model, args.trainable_modules)
-    besides = {name for name in trainable_state(model) if ".lora_" not in name}
-    put_tensors(model, tensors, path, required=besides)
-    for name in tensors:  # PEFT writes a wrapped head's own weight too, which does not train
-        model.get_parameter(name).requires_grad_(not name.endswith(".original_layer.weight"))
-
-
-def load_lora_layer(
-    model: GPT2LMHeadModel, name: str, A: Tensor, B: Tensor, thirds: str, config: dict, path: Path
-) -> None:
-    """Wraps one layer for A (n r, in) and B (out, n r) as PEFT's file holds them."""
-    parts, alpha = len(thirds) or 1, config.get("lora_alpha", 8)
-    for pattern, exception in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):  # the end of a layer's name
-            alpha = exception
-    layer = LoRALayer(
-        model.get_submodule(name), max(1, len(A) // parts), alpha / parts,
-        model.modification["lora_dropout"], thirds, bool(config.get("use_rslora")),
+    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
+    path = older if older.exists() and not path.exists() else path
+    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
+    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
+    if not wrapped:
+        raise ValueError(f"{path}: holds no LoRA")
+    targets = args.lora_target_modules or wrapped
+    matched = match_targets(model, targets)
+    embeddings = tensors.get("transformer.wte.weight")
+    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
+        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
+        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
+    untie_if_apart(model, tensors)
+    start_modification(
+        model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
     )  # fmt: skip
-    if A.shape != layer.lora_A.shape or B.shape != layer.full_B().shape:
-        shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-        raise ValueError(f"{path}: A and B of {name} have shapes {shapes}, not the layer's")
-    if thirds:  # each third's B is the block where its rows of B meet its columns
-        rows = dict(zip("qkv", B.chunk(3), strict=True))
-        blocks = [rows[third].chunk(parts, dim=1)[i] for i, third in enumerate(thirds)]
-        B = torch.cat(blocks)
-    put_tensors(layer, {"lora_A": A, "lora_B": B}, path)
-    model.set_submodule(name, layer)
+    for name, thirds in matched.items():
+        A, B = f"{name}.lora_A", f"{name}.lora_B"
+        if lacking := {A, B} - tensors.keys():
+            raise ValueError(f"{path}: lacks {min(lacking)}")
+        n = len(thirds) or 1
+        rank, alpha = max(1, len(tensors[A]) // n), alpha_of(name, config) / n
+        rslora, original = bool(config.get("use_rslora")), model.get_submodule(name)
+        layer = LoRALayer(original, rank, alpha, args.lora_dropout, thirds, rslora)
+        model.set_submodule(name, layer)
+        if thirds and tensors[B].shape == layer.full_B().shape:
+            blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
+            blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
+            tensors[B] = torch.cat(blocks)
+    put_tensors(model, tensors, path, required=trainable_state(model))
+    whole = tuple(config.get("modules_to_save") or ())
+    for name in tensors:
+        if name.endswith(".bias") or name.rpartition(".")[0].endswith(whole):
+            model.get_parameter(name).requires_grad_(True)
 
 
-def untie_if_trained_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
-    """Gives the head a weight of its own where PEFT trained one of the tied two alone."""
+def peft_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of PEFT's file by the names that they have in our models."""
+    tensors = {}
+    for key, tensor in read_tensors(path).items():
+        # PEFT writes resized embeddings under two further names.
+        if ".original_module." not in key and ".modules_to_save." not in key:
+            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
+            tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
+    return tensors
+
+
+def alpha_of(layer_name: str, config: dict) -> float:
+    """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, exception in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
+            alpha = exception
+    return alpha
+
+
+def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
+    """Gives a tied head a weight of its own where the tensors change one of the two alone."""
     wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
     together = wte is head is None or (None not in (wte, head) and torch.equal(wte, head))
     if is_tied(model) and not together:
-        own_weight = model.lm_head.weight.detach().clone()
-        model.lm_head.weight = nn.Parameter(own_weight, requires_grad=False)
+        separate = model.lm_head.weight.detach().clone()
+        model.lm_head.weight = nn.Parameter(separate, requires_grad=False)
         model.config.tie_word_embeddings = False
 
 
@@ -1097,7 +1259,8 @@ TECHNIQUES = {
                 "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
             ),
         },
-        learning_rate=lambda args: 5e-3,
+        # Hu et al., table 11: 2e-4 at alpha / r = 8 on q and v; at 2, on all layers, somewhat more
+        learning_rate=lambda args: 5e-4,
         compared=[
             ("LoRA r=4, all Conv1D", "Hu 2021", {}),
             ("LoRA r=4, query and value", "Hu 2021",
@@ -1117,7 +1280,7 @@ TECHNIQUES = {
                 "pfeiffer", one_of("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
             ),
         },
-        learning_rate=lambda args: 5e-3,
+        learning_rate=lambda args: 1e-4,  # AdapterFusion, appendix A.2; Hu et al., table 12
         compared=[
             ("adapters 64, two a block", "Houlsby 2019", {"adapter_placement": "houlsby"}),
             ("adapters 64, one a block", "Pfeiffer 2020", {}),
@@ -1138,7 +1301,8 @@ TECHNIQUES = {
                 0, at_least_zero, "key_value only: width of an MLP; 0: none"
             ),
         },
-        learning_rate=lambda args: {"embedding": 1e-2, "key_value": 1e-1}[args.prefix_type],
+        # Li & Liang, table 6, with their MLP; without it, P-tuning v2's scripts
+        learning_rate=lambda args: 8e-5 if args.prefix_projection_size else 5e-3,
         compared=[
             ("prefix 50, keys and values", "Li & Liang 2021", {"prefix_type": "key_value"}),
             ("prefix 50, embeddings", "Lester 2021", {}),
@@ -1153,41 +1317,73 @@ TECHNIQUES = {
         ),
         flags={
             "freeze_layers": Flag(
-                [0, 1, 2, 3], layer_numbers, "from 0; ranges such as 0-5"
+                None, layer_numbers, "from 0; ranges such as 0-5 (the lower half)"
             ),
             "freeze_head": Flag(
                 False, boolean, "also freeze the tied head and the final LayerNorm"
             ),
         },
-        learning_rate=lambda args: 1e-3,
+        learning_rate=lambda args: 5e-5,
         compared=[("selective, lower half frozen", "", {})],
         save=save_plain,
     ),
     "full": Technique(
         apply=lambda model, args: apply_full_finetuning(model),
         flags={},
-        learning_rate=lambda args: 5e-4,
+        learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
         compared=[("full fine-tuning", "", {})],
         save=save_plain,
     ),
 }  # fmt: skip
-MODIFICATION_TYPE = Flag("lora", one_of(*TECHNIQUES), f"what trains: {', '.join(TECHNIQUES)}")
-MODEL_FLAGS = {"modification_type": MODIFICATION_TYPE, **BASE_FLAGS}
-for _technique in TECHNIQUES.values():
-    MODEL_FLAGS |= _technique.flags
+
+
+SCRATCH_FLAGS = {
+    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
+    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
+    "num_hidden_layers": Flag(12, number_type(int, 1, 10_000), "blocks; >= 1"),
+    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
+}
+BASE_FLAGS = {
+    "modification_type": Flag(
+        "lora", lambda value: one_of(*TECHNIQUES)(value), f"what trains: {', '.join(TECHNIQUES)}"
+    ),
+    "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
+    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
+    **SCRATCH_FLAGS,
+    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
+    "trainable_modules": Flag(
+        [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
+    ),
+}
+
+
+def model_flags() -> dict[str, Flag]:
+    """The flags of the base model and of every technique, as the table is when this is called."""
+    flags = dict(BASE_FLAGS)
+    for technique in TECHNIQUES.values():
+        flags |= technique.flags
+    return flags
+
+
+MODEL_FLAGS = model_flags()
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Declares the model flags, a group a technique."""
-    add_flags(parser, "model", {"modification_type": MODIFICATION_TYPE, **BASE_FLAGS})
+    add_flags(parser, "model", BASE_FLAGS)
     for name, technique in TECHNIQUES.items():
         add_flags(parser, f"--modification_type {name}", technique.flags)
 
 
 def checked(name: str, value: Any) -> Any:
-    """A setting in its flag's range. Raises ValueError that names the flag."""
+    """A setting in its flag's range, or None where the default is None: the model decides. Raises
+    ValueError that names the flag."""
+    flag = model_flags()[name]
+    if value is flag.default is None:
+        return None
     try:
-        return MODEL_FLAGS[name].type(value)
+        return flag.type(value)
     except (argparse.ArgumentTypeError, TypeError, AttributeError) as error:
         raise ValueError(f"--{name} {error}") from None
 
@@ -1206,10 +1402,10 @@ def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
 
     Raises ValueError for a value out of range, TypeError for an override that is no flag.
     """
-    if unknown := overrides.keys() - MODEL_FLAGS.keys():
+    flags, settings = model_flags(), argparse.Namespace()
+    if unknown := overrides.keys() - flags.keys():
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-    settings = argparse.Namespace()
-    for name, flag in MODEL_FLAGS.items():
+    for name, flag in flags.items():
         value = overrides.get(name, getattr(args, name, flag.default))
         setattr(settings, name, checked(name, value))
     check_together(settings)
@@ -1218,19 +1414,16 @@ def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
 
 def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given and that the chosen technique does not look at."""
-    lines = []
-    for owner, technique in TECHNIQUES.items():
-        for name in (
-            technique.flags.keys() & given.keys() if owner != args.modification_type else ()
-        ):
-            belongs = f"it belongs to --modification_type {owner}, this is {args.modification_type}"
-            lines.append(f"--{name}: without effect, {belongs}")
+    technique, idle = args.modification_type, {}
+    for owner, row in TECHNIQUES.items():
+        if owner != technique:
+            belongs = f", it belongs to --modification_type {owner}, this is {technique}"
+            idle |= dict.fromkeys(row.flags, belongs)
     if not args.from_scratch:
-        idle = SCRATCH_FLAGS.keys() & given.keys()
-        lines += [f"--{name}: without effect without --from_scratch" for name in idle]
-    if args.modification_type == "full" and args.trainable_modules:
-        lines.append("--trainable_modules: without effect, full trains every module")
-    return sorted(lines)
+        idle |= dict.fromkeys(SCRATCH_FLAGS, " without --from_scratch")
+    if technique == "full":
+        idle["trainable_modules"] = ", full trains every module"
+    return [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
 
 
 def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
@@ -1294,7 +1487,7 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
     settings["base_model_name_or_path"] = base_reference(model, directory)
     settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
-    write_json(directory / METADATA, settings)
+    write_json(directory / METADATA, settings | end_tokens(model))
 
 
 def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
@@ -1335,6 +1528,7 @@ def load_trained(
         TECHNIQUES[args.modification_type].load(model, directory, args)
     except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
         raise ValueError(f"{directory}: its settings are damaged: {error}") from error
+    model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
     return model
 
 
@@ -1354,11 +1548,9 @@ def trained_settings(directory: Path) -> dict:
         neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained"
         raise ValueError(f"{directory}: {neither}")
     try:
-        checked("modification_type", settings.get("modification_type"))
-        flags = TECHNIQUES[settings["modification_type"]].flags
-        if missing := flags.keys() - settings.keys():
+        technique = with_defaults(argparse.Namespace(**settings)).modification_type
+        if missing := {"modification_type", *TECHNIQUES[technique].flags} - settings.keys():
             raise ValueError(f"lacks {min(missing)}")
-        with_defaults(argparse.Namespace(**settings))
         base = settings.get("base_model_name_or_path")
         if not isinstance(base, str | None):
             raise ValueError(f"base_model_name_or_path is {base!r}")
@@ -1388,8 +1580,8 @@ def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chose
 
 
 def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
-    """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, its
-    tokenizer files too. Raises ValueError."""
+    """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
+    the adapter's tokenizer or else the base's. Raises ValueError."""
     model = load_trained(adapter_path, model_name_or_path)
     technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
     if is_plain(technique):
@@ -1400,11 +1592,12 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     target = Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    stored = GPT2Config.from_pretrained(model.base_path).dtype or torch.float32
-    merge_lora(model).to(stored).save_pretrained(target)  # at the precision of the base's files
-    for pattern in ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        for file in Path(adapter_path).glob(pattern):
-            shutil.copy(file, target)
+    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
+    source = adapter_path if has_vocabulary else model.base_path
+    tokenizer = matching_files(source, TOKENIZER_FILES)
+    write_plain(merge_lora(model).to(model.stored_dtype), target, end_tokens(model))
+    for file in tokenizer:
+        shutil.copy(file, target)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 
@@ -1413,32 +1606,21 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
 
 def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
     """The modified model on PyTorch's meta device: every shape, no weight."""
-    config = read_config(args)
-    try:
-        with torch.device("meta"):
-            model = GPT2LMHeadModel(config)
-    except Exception as error:  # of any type, for sizes that no model can have
-        where = f"--model_name_or_path {args.model_name_or_path}"
-        raise ValueError(f"{where}: config.json: {first_line(error)}") from None
-    model.tie_weights()
-    return modify(model, args)
+    return modify(build(read_config(args), named_base(args), "meta"), args)
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
     """What each technique trains and saves (fp32) on the base that the flags name."""
     base = {name: getattr(args, name) for name in BASE_FLAGS if name != "trainable_modules"}
-    lower_half, rows = list(range(read_config(args).n_layer // 2)), []
+    rows = []
     for technique, row in TECHNIQUES.items():
         for label, paper, changes in row.compared:
-            settings = with_defaults(
-                argparse.Namespace(**base, freeze_layers=lower_half),
-                modification_type=technique, **changes,
-            )  # fmt: skip
-            model = meta_model(settings)
+            settings = argparse.Namespace(**base)
+            model = meta_model(with_defaults(settings, modification_type=technique, **changes))
             total, trainable = parameter_counts(model)
             saved = total if is_plain(technique) else trainable
-            if technique == "lora":  # thirds are saved as one LoRA of the whole layer
-                saved = sum(tensor.numel() for tensor in lora_as_peft(model)[0].values())
+            for layer in lora_layers(model).values():  # thirds are saved as one B of all rows
+                saved += layer.full_B().numel() - layer.lora_B.numel()
             counts = {"total": total, "trainable": trainable, "saved_mb": saved * 4e-6}
             rows.append({"label": label, "paper": paper, **counts})
     return sorted(rows, key=lambda row: -row["trainable"])
@@ -1460,58 +1642,35 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
     """Bars of the trainable parameters of each technique, on a log scale."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes, trainable = figure.subplots(), [row["trainable"] for row in rows]
-    bars = axes.barh([row["label"] for row in rows], trainable, color="#4c72b0")
-    ratios = [f"{r['trainable']:,} ({r['trainable'] / r['total']:.2%})" for r in rows]
-    axes.bar_label(bars, ratios, padding=4)
+    axes = (figure := Figure(figsize=(9, 4.5), layout="constrained")).subplots()
+    bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows])
+    axes.bar_label(bars, [f"{row['trainable']:,}" for row in rows], padding=4)
     axes.set(xscale="log", xlabel="trainable parameters", title=title)
-    axes.set_xlim(right=max(trainable) * 60)
     axes.invert_yaxis()
     figure.savefig(path, dpi=120)
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace, dict]:
-    """(the parser, every flag, those that were given); leaves with status 2 for bad ones."""
-    parser = argparse.ArgumentParser(
-        prog="modify_llm.py",
-        description="Count what a technique trains in GPT-2, compare techniques, or merge a LoRA.",
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:5]),
-    )
-    tasks = {
-        "compare": Flag(False, boolean, "every technique side by side, no weights loaded"),
-        "plot": Flag(None, nonempty, "with --compare: draw it (none)"),
-        "adapter_path": Flag(None, nonempty, "what a run saved in best/ or final/ (none)"),
-        "merge_to": Flag(None, nonempty, "fold its LoRA into a plain GPT-2 there (none)"),
-    }
-    add_model_flags(parser)
-    add_flags(parser, "tasks (without one: count what --modification_type trains)", tasks)
-    given = vars(parser.parse_args(argv))
-    defaults = {name: flag.default for name, flag in (MODEL_FLAGS | tasks).items()}
-    args = argparse.Namespace(**defaults | given)
-    problem = ""
-    if bool(args.adapter_path) != bool(args.merge_to):
-        problem = "--adapter_path and --merge_to: give both, or neither"
-    elif args.plot and not args.compare:
-        problem = "--plot: needs --compare"
-    elif args.compare and args.merge_to:
-        problem = "--compare and --merge_to: two tasks, give one"
-    if problem:
-        parser.error(problem)
-    return parser, args, given
+TASK_FLAGS = {
+    "compare": Flag(False, boolean, "every technique side by side, no weights loaded"),
+    "plot": Flag(None, nonempty, "with --compare: draw it (none)"),
+    "adapter_path": Flag(None, nonempty, "what a run saved in best/ or final/ (none)"),
+    "merge_to": Flag(None, nonempty, "fold its LoRA into a plain GPT-2 there (none)"),
+}
 
 
 def run(args: argparse.Namespace, given: dict) -> None:
     """The task that the flags name. Raises ValueError, OSError."""
+    if bool(args.adapter_path) != bool(args.merge_to):
+        raise ValueError("--adapter_path and --merge_to: give both, or neither")
+    if args.plot and not args.compare:
+        raise ValueError("--plot: needs --compare")
+    if args.compare and args.merge_to:
+        raise ValueError("--compare and --merge_to: two tasks, give one")
     check_together(args)
     idle = idle_flags(given, args)
     if args.compare or args.merge_to:
         task = "merge_to" if args.merge_to else "compare"
-        used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS}
-        used |= {"compare", "plot", "adapter_path", "merge_to"}
+        used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS, *TASK_FLAGS}
         idle = [f"--{name}: without effect with --{task}" for name in given if name not in used]
     for line in idle:
         logger.warning(line)
@@ -1529,14 +1688,24 @@ def run(args: argparse.Namespace, given: dict) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status; bad input leaves with 2 and one line on stderr."""
-    parser, args, given = parse(argv)
+    parser = argparse.ArgumentParser(
+        prog="modify_llm.py",
+        description="Count what a technique trains in GPT-2, compare techniques, or merge a LoRA.",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:5]),
+    )
+    add_model_flags(parser)
+    add_flags(parser, "tasks (without one: count what --modification_type trains)", TASK_FLAGS)
+    given = vars(parser.parse_args(argv))
+    defaults = {name: flag.default for name, flag in (model_flags() | TASK_FLAGS).items()}
+    args = argparse.Namespace(**defaults | given)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets lines without the emoji
     # The coverage of each LoRA target is no news where all techniques are compared.
-    level = logging.WARNING if args.compare else logging.INFO
-    line = "%(levelname)s:%(name)s:%(message)s"
-    logging.basicConfig(level=level, format=line, stream=sys.stdout)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logger.setLevel(logging.WARNING if args.compare else logging.INFO)
+    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
     transformers_logging.disable_progress_bar()
     try:
         run(args, given)

@@ -629,7 +629,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 log_sum_exp = largest - softmax.amax(1, keepdim=True).log()
                 loss += (log_sum_exp - at_target).sum()
                 if hidden_grad is not None or weight_grad is not None:
-                    softmax.scatter_add_(1, target, softmax.new_full(target.shape, -1))
+                    softmax.scatter_(1, target, -1.0, reduce="add")
                     part.copy_(softmax)  # the logits become their gradient
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[rows])
@@ -642,7 +642,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
-            hidden_grad = (hidden_grad.float() * scale).to(hidden_grad.dtype)
+            # Of one dimension, the factor is fp32 in the product; of none it would be rounded.
+            hidden_grad = (hidden_grad * scale.view(1)).to(hidden_grad.dtype)
         return hidden_grad, None if weight_grad is None else weight_grad * scale, None, None
 
 
@@ -658,7 +659,8 @@ class SummedLoss(nn.Module):
         """See loss_inputs for the arguments."""
         transformer, device = self.model.transformer, input_ids.device.type
         # Embeddings, not ids: transformers would look for padding among ids, and wait for a GPU.
-        embeddings = transformer.wte(input_ids)  # (batch, width, hidden size)
+        # In fp32, so that this is the dtype of the residual stream whatever is frozen.
+        embeddings = transformer.wte(input_ids).float()  # (batch, width, hidden size)
         hidden = transformer(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         hidden = hidden.flatten(0, 1).index_select(0, positions)  # (labelled tokens, hidden size)
         # Evaluation takes fp32 logits: in bf16 those near -100 are 0.5 apart.
@@ -703,17 +705,21 @@ def loss_inputs(
         width = math.ceil(lengths[rows[0]] / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         labels = next_labels[rows, :width].flatten()
         positions = (labels != IGNORED).nonzero().squeeze(1)
-        part = {"input_ids": batch["input_ids"][rows, :width], "positions": positions}
-        part["targets"] = labels[positions]
-        parts.append({name: to_device(tensor, runtime) for name, tensor in part.items()})
+        input_ids = batch["input_ids"][rows, :width]
+        together = torch.cat([input_ids.flatten(), positions, labels[positions]])
+        sizes = [input_ids.numel(), len(positions), len(positions)]
+        flat, positions, targets = to_device(together, runtime).split(sizes)  # one copy
+        input_ids = flat.view(input_ids.shape)
+        parts.append({"input_ids": input_ids, "positions": positions, "targets": targets})
     return parts
 
 
 def to_device(tensor: Tensor, runtime: Runtime) -> Tensor:
-    """Copies to a GPU without waiting: from pinned memory, which nobody else is given meanwhile."""
-    if runtime.device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(runtime.device, non_blocking=runtime.device.type != "mps")
+    """Copies to a GPU without waiting: from pinned memory, which nobody else is given meanwhile.
+    A Mac has none, and would read what was freed."""
+    if runtime.device.type in ("cpu", "mps"):
+        return tensor.to(runtime.device)
+    return tensor.pin_memory().to(runtime.device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -899,15 +905,16 @@ def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, lengt
 
 
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
-    """To the device: frozen matrices in the runtime's precision, all that trains and all that is
-    1-D in fp32."""
-    for parameter in model.parameters():
-        frozen_matrix = parameter.ndim > 1 and not parameter.requires_grad
-        dtype = runtime.dtype if frozen_matrix else torch.float32
-        # Weights lie in the mapped file of the base: where some leave it, all do, or the whole
-        # file would stay in memory.
-        copied = runtime.dtype != torch.float32
-        parameter.data = parameter.data.to(runtime.device, dtype, copy=copied)
+    """To the device: what is frozen in the runtime's precision, to which autocast would bring it;
+    all that trains, and LayerNorms, in fp32."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            rounded = not (parameter.requires_grad or isinstance(module, nn.LayerNorm))
+            dtype = runtime.dtype if rounded else torch.float32
+            # Weights lie in the mapped file of the base: where some leave it, all do, or the whole
+            # file would stay in memory.
+            copied = runtime.dtype != torch.float32
+            parameter.data = parameter.data.to(runtime.device, dtype, copy=copied)
     model.to(runtime.device)
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, in one kernel
@@ -1830,9 +1837,13 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     logger.info("🔧 Using device: %s", runtime.device)
     model = build_model(args)
     check_fits(model, tokenizer, args.max_length)
+    modify_llm.set_end_token(model, tokenizer.eos_token_id)
     total, trainable = counts = modify_llm.parameter_counts(model)
     shown = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
     logger.info("📊 Model Parameters:\n%s", shown)
+    if modify_llm.is_plain(model.modification["modification_type"]):  # all of it is saved
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        model.exact_weights = {name: p.detach().clone() for name, p in frozen.items()}
     prepare_model(model, args, runtime)
     loaders = (args, runtime, tokenizer)
     accumulation = {"accumulation_steps": args.gradient_accumulation_steps}

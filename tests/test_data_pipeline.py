@@ -10,6 +10,7 @@ modules.
 import copy
 import csv
 import functools
+import gzip
 import http.server
 import io
 import itertools
@@ -114,7 +115,22 @@ def as_csv(rows):
     return text.getvalue().encode()
 
 
+def as_parquet(rows):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=7)
+    return file.getvalue()
+
+
+def as_zst(content):
+    """Two frames, as parallel compressors and `cat` write them; of unknown size, as pipes do."""
+    compress = pytest.importorskip("zstandard").ZstdCompressor(write_content_size=False).compress
+    return compress(content[:9]) + compress(content[9:])
+
+
 ENCODERS = {".json": as_json, ".jsonl": as_jsonl, ".csv": as_csv}
+EVERY_KIND = {**ENCODERS, ".ndjson": as_jsonl, ".parquet": as_parquet}
+PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": as_zst}
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +175,16 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def web(tmp_path, monkeypatch):
-    """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off."""
+def web(tmp_path, tmp_path_factory, monkeypatch):
+    """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off
+    at the end of a line.
+
+    web.cache is where downloads are kept.
+    """
     monkeypatch.setenv("no_proxy", "*")
+    cache = tmp_path_factory.mktemp("cache")
+    kept_there = functools.partial(data_pipeline.cached_assets_path, assets_dir=cache)
+    monkeypatch.setattr(data_pipeline, "cached_assets_path", kept_there)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -170,7 +193,7 @@ def web(tmp_path, monkeypatch):
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
-            self.wfile.write(b'[{"instruction": "a", ')
+            self.wfile.write(as_jsonl([alpaca_row()]))
 
         def log_message(self, *_):
             pass
@@ -178,7 +201,9 @@ def web(tmp_path, monkeypatch):
     handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield lambda path: f"http://127.0.0.1:{server.server_port}/{path}"
+        url = functools.partial("http://127.0.0.1:{}/{}".format, server.server_port)
+        url.cache = cache
+        yield url
         server.shutdown()
 
 
@@ -202,12 +227,13 @@ def refused(capsys, monkeypatch, tokenizer, tmp_path):
     return run
 
 
-def run_script(*flags, cwd, encoding="utf-8"):
+def run_script(*flags, cwd, encoding="utf-8", **variables):
     environment = {
         **os.environ,
         "PYTHONIOENCODING": encoding,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        **variables,
     }
     command = [sys.executable, str(SCRIPT), *map(str, flags)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, timeout=120)
@@ -731,7 +757,7 @@ def test_gpt2s_names_are_gpt2s_tokenizer_but_for_a_directory_of_that_name(
 def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, size):
     """What is cached of it may lack the tokenizer, whatever the size of its vocabulary."""
     snapshot = directory_of("snapshot", gpt2_config(size))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: snapshot)
+    monkeypatch.setattr(data_pipeline, "snapshot_download", lambda *_, **__: snapshot)
     with pytest.raises(ValueError, match="the repository, or what is cached of it"):
         load_tokenizer("someone/french-gpt2")
 
@@ -1466,6 +1492,333 @@ def test_every_format_gives_the_same_rows_with_or_without_a_byte_order_mark(
     ]
 
 
+@pytest.mark.parametrize("packing", PACKERS)
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_every_kind_of_file_gives_the_same_rows_packed_or_not(write, tokenizer, kind, packing):
+    template = "{instruction}|{input}||{output}"
+    expected = load_dataset(write(ROWS), tokenizer, text_format=template).content_hash()
+    path = write(PACKERS[packing](EVERY_KIND[kind](ROWS)), f"more.v2{kind}{packing}")
+    assert load_dataset(path, tokenizer, text_format=template).content_hash() == expected
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("left", [0.01, 0.4, 0.7, 0.99])
+def test_a_packed_file_that_is_cut_short_is_refused(refused, write, packing, left):
+    """zstandard's own readers end quietly where the file does, here after whole lines: a block of
+    131,072 bytes holds 512."""
+    hidden = len(as_jsonl([alpaca_row(output="")]))
+    texts = (os.urandom(128).hex()[: 256 - hidden] for _ in range(1024))
+    content = as_jsonl([alpaca_row(output=text) for text in texts])
+    assert len(content) == 2 * 131_072
+    zst = pytest.importorskip("zstandard").compress
+    packed = {".gz": gzip.compress, ".zst": zst}[packing](content)
+    path = write(packed[: int(left * len(packed))], f"rows.jsonl{packing}")
+    error = refused("--dataset_path", path)
+    assert error.startswith(f"--dataset_path {path}: does not unpack: ")
+
+
+def test_a_packed_file_that_is_damaged_is_refused(refused, write):
+    for packing in (".gz", ".zst"):
+        packed = bytearray(PACKERS[packing](as_jsonl(ROWS)))
+        packed[30:60] = bytes(30)
+        path = write(bytes(packed), f"rows.jsonl{packing}")
+        assert refused("--dataset_path", path).startswith(f"--dataset_path {path}: ")
+
+
+@pytest.mark.parametrize(
+    "name, module, package",
+    [
+        ("a.parquet", "pyarrow.parquet", "pyarrow"),
+        ("a.jsonl.zst", "zstandard", "zstandard"),
+        ("a.parquet.zst", "zstandard", "zstandard"),
+    ],
+)
+def test_a_package_that_a_file_needs_is_named(refused, write, monkeypatch, name, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    path, needed = write(b"", name), f"needs the package {package}: pip install {package}"
+    assert refused("--dataset_path", path) == f"--dataset_path {path}: {needed}"
+
+
+def test_a_nulls_and_numbers_of_parquet_are_told_from_text(refused, write, tokenizer):
+    rows = [alpaca_row(input=None), alpaca_row(input="NA")]
+    path = write(as_parquet(rows), "a.parquet")
+    expected = load_dataset(write([alpaca_row(input=""), rows[1]]), tokenizer, text_format="alpaca")
+    dataset = load_dataset(path, tokenizer, text_format="alpaca")
+    assert dataset.content_hash() == expected.content_hash()
+    numbers = write(as_parquet([{**alpaca_row(), "output": 7}]), "numbers.parquet")
+    assert refused("--dataset_path", numbers).endswith("row 1: 'output' is 7, not text")
+
+
+def without_input(rows):
+    return [{name: row[name] for name in ("instruction", "output")} for row in rows]
+
+
+def test_a_row_without_an_input_is_one_with_an_empty_input(write, tokenizer):
+    rows = [row | {"input": ""} for row in ROWS]
+    expected = load_dataset(write(rows), tokenizer, text_format="alpaca").content_hash()
+    table = [["instruction", "output"], *(list(row.values()) for row in without_input(rows))]
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(table)
+    for name, content in {
+        "mixed.json": as_json([*rows[:4], *without_input(rows[4:])]),
+        "none.jsonl": as_jsonl(without_input(rows)),
+        "none.csv": file.getvalue().encode(),
+        "none.parquet": as_parquet(without_input(rows)),
+    }.items():
+        dataset = load_dataset(write(content, name), tokenizer, text_format="alpaca")
+        assert dataset.content_hash() == expected
+
+
+def test_only_alpacas_input_may_be_missing(refused, write):
+    path = write(as_json([alpaca_row(), {"output": "a"}]))
+    assert refused("--dataset_path", path).endswith(
+        "row 2: no 'instruction'; the row has ['output']"
+    )
+    path = write(as_json([{"question": "a", "output": "b"}]))
+    error = refused("--dataset_path", path, "--text_format", "{input}||{output}")
+    assert error.endswith("row 1: no 'input'; the row has ['output', 'question']")
+
+
+@pytest.mark.parametrize("end", [",,", ", ,", ",,,,,,"])
+def test_empty_columns_that_a_spreadsheet_appends_are_no_columns(write, tokenizer, end):
+    rows = f"instruction,input,output,,\nSay.,,It is.{end}\n\nSay.,,So.,,\n,,,,\n".encode()
+    expected = [alpaca_row(output=text) for text in ("It is.", "So.", "")]
+    dataset = load_dataset(write(rows, "excel.csv"), tokenizer)
+    assert dataset.content_hash() == load_dataset(write(expected), tokenizer).content_hash()
+
+
+@pytest.mark.parametrize("header", ["instruction,input,output", "instruction,input,output,,"])
+def test_a_field_under_no_name_is_refused_by_its_row(refused, write, header):
+    rows = f"{header}\na,b,c,\na,b,c,,note\n".encode()
+    error = refused("--dataset_path", write(rows, "excel.csv"))
+    assert error.endswith("excel.csv: row 2: more fields than the header names")
+
+
+def test_a_quote_that_is_not_doubled_is_refused_by_its_line(refused, write):
+    rows = b'instruction,input,output\na,"two\nlines",c\na,,"It "is" it."\na,b,c\n'
+    error = refused("--dataset_path", write(rows, "quote.csv"))
+    assert "quote.csv: line 4: " in error and "written twice" in error
+
+
+@pytest.mark.parametrize("encode", [as_csv, as_jsonl, as_json])
+@pytest.mark.parametrize("row, byte", [(1, "0xe9"), (30, "0x80"), (15_000, "0xe9")])
+def test_a_byte_that_is_not_utf8_is_refused_by_its_row(refused, write, encode, row, byte):
+    """As Windows writes it, in a column that is read or in another."""
+    rows = [alpaca_row(output="fine") for _ in range(row + 3)]
+    rows[row - 1] = alpaca_row(input="M\nARK")
+    content = encode(rows).replace(b"ARK", bytes([int(byte, 16)]))
+    path = write(content, {as_csv: "a.csv", as_jsonl: "a.jsonl", as_json: "a.json"}[encode])
+    for text_format in ("alpaca", "||{output}"):
+        error = refused("--dataset_path", path, "--text_format", text_format)
+        assert error.startswith(f"--dataset_path {path}: row {row}: byte {byte} is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.json", json.dumps({"v": 1, "data": ROWS}, indent=2).encode(), "its list 'data' alone"),
+        ("a.json", json.dumps({"rows": ROWS}).encode(), "its list 'rows' alone"),
+        ("a.jsonl", json.dumps({"rows": ROWS}).encode(), "row 1: no 'instruction'; the row has"),
+        ("a.json", json.dumps({"instruction": {"0": "a"}}, indent=1).encode(), "list of rows, not"),
+        ("a.jsonl", as_json(ROWS), "line 1: a JSON array, not one object a line"),
+        ("a.ndjson", b"\n " + json.dumps(ROWS).encode(), "line 2: a JSON array"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "is a Git LFS pointer"),
+        ("a.csv", gzip.compress(as_csv(ROWS)), "is gzip: let its name end in .gz"),
+        ("a.csv", b"PK\x03\x04...", "an Excel sheet"),
+        ("a.parquet", as_json(ROWS), "not a parquet file"),
+        ("a.parquet", b"", "Parquet"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_told(refused, write, name, content, said):
+    path = write(content, name)
+    error = refused("--dataset_path", path)
+    assert error.startswith(f"--dataset_path {path}: ") and said in error and len(error) < 500
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """directory({"name": content}) -> a directory of these files; rows are written by the name."""
+
+    def fill(files):
+        for name, content in files.items():
+            path = tmp_path / "files" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            encoded = content if isinstance(content, bytes) else EVERY_KIND[path.suffix](content)
+            path.write_bytes(encoded)
+        return tmp_path / "files"
+
+    return fill
+
+
+def test_a_directory_or_a_glob_is_the_rows_of_its_files_in_order(directory, write, tokenizer):
+    """Of all kinds, with other columns beside those that are read, without an input or with it."""
+    files = {
+        "a.csv": ROWS[:3],
+        "b/part-1.jsonl": [row | {"id": 7} for row in ROWS[3:5]],
+        "b/part-2.jsonl": ROWS[5:6],
+        "c.parquet": without_input(ROWS[:2]),
+        "d.json.gz": gzip.compress(as_json(ROWS[6:])),
+    }
+    path = directory(files)
+    without = [row | {"input": ""} for row in ROWS[:2]]
+    expected = write([*ROWS[:6], *without, *ROWS[6:]])
+    template = "{instruction}|{input}||{output}"
+    hashes = {
+        load_dataset(where, tokenizer, text_format=template).content_hash()
+        for where in (expected, path, f"{path}/", f"{path}/**/*.*")
+    }
+    assert len(hashes) == 1
+    alone = load_dataset(f"{path}/b/part-[12].*", tokenizer, text_format=template)
+    assert len(alone) == 3
+
+
+def test_what_a_directory_holds_besides_its_rows_is_left_out_and_said(
+    directory, capsys, monkeypatch, tokenizer
+):
+    monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
+    named = {"latest_devices.json": ROWS, "dataset_info.json": b"{}", "README.md": b"..."}
+    held_out = {"sub/my-test.jsonl": ROWS[:2], "val.csv": ROWS[:3], ".cache/x.json": b"{}"}
+    path = directory(named | held_out)
+    flags = ["--dataset_path", path, "--eval_dataset_path", path, "--num_workers", 0]
+    out = run_main(capsys, *flags)
+    assert f"Files of {path}: latest_devices.json\n" in out
+    assert "Left out: README.md, dataset_info.json, sub/my-test.jsonl, val.csv\n" in out
+    assert f"Files of {path}: sub/my-test.jsonl, val.csv\n" in out
+    assert f"Held out: 5 rows; {len(ROWS)} to train on" in out
+
+
+def test_a_fault_in_one_of_several_files_is_told_by_that_file(refused, directory):
+    files = {"a.json": ROWS, "b.csv": b"question,answer\na,b\n", "c.jsonl": ROWS}
+    path = directory(files)
+    for where in (path, f"{path}/*"):
+        start = f"--dataset_path {path}/b.csv: row 1: no 'instruction'"
+        assert refused("--dataset_path", where).startswith(start)
+    directory({"b.csv": b""})
+    assert refused("--dataset_path", path) == f"--dataset_path {path}/b.csv: holds no rows"
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.txt": b"a"}, {"test.json": ROWS}])
+def test_a_directory_or_a_glob_without_rows_to_train_on_is_refused(refused, directory, files):
+    path = directory({"README.md": b""} | files)
+    for where in (path, f"{path}/*.txt", f"{path}/none*.json"):
+        assert refused("--dataset_path", where).startswith(f"--dataset_path {where}: holds no ")
+
+
+def test_a_file_whose_name_reads_as_a_glob_is_that_file(write, tokenizer):
+    assert len(load_dataset(write(ROWS, "rows [1].json"), tokenizer)) == len(ROWS)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Datasets in `root` as the hub serves them: their commit, their files, a file."""
+
+    root, commit = Path(), "a" * 40
+
+    def do_GET(self):
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        listing = parts[:2] == ["api", "datasets"]
+        repository = "/".join(parts[2:4] if listing else parts[1:3])
+        path = self.root.joinpath(repository, *([] if listing else parts[5:]))
+        if not path.exists():
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if not listing:
+            content = path.read_bytes()
+            return self.answer(200, content, {"ETag": f'"{hash(content)}"'})
+        answer = {"id": repository, "sha": self.commit, "siblings": []}
+        if parts[4] == "tree":
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            names = [file.relative_to(path).as_posix() for file in files]
+            answer = [{"type": "file", "path": name, "oid": "b" * 40, "size": 1} for name in names]
+        return self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
+
+    do_HEAD = do_GET
+
+    def answer(self, status, body, headers):
+        self.send_response(status)
+        headers |= {"X-Repo-Commit": self.commit, "Content-Length": len(body)}
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(directory, tmp_path):
+    """A hub on loopback that serves one dataset, `someone/alpaca`.
+
+    hub(*flags, **environment) -> what the script leaves, and says, with that hub.
+    """
+    parts = {f"train-0000{i}-of-00002.parquet": as_parquet(ROWS[i::2]) for i in range(2)}
+    files = {f"data/{name}": content for name, content in parts.items()}
+    files |= {"data/test-00000-of-00001.parquet": as_parquet(ROWS[:3]), "README.md": b"..."}
+    files |= {"rows.csv": ROWS, "dataset_infos.json": b"{}"}
+    directory({f"someone/alpaca/{name}": content for name, content in files.items()})
+    handler = type("Hub", (Hub,), {"root": tmp_path / "files"})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "no_proxy": "*",
+        }
+        script = functools.partial(run_script, "--num_workers", 0, cwd=tmp_path)
+        yield lambda *flags, **changes: script(*flags, **environment | changes)
+        server.shutdown()
+
+
+def test_a_hub_dataset_is_the_parquet_files_of_its_training_split(hub):
+    """Downloaded once, without a line of an HTTP client; the cache serves it where the hub does
+    not answer, and what it lacks is refused offline."""
+    for environment in ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        status, out, err = hub("--dataset_path", "someone/alpaca", **environment)
+        assert (status, err) == (0, "")
+        names = "data/train-00000-of-00002.parquet, data/train-00001-of-00002.parquet"
+        assert f"Files of someone/alpaca: {names}\n" in out
+        assert f"Dataset loaded successfully with {len(ROWS)} entries." in out
+        assert not [line for line in out.splitlines() if "http" in line.lower()]
+    # The held-out split is not in the cache yet.
+    status, out, err = hub("--eval_dataset_path", "someone/alpaca", HF_HUB_OFFLINE="1")
+    assert status == 2 and len(err.splitlines()) == 1 and "incomplete" in err
+    status, out, err = hub("--eval_dataset_path", "someone/alpaca")
+    assert (status, err) == (0, "") and "Held out: 3 rows" in out
+
+
+@pytest.mark.parametrize(
+    "dataset, environment, reason",
+    [
+        ("someone/nothing", {}, "404"),
+        ("someone/alpaca", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "Connect"),
+    ],
+)
+def test_a_hub_dataset_out_of_reach_is_refused_in_one_line(hub, dataset, environment, reason):
+    status, out, err = hub("--dataset_path", dataset, **environment)
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1 and reason in err
+    assert err.startswith(f"data_pipeline.py: error: --dataset_path {dataset}: neither a local ")
+
+
+def test_a_url_is_downloaded_again_only_when_it_changed(write, web, tokenizer):
+    path = write(ROWS, "rows.jsonl")
+    for rows in (ROWS, ROWS[:4]):
+        path.write_bytes(as_jsonl(rows))
+        for _ in range(2):
+            assert len(load_dataset(web("rows.jsonl"), tokenizer)) == len(rows)
+    kept = [file.read_bytes() for file in web.cache.rglob("*.jsonl")]
+    assert sorted(kept) == sorted(as_jsonl(rows) for rows in (ROWS, ROWS[:4]))
+
+
+@pytest.mark.parametrize("name", ["rows.csv.gz", "rows.parquet"])
+def test_a_url_may_name_any_kind_of_file(write, web, tokenizer, name):
+    kind = ".csv" if "csv" in name else ".parquet"
+    content = EVERY_KIND[kind](ROWS)
+    write(gzip.compress(content) if name.endswith(".gz") else content, name)
+    assert len(load_dataset(web(name), tokenizer)) == len(ROWS)
+
+
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv"])
 def test_a_url_gives_the_rows_of_its_file(write, web, tokenizer, name):
     local = load_dataset(write(ROWS, name), tokenizer)
@@ -1574,8 +1927,8 @@ def checked(rows):
     for row in rows:
         if not isinstance(row, dict) or None in row:
             return None
-        row = dict(row)
-        if "input" in row and (row["input"] is None or row["input"] != row["input"]):
+        row = {"input": "", **row}
+        if row["input"] is None or row["input"] != row["input"]:
             row["input"] = ""
         if not all(isinstance(row.get(column), str) for column in COLUMNS):
             return None
@@ -2013,6 +2366,15 @@ def test_the_round_trip_is_counted_over_the_whole_set(write, capsys, monkeypatch
     ]  # row 1,200 is 16 tokens long and loses its end of text alone
     assert "Batches in an epoch: 188" in out  # every row is kept
     assert "Batch - input_ids shape: torch.Size([8, 16])" in out
+
+
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_sample_of_megabytes_is_shown_cut(write, capsys, monkeypatch, tokenizer, blank):
+    monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
+    path = write([alpaca_row(output=f"{blank}word" * 200_000), alpaca_row()])
+    out = run_main(capsys, "--dataset_path", path, "--max_length", 100_000, "--num_workers", 0)
+    assert max(map(len, out.splitlines())) < 5_000 and len(out) < 25_000
+    assert f"({len(f'{blank}word') * 200_000:,} characters)" in out
 
 
 def test_a_tokenizer_that_changes_the_text_is_found_out(write, caplog, tokenizer):

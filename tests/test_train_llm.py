@@ -2189,6 +2189,29 @@ def test_the_checkpoint_of_an_evaluation_is_there_before_samples_and_best(
     assert ("best" in said.partition("Written to")[2]) == (failure == "samples")
 
 
+@pytest.mark.parametrize("technique", ["full", "selective"])
+def test_a_whole_model_is_saved_though_its_base_has_vanished(
+    technique, flags, tmp_path, small_base, capsys
+):
+    """And what is frozen is written as it was read, not as bf16 has rounded it."""
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    start = load_file(base / "model.safetensors")
+    argv = flags(
+        tmp_path / "out", modification_type=technique, model_name_or_path=base, num_samples=1,
+        freeze_layers="0" if technique == "selective" else None, precision="auto",
+    )  # fmt: skip
+    with in_micro_step(3, lambda _: shutil.rmtree(base)):
+        assert run(argv) == 0
+    assert "predictions.jsonl: " in capsys.readouterr().out  # the base's own answers
+    saved_weights = load_file(tmp_path / "out" / "final" / "model.safetensors")
+    assert saved_weights.keys() == start.keys()
+    frozen = [name for name in start if ".h.0." in name]
+    assert all(
+        torch.equal(saved_weights[n], start[n]) == (technique == "selective") for n in frozen
+    )
+
+
 def test_a_best_model_that_a_kill_left_out_is_written_on_resuming(flags, tmp_path):
     assert run(flags(tmp_path / "whole", eval_interval=3)) == 0
     argv = flags(tmp_path / "cut", eval_interval=3)
