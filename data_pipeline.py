@@ -626,7 +626,7 @@ def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     is none. Raises ValueError."""
     name = "messages" if record.get("messages") is not None else "conversations"
     if name not in record:
-        columns = sorted(map(str, record))
+        columns = f"{sorted(map(str, record))}{wrapped_rows(record)}"
         raise ValueError(f"no 'messages' and no 'conversations'; the row has {columns}")
     turns = record[name]
     if not isinstance(turns, list) or not turns:
@@ -784,8 +784,6 @@ def base_of_adapter(directory: Path) -> str | None:
 
 def download_tokenizer(name: str, where: str) -> Path:
     """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
-    from huggingface_hub import snapshot_download
-
     try:
         patterns = [*TOKENIZER_FILES, "config.json"]
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))

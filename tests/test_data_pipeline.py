@@ -757,7 +757,7 @@ def test_gpt2s_names_are_gpt2s_tokenizer_but_for_a_directory_of_that_name(
 def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, size):
     """What is cached of it may lack the tokenizer, whatever the size of its vocabulary."""
     snapshot = directory_of("snapshot", gpt2_config(size))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: snapshot)
+    monkeypatch.setattr(data_pipeline, "snapshot_download", lambda *_, **__: snapshot)
     with pytest.raises(ValueError, match="the repository, or what is cached of it"):
         load_tokenizer("someone/french-gpt2")
 
