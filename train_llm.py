@@ -92,6 +92,7 @@ from modify_llm import (
 
 logger = logging.getLogger(__name__)
 table = logging.getLogger("table")  # lines without a prefix
+SPEAKERS = {"root", __name__, "table", "data_pipeline", "modify_llm"}
 
 QUERY_BLOCK = 128  # queries at a time in a CPU's attention
 CPU_TOKENS = 1536  # of a batch at once: more are not faster, and their activations fill the memory
@@ -438,6 +439,8 @@ class LogHandler(logging.Handler):
         return prefix + record.getMessage()
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.WARNING and record.name not in SPEAKERS:
+            return  # an HTTP client's lines
         line = self.format(record)
         with suppress(OSError):  # on a full disk, what fails next tells it in one line
             print(line, file=self.file, flush=True)
@@ -464,18 +467,16 @@ def logging_to_screen(rank: int) -> Iterator[None]:
     closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]  # as by `>&-`
     for name in closed:
         setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    root, http, bars = logging.getLogger(), logging.getLogger("httpx"), is_progress_bar_enabled()
-    before = root.handlers[:], root.level, http.level
+    root, bars = logging.getLogger(), is_progress_bar_enabled()
+    before = root.handlers[:], root.level
     root.handlers = [LogHandler() if rank == 0 else logging.NullHandler()]
     root.setLevel(logging.INFO)
-    http.setLevel(logging.WARNING)
     disable_progress_bar()
     try:
         yield
     finally:
-        root.handlers, level, http_level = before
+        root.handlers, level = before
         root.setLevel(level)
-        http.setLevel(http_level)
         if bars:
             enable_progress_bar()
         for name in closed:
@@ -1655,11 +1656,8 @@ def refuse_non_finite(loss: float, grad_norm: float, step: int, fp16: bool) -> N
 def train_step(
     run: Run, wrapped: nn.Module, window: list[dict[str, Tensor]]
 ) -> tuple[float, float]:
-    """One optimizer step over a window of micro-batches. Returns (learning rate, gradient norm).
-
-    Loss: the sum over the labelled tokens of the window, on all processes, over their number,
-    however the window is cut.
-    """
+    """One optimizer step over a window of micro-batches: (learning rate, gradient norm). The loss
+    is the sum over the labelled tokens of the window, on all processes, over their number."""
     args, runtime, state = run.args, run.runtime, run.progress
     # Where most of the model trains, each part more would add a gradient of the whole to the last.
     max_tokens = math.inf if run.counts[1] > run.counts[0] / 10 else None
@@ -1771,9 +1769,8 @@ def show_samples(run: Run) -> None:
 def train(run: Run) -> None:
     """The loop: evaluate, save and stop where these are due, then take a step and log it.
 
-    (An evaluation comes before the first step too, so it stands at the head of the loop.)
-    The checkpoint comes before all that may fail. Raises Stopped after a signal, RuntimeError for
-    a loss that is no number.
+    An evaluation comes before the first step too, so it stands at the head of the loop. Raises
+    Stopped after a signal, RuntimeError for a loss that is no number.
     """
     args, state, runtime = run.args, run.progress, run.runtime
     summed_loss = wrapped = SummedLoss(run.model).train()
@@ -1782,18 +1779,14 @@ def train(run: Run) -> None:
     steps, saved_step, clock, tokens = windows(run), state.step, time.perf_counter(), 0
     quiet = None if runtime.rank == 0 else True
     bar = tqdm(total=run.total_steps, initial=state.step, desc="training", disable=quiet)
-    if run.resumed_from is not None:  # a kill may have come between a checkpoint and its best/
-        keep_best(run)
     while True:
         evaluated = state.evaluation_due and not run.told_to_stop()
         if evaluated:
             run_evaluation(run, summed_loss)
 
-        ended, interval = state.step >= run.total_steps or state.stopped_early, args.save_interval
-        after_evaluation = evaluated and state.step > 0 and (ended or not interval)
-        interval_over = interval and state.step > saved_step and state.step % interval == 0
-        if run.told_to_stop() or after_evaluation or interval_over:
-            save_checkpoint(run)
+        ended = state.step >= run.total_steps or state.stopped_early
+        if run.told_to_stop() or checkpoint_due(run, evaluated, ended, saved_step):
+            save_checkpoint(run)  # before all that may fail
             saved_step = state.step
             if run.told_to_stop():
                 raise Stopped(run.signal or signal.SIGTERM)
@@ -1809,16 +1802,23 @@ def train(run: Run) -> None:
         rate, norm = train_step(run, wrapped, window)
         bar.update()
 
-        end_of_epoch, last = step_of_epoch + 1 == run.steps_per_epoch, state.step >= run.total_steps
+        last, interval = state.step >= run.total_steps, args.eval_interval
         if state.step % args.log_interval == 0 or last:
-            (all_tokens,) = runtime.sum_over_ranks(tokens)
-            speed = all_tokens / (time.perf_counter() - clock)
+            speed = runtime.sum_over_ranks(tokens)[0] / (time.perf_counter() - clock)
             loss = log_training(run, epoch, step_of_epoch + 1, rate, norm, speed)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
             clock, tokens = time.perf_counter(), 0
-        interval = args.eval_interval
-        state.evaluation_due = last or (state.step % interval == 0 if interval else end_of_epoch)
+        at_interval = state.step % (interval or run.steps_per_epoch) == 0
+        state.evaluation_due = last or at_interval
     bar.close()
+
+
+def checkpoint_due(run: Run, evaluated: bool, ended: bool, saved_step: int) -> bool:
+    """After each evaluation, or each --save_interval steps; always at the end."""
+    step, interval = run.progress.step, run.args.save_interval
+    if evaluated and step > 0 and (ended or not interval):
+        return True
+    return bool(interval) and step > saved_step and step % interval == 0
 
 
 # ---- from the command line to final/ -------------------------------------------------------------
@@ -1833,18 +1833,12 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
         if not (args.adapter_path or args.from_scratch):
             modify_llm.locate(args.model_name_or_path)  # out of reach: told before rows are read
         tokenizer = tokenizer_for(args)
+        for flag in ("dataset_path", "eval_dataset_path") if runtime.world_size > 1 else ():
+            if path := getattr(args, flag):
+                data_pipeline.dataset_files(path, flag)
     train_rows, eval_rows = load_rows(args, tokenizer)
     logger.info("🔧 Using device: %s", runtime.device)
-    model = build_model(args)
-    check_fits(model, tokenizer, args.max_length)
-    modify_llm.set_end_token(model, tokenizer.eos_token_id)
-    total, trainable = counts = modify_llm.parameter_counts(model)
-    shown = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
-    logger.info("📊 Model Parameters:\n%s", shown)
-    if modify_llm.is_plain(model.modification["modification_type"]):  # all of it is saved
-        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        model.exact_weights = {name: p.detach().clone() for name, p in frozen.items()}
-    prepare_model(model, args, runtime)
+    model, counts = make_model(args, runtime, tokenizer)
     loaders = (args, runtime, tokenizer)
     accumulation = {"accumulation_steps": args.gradient_accumulation_steps}
     loader = make_loader(train_rows, *loaders, **accumulation)
@@ -1862,9 +1856,6 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     for text in args.prompt:  # raises for one that cannot be put, before the run and not after it
         prompt_ids(text, model, tokenizer, args.text_format)
     refuse_to_overwrite_inputs(run)
-    if args.compile:
-        for block in model.transformer.h:
-            block.compile(dynamic=True)
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
@@ -1872,6 +1863,26 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     check_processes_agree(run)
     table.info(summary(run))
     return run
+
+
+def make_model(
+    args: argparse.Namespace, runtime: Runtime, tokenizer: PreTrainedTokenizerBase
+) -> tuple[GPT2LMHeadModel, tuple[int, int]]:
+    """(the model as it trains, on the device; its parameters and those that train)"""
+    model = build_model(args)
+    check_fits(model, tokenizer, args.max_length)
+    modify_llm.set_end_token(model, tokenizer.eos_token_id)
+    total, trainable = counts = modify_llm.parameter_counts(model)
+    shown = f"   Total: {total:,}\n   Trainable: {trainable:,} ({trainable / total:.2%})"
+    logger.info("📊 Model Parameters:\n%s", shown)
+    if modify_llm.is_plain(model.modification["modification_type"]):  # all of it is saved
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        model.exact_weights = {name: p.detach().clone() for name, p in frozen.items()}
+    prepare_model(model, args, runtime)
+    if args.compile:
+        for block in model.transformer.h:
+            block.compile(dynamic=True)
+    return model, counts
 
 
 def check_processes_agree(run: Run) -> None:
@@ -2031,6 +2042,8 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
             if args.from_scratch:
                 save_scratch_base(run)
             catch_signals(run, closing)
+            if run.resumed_from is not None:  # a kill may have come between checkpoint and best/
+                keep_best(run)
             with attention_without_mask(run.model):
                 train(run)
             finish(run, started)
