@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.cache_utils import DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -704,7 +705,7 @@ class PromptEmbedding(nn.Module):
 
         Attention is causal: the prefix sees no text, so its states are the same for every row.
         """
-        cache, virtual = DynamicCache(config=transformer.config), self.embedding[None]
+        cache, virtual = uncopied_cache(transformer.config), self.embedding[None]
         if not autocast_dtype(virtual.device):
             virtual = virtual.to(dtype)
         # `forward` itself, since calling the module would put the prefix before the prefix.
@@ -754,6 +755,23 @@ class KeyValuePrefix(nn.Module):
         return zip(parts[::2], parts[1::2], strict=True)
 
 
+class UncopiedLayer(DynamicLayer):
+    """A layer's cache that takes its first states as they are; DynamicLayer would copy them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        if self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def uncopied_cache(config: GPT2Config) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    cache.layers = [UncopiedLayer() for _ in range(config.n_layer)]
+    return cache
+
+
 def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """GPT2Model's forward pre-hook: `transformer.prefix` comes before the text, in training, in
     evaluation and at generate()'s first step.
@@ -781,7 +799,7 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
         if transformer.training and transformer.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that carries a prefix")
         dtype = autocast_dtype(tokens.device) or transformer.wte.weight.dtype
-        kwargs["past_key_values"] = cache = DynamicCache(config=config) if cache is None else cache
+        kwargs["past_key_values"] = cache = uncopied_cache(config) if cache is None else cache
         for layer, states in enumerate(prefix.keys_and_values(transformer, dtype)):
             key, value = (part.expand(batch_size, -1, -1, -1) for part in states)
             cache.update(key, value, layer)

@@ -900,9 +900,10 @@ def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, lengt
         raise ValueError(
             f"--max_length {length}{prefix}: the model has {config.n_positions} positions"
         )
-    if len(tokenizer) > config.vocab_size:
+    ids = 1 + max(tokenizer.get_vocab().values())
+    if ids > config.vocab_size:
         embeddings = f"the model has embeddings for {config.vocab_size}"
-        raise ValueError(f"--tokenizer_name_or_path: {len(tokenizer)} tokens, {embeddings}")
+        raise ValueError(f"--tokenizer_name_or_path: {ids} token ids, {embeddings}")
 
 
 def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:

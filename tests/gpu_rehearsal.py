@@ -175,10 +175,6 @@ class FakeGpu(TorchDispatchMode):
                 self.waits.append("to the CPU")
                 return torch.ones(args[0].shape)
             self.watch_copy(args[0], kwargs)
-        if name.startswith("_foreach"):
-            self.launches[name] += math.ceil(len(args[0]) / 100)
-        elif name not in NO_KERNEL:
-            self.launches[name] += KERNELS.get(name, 1)
         if name.startswith(("_fused_adam", "_amp_foreach")):
             return None
         if name == "_amp_update_scale_":
@@ -189,7 +185,11 @@ class FakeGpu(TorchDispatchMode):
             return FAKE.from_tensor(x) if real else x
 
         with FAKE:  # raises where devices meet
-            return operator(*tree_map(faked, args), **tree_map(faked, kwargs))
+            result = operator(*tree_map(faked, args), **tree_map(faked, kwargs))
+        empty = isinstance(result, Tensor) and not result.numel()
+        if name not in NO_KERNEL and not empty:
+            self.launches[name] += KERNELS.get(name, 1)
+        return result
 
     def watch_copy(self, tensor: Tensor, kwargs: dict) -> None:
         """A copy to the device must not wait, so it must come from pinned memory."""
