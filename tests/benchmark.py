@@ -7,13 +7,14 @@
     python tests/benchmark.py --launches     # what a step launches on a GPU, counted without one
 
 Every run is a process of its own: `--steps` optimizer steps of 8 response texts each, drawn from
-the first `--rows` rows. (Of a hundred rows, grouping by length finds none of like length: whoever
-pads would look slow.) The runs take turns, `--repeats` times, with another seed each time.
+the first `--rows` rows. (Among a hundred, grouping by length finds none of like length, and whoever
+pads looks slow.) The runs take turns, `--repeats` times, with another seed each time.
 
 The speed is in tokens with a label, so without padding and without each row's first token, from
-the third step's begin to the last step's end. The memory is the process's peak: resident, or on
-CUDA what PyTorch allocated. The model is a GPT-2 small with random weights, on which speed does
-not depend, or --model_name_or_path. --peers needs: pip install peft accelerate datasets trl
+the third step's begin to the last step's end: 50 steps by default, since the Trainer sorts 50
+batches at a time, from long to short. The memory is the process's peak: resident, or on CUDA what
+PyTorch allocated. The model is a GPT-2 small with random weights, on which speed does not depend,
+or --model_name_or_path. --peers needs: pip install peft accelerate datasets trl
 """
 
 import argparse
@@ -41,9 +42,6 @@ PACKED_TOKENS = 4 * 512  # a step of TRL's
 WARM_UP = 2  # steps before the clock starts
 LORA = "LoRA r=4, all layers"  # first in each turn: what the others are compared with
 PEERS = ("Trainer + PEFT, at its best", "Trainer + PEFT, as it comes", "TRL, packed")
-
-
-# ---- one run, in a process of its own ------------------------------------------------------------
 
 
 def peak_memory() -> float:
@@ -149,9 +147,6 @@ def load(path: str) -> dict[str, float]:
     return {"rows": len(rows), "seconds": time.perf_counter() - start}
 
 
-# ---- all runs ------------------------------------------------------------------------------------
-
-
 def run(*command: str) -> dict[str, float]:
     """What `ours`, `peer` or `load` returns in a process of its own, and its peak memory."""
     command = [sys.executable, __file__, "--child", *command]
@@ -163,9 +158,8 @@ def run(*command: str) -> dict[str, float]:
 
 def read_rows(args: argparse.Namespace) -> list[dict[str, str]]:
     """The rows whose response has at least --min_words words."""
-    columns = data_pipeline.ALPACA_COLUMNS
-    frames = data_pipeline.read_frames(args.dataset_path, columns)
-    rows = [row for frame in frames for row in frame[columns].to_dict("records")]
+    frames = data_pipeline.read_frames(args.dataset_path, data_pipeline.ALPACA_COLUMNS)
+    rows = [row for frame in frames for row in frame.to_dict("records")]
     return [row for row in rows if len(row["output"].split()) >= max(1, args.min_words)]
 
 
@@ -174,8 +168,8 @@ def write_inputs(args: argparse.Namespace, directory: Path) -> int:
     rows = read_rows(args)[: args.rows]
     steps = min(args.steps, len(rows) // BATCH_SIZE)
     if steps <= WARM_UP:
-        too_short = f"{len(rows)} rows and --steps {args.steps} make {steps} steps"
-        raise ValueError(f"--dataset_path {args.dataset_path}: {too_short}, of which 2 warm up")
+        too_short = f"{len(rows)} rows make {steps} steps; the clock starts at the third"
+        raise ValueError(f"--steps {args.steps}: {too_short}")
     (directory / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     if args.model_name_or_path:
         (directory / "model").symlink_to(Path(args.model_name_or_path).resolve())
@@ -195,12 +189,9 @@ def commands(args: argparse.Namespace, directory: Path, steps: int, seed: int) -
     shared = [f"--model_name_or_path={model}", f"--dataset_path={directory}/rows.json"]
     shared += [f"--output_dir={directory}/run", "--overwrite_output_dir", f"--seed={seed}"]
     shared += ["--text_format=output", f"--max_steps={steps}", f"--batch_size={BATCH_SIZE}"]
-    techniques = {name: measure.technique_flags(name, model) for name in measure.TECHNIQUES}
-    half_frozen = techniques["selective, lower half frozen"]
-    techniques["selective, head frozen"] = [*half_frozen, "--freeze_head"]
-    for name in sorted(techniques, key=lambda name: name != LORA):
+    for name in sorted(measure.TECHNIQUES, key=lambda name: name != LORA):
         if args.only in name and (name == LORA or not args.peers):
-            found[name] = ["ours", *shared, *techniques[name]]
+            found[name] = ["ours", *shared, *measure.technique_flags(name, model)]
             if args.compile:
                 found[f"{name}, compiled"] = [*found[name], "--compile"]
     for name in PEERS if args.peers else ():
@@ -221,7 +212,7 @@ def training(args: argparse.Namespace, directory: Path) -> None:
             found.setdefault(name, []).append(figures)
             counted = f"{figures['tokens']:,} tokens in {figures['seconds']:.2f} s"
             print(f"turn {turn + 1}: {name}: {counted}, {figures['memory']:.2f} GB", flush=True)
-    print("\n| | tokens/s | in each turn | beside the first | peak memory |")
+    print("\n| | tokens/s | each turn | beside the first | peak memory |")
     print("| --- | ---: | ---: | ---: | ---: |")
     first = None
     for name, turns in found.items():
@@ -252,10 +243,16 @@ def loading(args: argparse.Namespace, directory: Path) -> None:
         figure.savefig(args.plot, dpi=120)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        name, *arguments = sys.argv[2:]
+        figures = {"ours": ours, "peer": peer, "load": load}[name](*arguments)
+        print(json.dumps(figures | {"memory": peak_memory()}))
+        return
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+    )  # fmt: skip
     add = parser.add_argument
     add("--dataset_path", default=str(data_pipeline.BUNDLED_SAMPLE), help="(the bundled sample)")
     add("--model_name_or_path", help="local directory (a random GPT-2 small)")
@@ -269,24 +266,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--loading", help="the data pipeline instead, on so many rows: 30000,300000")
     add("--plot", help="a drawing of --loading")
     add("--launches", action="store_true", help="the launches of a step on a GPU instead")
-    return parser
-
-
-def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        name, *arguments = sys.argv[2:]
-        figures = {"ours": ours, "peer": peer, "load": load}[name](*arguments)
-        print(json.dumps(figures | {"memory": peak_memory()}))
-        return
-    parser = build_parser()
     args = parser.parse_args()
     if args.launches:
         import gpu_rehearsal
 
         gpu_rehearsal.launches()
         return
-    needed = ("peft", "accelerate", "datasets", "trl") if args.peers else ()
-    if command := measure.missing_packages(*needed):
+    command = measure.missing_packages("peft", "accelerate", "datasets", "trl")
+    if args.peers and command:
         parser.error(f"--peers: packages are missing: {command}")
     with tempfile.TemporaryDirectory() as directory:
         try:
