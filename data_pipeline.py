@@ -50,7 +50,7 @@ import numpy as np
 import pandas as pd
 import tiktoken
 import torch
-from huggingface_hub import cached_assets_path, snapshot_download
+from huggingface_hub import HfApi, cached_assets_path, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -247,14 +247,28 @@ def hub_snapshot(repo_id: str, held_out: bool) -> Path:
     wanted = [f"*{kind}{packed}" for kind in KINDS for packed in ("", *PACKED)]
     unwanted = None if held_out else HELD_OUT_NAMES
     try:
-        directory = snapshot_download(
-            repo_id, repo_type="dataset", allow_patterns=wanted, ignore_patterns=unwanted
-        )
-        return Path(directory)
-    except Exception as error:  # of any type: the hub's, the HTTP client's, the disk's
-        reason = textwrap.shorten(str(error) or type(error).__name__, 250)
+        return from_hub(repo_id, "dataset", allow_patterns=wanted, ignore_patterns=unwanted)
+    except ValueError as error:
+        reason = textwrap.shorten(str(error), 250)
         neither = "neither a local file or directory nor a dataset that the hub gives"
         raise ValueError(f"{neither}: {reason}") from None
+
+
+def from_hub(repo_id: str, repo_type: str, **patterns: Any) -> Path:
+    """A repository in the hub's cache, completed from the hub where that answers within seconds.
+
+    Raises ValueError.
+    """
+    silent: Exception | None = None
+    try:
+        HfApi().repo_info(repo_id, repo_type=repo_type, revision="main", timeout=5)
+    except Exception as error:  # of any type: the hub's, the HTTP client's, the disk's
+        silent = error
+    cached = {"local_files_only": silent is not None}
+    try:
+        return Path(snapshot_download(repo_id, repo_type=repo_type, **cached, **patterns))
+    except Exception as error:
+        raise ValueError(str(silent or error) or type(silent or error).__name__) from None
 
 
 def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> list[str]:
@@ -785,9 +799,8 @@ def base_of_adapter(directory: Path) -> str | None:
 def download_tokenizer(name: str, where: str) -> Path:
     """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
     try:
-        patterns = [*TOKENIZER_FILES, "config.json"]
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:  # of many types: no hub id, no such repository, no network
+        return from_hub(name, "model", allow_patterns=[*TOKENIZER_FILES, "config.json"])
+    except ValueError as error:  # no hub id, no such repository, no network
         neither = "neither a local directory nor to be had from the hub"
         raise ValueError(f"{where}: {neither}: {first_line(error)}") from None
 
