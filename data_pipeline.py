@@ -51,6 +51,7 @@ import pandas as pd
 import tiktoken
 import torch
 from huggingface_hub import HfApi, cached_assets_path, snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -268,7 +269,9 @@ def from_hub(repo_id: str, repo_type: str, **patterns: Any) -> Path:
     try:
         return Path(snapshot_download(repo_id, repo_type=repo_type, **cached, **patterns))
     except Exception as error:
-        raise ValueError(str(silent or error) or type(silent or error).__name__) from None
+        offline = isinstance(silent, OfflineModeIsEnabled)  # asked for: what the cache lacks tells
+        reason = error if offline or not silent else silent
+        raise ValueError(str(reason) or type(reason).__name__) from None
 
 
 def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> list[str]:
