@@ -40,13 +40,13 @@ TECHNIQUES = {
     "prefix 50, key_value": ["--modification_type", "prefix", "--prefix_type", "key_value"],
     "prefix 50, embedding": ["--modification_type", "prefix"],
 }
-RATES = {
-    "full": (5e-4, 1e-3, 2e-3),
-    "selective, lower half frozen": (5e-4, 1e-3, 2e-3),
-    "LoRA r=4, all layers": (1e-3, 2e-3, 5e-3, 1e-2),
-    "adapters 64, pfeiffer": (2e-3, 5e-3, 1e-2),
-    "prefix 50, key_value": (1e-2, 3e-2, 1e-1, 3e-1),
-    "prefix 50, embedding": (1e-2, 3e-2, 1e-1),
+RATES = {  # from published practice, for pretrained models, to what a weak base likes
+    "full": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
+    "selective, lower half frozen": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
+    "LoRA r=4, all layers": (2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
+    "adapters 64, pfeiffer": (1e-4, 5e-4, 2e-3, 5e-3, 1e-2),
+    "prefix 50, key_value": (5e-3, 1e-2, 3e-2, 1e-1, 3e-1),
+    "prefix 50, embedding": (5e-3, 1e-2, 3e-2, 1e-1),
 }
 
 
@@ -126,7 +126,9 @@ def results(args: argparse.Namespace) -> None:
     print(f"| technique | {columns} |\n| --- {'| ---: ' * 6}|")
     rows = []
     for name in TECHNIQUES:
-        row = train(args, f"results {name}", *technique_flags(name, args.model_name_or_path))
+        rate = [f"--learning_rate={args.rates[name]}"] if name in args.rates else []
+        flags = [*technique_flags(name, args.model_name_or_path), *rate]
+        row = train(args, f"results {name}", *flags)
         rows.append(row | {"label": name})
         before, after = math.exp(row["before"]), math.exp(row["after"])
         counts = f"{row['trainable']:,} | {row['trainable'] / row['total']:.2%}"
@@ -249,6 +251,8 @@ def main() -> None:
     parser.add_argument("--max_samples", type=int, default=30_000)
     parser.add_argument("--max_eval_samples", type=int, default=1_000)
     parser.add_argument("--only", default="", help="sweep: techniques whose name holds this")
+    rates = "results: rates other than the defaults, as JSON {technique: rate}"
+    parser.add_argument("--rates", type=json.loads, default={}, help=rates)
     parser.add_argument("--plot", default="")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/measure"))
     args = parser.parse_args()
