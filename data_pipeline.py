@@ -161,12 +161,14 @@ def nonempty(value: str) -> str:
 
 
 def legal_format(value: str) -> str:
-    """A flag's type: output, alpaca, messages or a template."""
+    """A flag's type: output, alpaca, messages or a template, whose \\n and \\t, as every shell
+    hands them over, are a line's end and a tab."""
+    template = value.replace("\\n", "\n").replace("\\t", "\t")
     try:
-        format_columns(value)
+        format_columns(template)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return value
+    return template
 
 
 at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
@@ -181,7 +183,7 @@ DATA_FLAGS = {
         "output", legal_format, "output: the response text alone; alpaca: instruction prompt + "
         "response, loss on the response; messages: rows of turns (messages or conversations), "
         "loss on every assistant turn; or a template over the file's columns, || where the "
-        'response begins: "Q: {question}\\nA:||{answer}"',
+        'response begins: "Q: {question}\\nA:|| {answer}"',
     ),
     "tokenizer_name_or_path": Flag(
         None, nonempty, "local directory or hub id (the model's own, GPT-2's)"

@@ -119,8 +119,8 @@ class Clock(TrainerCallback):
 
 
 def synchronised_time() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -152,7 +152,7 @@ def run(*command: str) -> dict[str, float]:
     command = [sys.executable, __file__, "--child", *command]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

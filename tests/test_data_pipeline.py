@@ -2400,6 +2400,13 @@ def test_flags_choose_the_rows_of_the_batches(
     assert f"Batches in an epoch: {batches}" in out
 
 
+def test_a_templates_escapes_mean_what_they_look_like(write, capsys, monkeypatch, tokenizer):
+    monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
+    path = write([{"q": "why", "a": "so"}])
+    out = run_main(capsys, "--dataset_path", path, "--text_format", r"Q: {q}\n\tA:|| {a}")
+    assert "Original Text: Q: why\n\tA: so\n" in out
+
+
 def test_the_loader_has_the_workers_and_the_seed_of_the_flags(
     write, capsys, monkeypatch, tokenizer
 ):
