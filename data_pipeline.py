@@ -114,13 +114,6 @@ HELD_OUT_NAMES = [
     for word in ("test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
 ]
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
-SIGNATURES = {  # files that are not what their name says, by their first bytes
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
-    b"\x1f\x8b": "gzip: let its name end in .gz",
-    b"\x28\xb5\x2f\xfd": "zstandard: let its name end in .zst",
-    b"PAR1": "parquet: let its name end in .parquet",
-    b"PK\x03\x04": "a zip archive or an Excel sheet: unpack it, or save it as CSV",
-}
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
@@ -221,25 +214,22 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
 
     A local file, a directory or glob (sorted), a URL, or a hub dataset's id: what is not on this
     machine is downloaded. Of a directory or hub dataset, the files of the training split; for
-    --eval_dataset_path those of the held-out ones. Raises ValueError that names the flag.
+    --eval_dataset_path those of the held-out ones. Raises ValueError.
     """
     name, path, held_out = str(dataset_path), Path(dataset_path), flag == "eval_dataset_path"
-    try:
-        if name.startswith(("http://", "https://")):
-            return {name: download(name)}
-        if glob.has_magic(name) and not path.exists():
-            found = sorted(glob.glob(name, recursive=True))
-            chosen = [file for file in found if file_kind(file)]
-            log_files(name, found, chosen)
-            return {file: Path(file) for file in chosen}
-        is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
-        if not is_hub_id and not path.is_dir():
-            return {name: path}  # where there is none, opening it gives the reason
-        directory = hub_snapshot(name, held_out) if is_hub_id else path
-        chosen = choose_files(name, directory, held_out, one_kind=bool(is_hub_id))
-        return {f"{name.rstrip('/')}/{file}": directory / file for file in chosen}
-    except (ValueError, OSError, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
+    if name.startswith(("http://", "https://")):
+        return {name: download(name)}
+    if glob.has_magic(name) and not path.exists():
+        found = sorted(glob.glob(name, recursive=True))
+        chosen = [file for file in found if file_kind(file)]
+        log_files(name, found, chosen)
+        return {file: Path(file) for file in chosen}
+    is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
+    if not is_hub_id and not path.is_dir():
+        return {name: path}  # where there is none, opening it gives the reason
+    directory = hub_snapshot(name, held_out) if is_hub_id else path
+    chosen = choose_files(name, directory, held_out, one_kind=bool(is_hub_id))
+    return {f"{name.rstrip('/')}/{file}": directory / file for file in chosen}
 
 
 def hub_snapshot(repo_id: str, held_out: bool) -> Path:
@@ -363,80 +353,50 @@ def unpack_zst(packed: BinaryIO, unpacked: BinaryIO) -> None:
         raise EOFError("it ends in the middle of a frame")
 
 
-def parse_json(content: str, first_line: int = 1) -> object:
-    """The value of a JSON text that starts on line `first_line` of its file. Raises ValueError."""
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"line {line}: invalid JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"line {first_line}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"line {first_line}: nested too deeply") from None
-
-
 def read_csv(file: TextIO) -> Iterator[list[dict]]:
-    """CSV rows by their header, in chunks; fields that a short row lacks are left out of it.
+    """CSV rows by their header, in chunks; a short row lacks its last fields (None).
 
-    Fields beyond the header's last name stand under None, unless they are empty: spreadsheets
-    write such columns.
+    Fields beyond the header's last name are listed under None: spreadsheets write empty ones.
     """
     csv.field_size_limit(2**31 - 1)
     # Not pandas.read_csv: it fills up a row that is cut short and guesses types.
-    reader = csv.reader(file, strict=True)
+    reader = csv.DictReader(file, strict=True)
     try:
-        header = next(reader, [])
+        header = list(reader.fieldnames or [])
         while header and not header[-1].strip():
             header.pop()
         if len(set(header)) < len(header):
             raise ValueError("the header names a column twice")
-        rows = filter(None, reader)  # without blank lines
-        while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-            records = [dict(zip(header, fields, strict=False)) for fields in chunk]
-            for record, fields in zip(records, chunk, strict=True):
-                if any(map(str.strip, fields[len(header) :])):
-                    record[None] = fields[len(header) :]
+        reader.fieldnames = header
+        while records := list(itertools.islice(reader, CHUNK_ROWS)):
             yield records
     except csv.Error as error:
-        doubled = (
-            "; a quote inside a quoted field is written twice" if "expected" in str(error) else ""
-        )
-        raise ValueError(f"line {reader.line_num}: {error}{doubled}") from None
+        hint = "a quote inside a quoted field is written twice"
+        raise ValueError(f"line {reader.reader.line_num}: {error} ({hint})") from None
 
 
-def read_json(file: TextIO, kind: str) -> Iterator[list]:
-    """A JSON array at once; JSON lines, also under the name .json, in chunks."""
-    if kind == ".json":
-        content = file.read()
-        if not starts_json_lines(content):
-            value = parse_json(content)
-            if not isinstance(value, list):
-                hint = wrapped_rows(value) if isinstance(value, dict) else ""
-                raise ValueError(f"the top level must be a list of rows, not {value!r:.40}{hint}")
-            yield value
-            return
-        file = io.StringIO(content)
+def read_json(file: TextIO) -> Iterator[list]:
+    """A JSON array at once; JSON lines, under whatever name, in chunks."""
     numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    for number, line in numbered:
+        if line.lstrip().startswith("["):
+            yield parse_json(line + file.read(), number)
+            return
+        numbered = itertools.chain([(number, line)], numbered)
+        break
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
-        yield [parse_line(line, number) for number, line in lines]
+        yield [parse_json(line.rstrip("\r\n"), number) for number, line in lines]
 
 
-def starts_json_lines(content: str) -> bool:
-    """Whether the first line that is not blank is an object of its own."""
-    first_line = re.match(r"\s*(\{.*)", content)
+def parse_json(content: str, first_line: int) -> Any:
+    """The value of a JSON text that starts on line `first_line` of its file. Raises ValueError."""
     try:
-        return first_line is not None and isinstance(parse_json(first_line[1]), dict)
-    except ValueError:
-        return False
-
-
-def parse_line(line: str, number: int) -> object:
-    """One of the JSON lines. Raises ValueError."""
-    if line.lstrip().startswith("["):
-        array = "a JSON array, not one object a line; a file with one is named .json"
-        raise ValueError(f"line {number}: {array}")
-    return parse_json(line, number)
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        reason = getattr(error, "msg", error)
+        legal = "a list of rows, or one row a line, in UTF-8"
+        raise ValueError(f"line {line}: invalid JSON: {reason}; expected {legal}") from None
 
 
 def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
@@ -449,33 +409,26 @@ def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
         raise ValueError(error) from None
 
 
-def read_records(path: Path, errors: str = "strict") -> Iterator[list]:
+def read_records(path: Path) -> Iterator[list]:
     """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
     kind = file_kind(path.name)
     with open_bytes(path) as file:
         if kind == ".parquet":
             yield from read_parquet(file)
             return
-        start = file.read(40)
-        for signature, what in SIGNATURES.items():
-            if start.startswith(signature):
-                raise ValueError(f"is {what}")
-        file.seek(0)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
-        yield from read_csv(text) if kind == ".csv" else read_json(text, kind)
+        # Bytes that are not UTF-8 become lone surrogates: check_text names the row that has them.
+        settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+        text = io.TextIOWrapper(file, **settings)
+        yield from read_csv(text) if kind == ".csv" else read_json(text)
 
 
-def locate_undecodable(path: Path) -> str:
-    """The first row of a file that is not UTF-8, as "row N: "; "" where none can be told."""
-    rows = itertools.chain.from_iterable(read_records(path, errors="surrogateescape"))
-    try:
-        for row, record in enumerate(rows, 1):
-            # Where Python puts bytes that it cannot decode.
-            if re.search("[\udc80-\udcff]", json.dumps(record, ensure_ascii=False, default=str)):
-                return f"row {row}: "
-    except ValueError:
-        pass
-    return ""
+def check_text(value: object, what: str) -> None:
+    """Raises ValueError for what is no text, and for lone surrogates, which no tokenizer takes."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {value!r:.40}, not text")
+    if not value.isascii() and (lone := SURROGATES.search(value)):
+        at = f"{lone[0]!r} at character {lone.start()}"
+        raise ValueError(f"{what} holds {at}: save the file as UTF-8")
 
 
 def check_record(record: object, columns: list[str]) -> None:
@@ -483,7 +436,7 @@ def check_record(record: object, columns: list[str]) -> None:
     so does one that a row with an instruction lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
-    if None in record:  # where read_csv puts what has no header
+    if any(map(str.strip, record.pop(None, []))):  # where read_csv puts what has no header
         raise ValueError("more fields than the header names")
     if columns == [TURNS]:
         record[TURNS] = read_turns(record)
@@ -492,24 +445,12 @@ def check_record(record: object, columns: list[str]) -> None:
         if column == "input" and "instruction" in columns:
             record.setdefault("input", "")
         if column not in record:
-            names = reprlib.repr(sorted(map(str, record)))
-            raise ValueError(f"no {column!r}; the row has {names}{wrapped_rows(record, column)}")
+            raise ValueError(f"no {column!r}; the row has {reprlib.repr(sorted(map(str, record)))}")
         value = record[column]
         if column == "input" and (value is None or value != value):  # NaN differs from itself
             record[column] = ""
-        elif not isinstance(value, str):
-            raise ValueError(f"{column!r} is {value!r:.40}, not text")
-        elif not value.isascii() and (lone := SURROGATES.search(value)):
-            raise ValueError(f"{column!r} holds half a surrogate pair at character {lone.start()}")
-
-
-def wrapped_rows(record: dict, column: str = "") -> str:
-    """What to do about an object such as {"data": [row, ...]}, whose rows have the column."""
-    for name, value in record.items():
-        first = value[0] if isinstance(value, list) and value else None
-        if isinstance(first, dict) and (not column or column in first):
-            return f"; save its list {name!r} alone as the file"
-    return ""
+        else:
+            check_text(value, repr(column))
 
 
 def file_frames(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
@@ -518,20 +459,16 @@ def file_frames(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
     if not file_kind(path.name):
         also = "a directory or glob of them, an http(s) URL of one, or a hub dataset's owner/name"
         raise ValueError(f"expected a file of the kinds {FILE_KINDS}, {also}")
-    try:
-        for records in read_records(path):
-            for row, record in enumerate(records, rows_read + 1):
-                try:
-                    check_record(record, columns)
-                except ValueError as error:
-                    raise ValueError(f"row {row}: {error}") from None
-            rows_read += len(records)
-            if records:
-                # dtype=object: any value in a column that is not read
-                yield pd.DataFrame(records, dtype=object)
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.object[error.start]:#04x} is not UTF-8: save the file as UTF-8"
-        raise ValueError(f"{locate_undecodable(path)}{byte}") from None
+    for records in read_records(path):
+        for row, record in enumerate(records, rows_read + 1):
+            try:
+                check_record(record, columns)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from None
+        rows_read += len(records)
+        if records:
+            # dtype=object: any value in a column that is not read
+            yield pd.DataFrame(records, dtype=object)
     if not rows_read:
         raise ValueError("holds no rows")
 
@@ -543,21 +480,13 @@ def read_frames(
 
     Raises ValueError that names the flag, the file, the row (from 1) and what is wrong with it.
     """
-
-    def frames() -> Iterator[pd.DataFrame]:
+    where = dataset_path
+    try:
         for name, path in dataset_files(dataset_path, flag).items():
-            try:
-                yield from file_frames(path, columns)
-            except (ValueError, OSError) as error:
-                raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
-
-    rows_read = 0
-    # In pairs, so that the number of rows is told before the last of them are shown.
-    for frame, following in itertools.pairwise(itertools.chain(frames(), [None])):
-        rows_read += len(frame)
-        if following is None:
-            logger.info("Dataset loaded successfully with %d entries.", rows_read)
-        yield frame
+            where = name
+            yield from file_frames(path, columns)
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        raise ValueError(" ".join(f"--{flag} {where}: {error}".split())) from None
 
 
 # ---- from a row to its text ----------------------------------------------------------------------
@@ -639,11 +568,7 @@ def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         role, text = map(turn.get, keys)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
-        if not isinstance(text, str):
-            raise ValueError(f"turn {number}: the content {text!r:.40} is not text")
-        if lone := SURROGATES.search(text):
-            half = "half a surrogate pair at character"
-            raise ValueError(f"turn {number}: holds {half} {lone.start()}")
+        check_text(text, f"turn {number}: the content")
         if text or role != "system":
             read.append((ROLES[role], text))
     return read
@@ -1134,8 +1059,14 @@ def load_dataset(
     encoder, columns = encoder_for(tokenizer), format_columns(text_format)
     render = row_renderer(text_format, tokenizer)
     text_of = {number: text for text, number in special_tokens(tokenizer).items()}
-    parts, exact, samples = [], 0, []
-    for frame in read_frames(dataset_path, columns, flag):
+    parts, exact, samples, rows_read = [], 0, [], 0
+    # In pairs, so that the number of rows is told before the last of them are shown.
+    for frame, following in itertools.pairwise(
+        itertools.chain(read_frames(dataset_path, columns, flag), [None])
+    ):
+        rows_read += len(frame)
+        if following is None:
+            logger.info("Dataset loaded successfully with %d entries.", rows_read)
         if show and not parts:
             columns_read = [column for column in frame.columns if column != TURNS]
             logger.info("Dataset columns: %s", columns_read)
