@@ -21,7 +21,6 @@ import glob
 import gzip
 import hashlib
 import http.client
-import importlib
 import io
 import itertools
 import json
@@ -50,8 +49,7 @@ import numpy as np
 import pandas as pd
 import tiktoken
 import torch
-from huggingface_hub import cached_assets_path, snapshot_download
-from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -108,11 +106,8 @@ KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zs
 FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # By these words in a file's name, between signs, hub datasets tell their splits.
-HELD_OUT_NAMES = [
-    f"{before}{word}[-._ 0-9/]*"
-    for before in ("", "*[-._ 0-9/]")
-    for word in ("test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
-]
+SPLITS = "test|testing|eval|evaluation|valid|validation|val|dev"
+HELD_OUT = re.compile(rf"(^|[-._ /])({SPLITS})([-._ 0-9/]|$)", re.IGNORECASE)
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
@@ -209,136 +204,97 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 # ---- from a file to checked rows -----------------------------------------------------------------
 
 
-def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, Path]:
-    """The local files of a dataset in their order, by the names that errors give them.
+def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, str | Path]:
+    """The files of a dataset in their order, by the names that errors give them.
 
-    A local file, a directory or glob (sorted), a URL, or a hub dataset's id: what is not on this
-    machine is downloaded. Of a directory or hub dataset, the files of the training split; for
-    --eval_dataset_path those of the held-out ones. Raises ValueError.
+    A local file, a URL, a directory or glob, or a hub dataset's id, which is downloaded. Of a
+    directory or hub dataset, the files of the training split; for --eval_dataset_path those of the
+    held-out ones, or all. Raises ValueError.
     """
-    name, path, held_out = str(dataset_path), Path(dataset_path), flag == "eval_dataset_path"
-    if name.startswith(("http://", "https://")):
-        return {name: download(name)}
-    if glob.has_magic(name) and not path.exists():
-        found = sorted(glob.glob(name, recursive=True))
-        chosen = [file for file in found if file_kind(file)]
-        log_files(name, found, chosen)
-        return {file: Path(file) for file in chosen}
+    name, path = str(dataset_path), Path(dataset_path)
     is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
-    if not is_hub_id and not path.is_dir():
-        return {name: path}  # where there is none, opening it gives the reason
-    directory = hub_snapshot(name, held_out) if is_hub_id else path
-    chosen = choose_files(name, directory, held_out, one_kind=bool(is_hub_id))
-    return {f"{name.rstrip('/')}/{file}": directory / file for file in chosen}
-
-
-def hub_snapshot(repo_id: str, held_out: bool) -> Path:
-    """The cached directory of a hub dataset, completed from the hub where that can be reached."""
-    wanted = [f"*{kind}{packed}" for kind in KINDS for packed in ("", *PACKED)]
-    unwanted = None if held_out else HELD_OUT_NAMES
-    try:
-        directory = snapshot_download(
-            repo_id, repo_type="dataset", allow_patterns=wanted, ignore_patterns=unwanted
-        )
-        return Path(directory)
-    except Exception as error:  # of any type: the hub's, the HTTP client's, the disk's
-        reason = textwrap.shorten(str(error) or type(error).__name__, 250)
-        neither = "neither a local file or directory nor a dataset that the hub gives"
-        raise ValueError(f"{neither}: {reason}") from None
-
-
-def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> list[str]:
-    """The files of rows in a directory that belong to the training or to the held-out split.
-
-    one_kind: the first kind alone, since hub datasets may hold the same rows in several.
-    """
-    there = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
-    names = [file.as_posix() for file in there if not any(part[0] == "." for part in file.parts)]
-    rows = [file for file in names if file_kind(file) and Path(file).name not in NO_ROWS]
-    training = list(filter_repo_objects(rows, ignore_patterns=HELD_OUT_NAMES))
-    chosen = ([file for file in rows if file not in training] or rows) if held_out else training
-    if rows and not chosen:
-        held_out_files = textwrap.shorten(", ".join(rows), 200)
-        raise ValueError(f"holds no training split: name a file of {held_out_files}")
-    for kinds in ([".parquet"], [".json", ".jsonl"], [".csv"]):
-        if one_kind and any(file_kind(file) in kinds for file in chosen):
-            chosen = [file for file in chosen if file_kind(file) in kinds]
-    log_files(name, names, chosen)
-    return chosen
-
-
-def log_files(name: str, found: list[str], chosen: list[str]) -> None:
-    """Says which of several files are read, and which are not. Raises ValueError for none."""
+    if is_hub_id:
+        path = hub_snapshot(name, [f"*{kind}*" for kind in KINDS])
+    is_glob = glob.has_magic(name) and not path.exists()
+    if is_url(name) or not (is_glob or path.is_dir()):
+        return {name: name}  # where there is none, opening it gives the reason
+    pattern, directory = (name, Path()) if is_glob else ("**/*", path)
+    there = sorted(glob.glob(pattern, root_dir=directory, recursive=True))
+    found = [file for file in there if (directory / file).is_file()]
+    chosen = [file for file in found if file_kind(file) and Path(file).name not in NO_ROWS]
+    if not is_glob:
+        of_split = [f for f in chosen if bool(HELD_OUT.search(f)) == (flag == "eval_dataset_path")]
+        chosen = of_split or (chosen if flag == "eval_dataset_path" else [])
+    if is_hub_id:  # which may hold the same rows in several kinds
+        chosen = [file for file in chosen if file_kind(file) == ".parquet"] or chosen
     if not chosen:
-        raise ValueError(f"holds no file of the kinds {FILE_KINDS}")
+        raise ValueError(f"holds no file to read: {FILE_KINDS}; in training none of a test split")
     logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
     if left_out := [file for file in found if file not in chosen]:
         logger.info("Left out: %s", textwrap.shorten(", ".join(left_out), 300))
+    return {os.path.join("" if is_glob else name, file): directory / file for file in chosen}
 
 
-def download(url: str) -> Path:
-    """A URL's file in Hugging Face's cache, fetched again only where the server says it changed."""
-    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
-    if not file_kind(name):
-        raise ValueError(f"expected a file of the kinds {FILE_KINDS}")
-    with urllib.request.urlopen(url, timeout=60) as response:
-        version = response.headers["ETag"], response.headers["Last-Modified"]
-        size = response.headers["Content-Length"]
-        key = hashlib.sha256(repr((url, version, size)).encode()).hexdigest()
-        file = cached_assets_path("data_pipeline", "urls", key) / name
-        if file.exists() and any(version):
-            return file
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            part = Path(scratch) / name
-            with open(part, "wb") as target:
-                shutil.copyfileobj(response, target)
-            if size and part.stat().st_size != int(size):
-                found = f"{part.stat().st_size} of {size} bytes"
-                raise ValueError(f"the download broke off after {found}")
-            os.replace(part, file)  # whole, or not there: other processes read it too
-    return file
+def hub_snapshot(repo_id: str, patterns: list[str], repo_type: str = "dataset") -> Path:
+    """The cached directory of a repository, completed from the hub where that can be reached.
 
+    Raises ValueError.
+    """
+    from huggingface_hub import snapshot_download
 
-def optional_package(name: str) -> Any:
-    """A package that only some files need. Raises ValueError that says how to get it."""
+    settings = {"repo_type": repo_type, "allow_patterns": patterns, "etag_timeout": 5}
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise ValueError(f"needs the package {package}: pip install {package}") from None
+        return Path(snapshot_download(repo_id, **settings))
+    except Exception as error:  # of many types: no hub id, no such repository, no network
+        neither = "neither a local directory nor to be had from the hub"
+        raise ValueError(f"{neither}: {first_line(error)}") from None
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def path_of(name: str) -> Path:
+    """The path of a local file, or within a URL, in lower case."""
+    return Path((urllib.parse.urlparse(name).path if is_url(name) else name).lower())
 
 
 def file_kind(name: str) -> str:
-    """.json, .jsonl, .csv or .parquet by a file's name, without .gz or .zst; else ""."""
-    path = Path(name.lower())
+    """.json, .jsonl, .csv or .parquet by a file's name or URL, without .gz or .zst; else ""."""
+    path = path_of(name)
     suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     return {".ndjson": ".jsonl"}.get(suffix, suffix) if suffix in KINDS else ""
 
 
 @contextlib.contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes; those of a .gz or .zst file unpacked into a temporary file, since parquet is
+def open_bytes(name: str | Path) -> Iterator[BinaryIO]:
+    """The bytes of a local file; of a URL, .gz or .zst those of a temporary file, since parquet is
     read at any place."""
-    suffix = path.suffix.lower()
-    with open(path, "rb") as file:
-        if suffix not in PACKED:
+    remote, suffix = is_url(str(name)), path_of(str(name)).suffix
+    with (
+        urllib.request.urlopen(name, timeout=60) if remote else open(name, "rb") as file,
+        tempfile.TemporaryFile() as copied,
+    ):
+        if not remote and suffix not in PACKED:
             yield file
             return
-        with tempfile.TemporaryFile() as unpacked:
-            try:
-                if suffix == ".gz":
-                    shutil.copyfileobj(gzip.GzipFile(fileobj=file), unpacked)
-                else:
-                    unpack_zst(file, unpacked)
-            except (EOFError, zlib.error) as error:
-                raise ValueError(f"does not unpack: {error}") from None
-            unpacked.seek(0)
-            yield unpacked
+        try:
+            if suffix == ".zst":
+                unpack_zst(file, copied)
+            else:
+                shutil.copyfileobj(gzip.GzipFile(fileobj=file) if suffix == ".gz" else file, copied)
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"does not unpack: {error}") from None
+        if remote and file.length:  # http.client's count of the bytes that are still to come
+            raise ValueError(f"the download broke off, {file.length} bytes before its end")
+        copied.seek(0)
+        yield copied
 
 
 def unpack_zst(packed: BinaryIO, unpacked: BinaryIO) -> None:
     """Frame by frame: zstandard's own readers take a file that is cut short for a whole one."""
-    zstandard = optional_package("zstandard")
+    import zstandard
+
     frame = None
     while chunk := packed.read(2**20):
         while chunk:
@@ -401,17 +357,18 @@ def parse_json(content: str, first_line: int) -> Any:
 
 def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
     """The rows of a parquet file, in chunks."""
-    parquet = optional_package("pyarrow.parquet")
+    import pyarrow.parquet
+
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
             yield batch.to_pylist()
     except NotImplementedError as error:  # of pyarrow; its other errors are ValueErrors
         raise ValueError(error) from None
 
 
-def read_records(path: Path) -> Iterator[list]:
+def read_records(path: str | Path) -> Iterator[list]:
     """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
-    kind = file_kind(path.name)
+    kind = file_kind(str(path))
     with open_bytes(path) as file:
         if kind == ".parquet":
             yield from read_parquet(file)
@@ -453,10 +410,10 @@ def check_record(record: object, columns: list[str]) -> None:
             check_text(value, repr(column))
 
 
-def file_frames(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
+def file_frames(path: str | Path, columns: list[str]) -> Iterator[pd.DataFrame]:
     """A file as DataFrames of checked rows. Raises ValueError that names the row (from 1)."""
     rows_read = 0
-    if not file_kind(path.name):
+    if not file_kind(str(path)):
         also = "a directory or glob of them, an http(s) URL of one, or a hub dataset's owner/name"
         raise ValueError(f"expected a file of the kinds {FILE_KINDS}, {also}")
     for records in read_records(path):
@@ -485,6 +442,10 @@ def read_frames(
         for name, path in dataset_files(dataset_path, flag).items():
             where = name
             yield from file_frames(path, columns)
+    except ImportError as error:
+        package = error.name.partition(".")[0]
+        needs = f"needs the package {package}: pip install {package}"
+        raise ValueError(f"--{flag} {where}: {needs}") from None
     except (ValueError, OSError, http.client.HTTPException) as error:
         raise ValueError(" ".join(f"--{flag} {where}: {error}".split())) from None
 
@@ -664,7 +625,10 @@ def load_tokenizer(
         return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
     local = directory.exists()
     if not local:
-        directory = download_tokenizer(name_or_path, where)
+        try:
+            directory = hub_snapshot(name_or_path, [*TOKENIZER_FILES, "config.json"], "model")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if tokenizer_files(directory):
         return prepare_tokenizer(read_tokenizer(directory, where), where)
     config = read_settings(directory / "config.json")
@@ -705,18 +669,6 @@ def base_of_adapter(directory: Path) -> str | None:
             beside = directory / base  # saved as ../base: it lies beside the result
             return os.path.normpath(beside) if base.startswith(os.pardir) else base
     return None
-
-
-def download_tokenizer(name: str, where: str) -> Path:
-    """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [*TOKENIZER_FILES, "config.json"]
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
-    except Exception as error:  # of many types: no hub id, no such repository, no network
-        neither = "neither a local directory nor to be had from the hub"
-        raise ValueError(f"{where}: {neither}: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -175,16 +175,11 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def web(tmp_path, tmp_path_factory, monkeypatch):
+def web(tmp_path, monkeypatch):
     """The test's directory over http: web("rows.json") -> its URL. `/cut.json` breaks off
     at the end of a line.
-
-    web.cache is where downloads are kept.
     """
     monkeypatch.setenv("no_proxy", "*")
-    cache = tmp_path_factory.mktemp("cache")
-    kept_there = functools.partial(data_pipeline.cached_assets_path, assets_dir=cache)
-    monkeypatch.setattr(data_pipeline, "cached_assets_path", kept_there)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -201,9 +196,7 @@ def web(tmp_path, tmp_path_factory, monkeypatch):
     handler = functools.partial(Handler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        url = functools.partial("http://127.0.0.1:{}/{}".format, server.server_port)
-        url.cache = cache
-        yield url
+        yield functools.partial("http://127.0.0.1:{}/{}".format, server.server_port)
         server.shutdown()
 
 
@@ -1774,7 +1767,7 @@ def hub(directory, tmp_path):
 
 def test_a_hub_dataset_is_the_parquet_files_of_its_training_split(hub):
     """Downloaded once, without a line of an HTTP client; the cache serves it where the hub does
-    not answer, and what it lacks is refused offline."""
+    not answer."""
     for environment in ({}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         status, out, err = hub("--dataset_path", "someone/alpaca", **environment)
         assert (status, err) == (0, "")
@@ -1782,10 +1775,7 @@ def test_a_hub_dataset_is_the_parquet_files_of_its_training_split(hub):
         assert f"Files of someone/alpaca: {names}\n" in out
         assert f"Dataset loaded successfully with {len(ROWS)} entries." in out
         assert not [line for line in out.splitlines() if "http" in line.lower()]
-    # The held-out split is not in the cache yet.
     status, out, err = hub("--eval_dataset_path", "someone/alpaca", HF_HUB_OFFLINE="1")
-    assert status == 2 and len(err.splitlines()) == 1 and "incomplete" in err
-    status, out, err = hub("--eval_dataset_path", "someone/alpaca")
     assert (status, err) == (0, "") and "Held out: 3 rows" in out
 
 
@@ -1800,16 +1790,6 @@ def test_a_hub_dataset_out_of_reach_is_refused_in_one_line(hub, dataset, environ
     status, out, err = hub("--dataset_path", dataset, **environment)
     assert (status, out) == (2, "") and len(err.splitlines()) == 1 and reason in err
     assert err.startswith(f"data_pipeline.py: error: --dataset_path {dataset}: neither a local ")
-
-
-def test_a_url_is_downloaded_again_only_when_it_changed(write, web, tokenizer):
-    path = write(ROWS, "rows.jsonl")
-    for rows in (ROWS, ROWS[:4]):
-        path.write_bytes(as_jsonl(rows))
-        for _ in range(2):
-            assert len(load_dataset(web("rows.jsonl"), tokenizer)) == len(rows)
-    kept = [file.read_bytes() for file in web.cache.rglob("*.jsonl")]
-    assert sorted(kept) == sorted(as_jsonl(rows) for rows in (ROWS, ROWS[:4]))
 
 
 @pytest.mark.parametrize("name", ["rows.csv.gz", "rows.parquet"])
