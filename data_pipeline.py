@@ -564,21 +564,12 @@ def row_renderer(
 
 def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | int]:
     """A template as ids of the special tokens in its own text, and templates of what is between."""
-    longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
-    parts: list[str | int] = [""]
-    text = ""
-    for literal, name, *_ in [*string.Formatter().parse(template), ("", "", None, None)]:
-        text += literal
-        if name is None:  # the literal ends at a doubled brace, the text does not
-            continue
-        for piece in re.split(f"({'|'.join(longest_first)})", text):
-            if piece in specials:
-                parts += [specials[piece], ""]
-            else:
-                parts[-1] += piece.replace("{", "{{").replace("}", "}}")
-        parts[-1] += f"{{{name}}}" if name else ""
-        text = ""
-    return [part for part in parts if part != ""]
+    doubled = str.maketrans({"{": "{{", "}": "}}"})  # as a template writes the braces of a text
+    ids = {token.translate(doubled): number for token, number in specials.items()}
+    longest_first = "|".join(sorted(map(re.escape, ids), key=len, reverse=True))
+    outside_fields = r"(?![^{}]*\}(?!\}))"
+    pieces = re.split(f"({longest_first}){outside_fields}", template)
+    return [ids.get(piece, piece) for piece in pieces if piece]
 
 
 # ---- from text to tokens -------------------------------------------------------------------------
@@ -931,10 +922,7 @@ class AlpacaDataset(Dataset):
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        arrays = [self.tokens, self.offsets, self.prompt_lengths]
-        if not np.isin(self.label_ends, self.offsets).all():  # a row goes on after a response
-            arrays += [self.label_starts, self.label_ends]
-        for array in arrays:
+        for array in (self.tokens, self.offsets, self.label_starts, self.label_ends):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
@@ -1223,28 +1211,24 @@ def final_dataset_loader(
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or "gpt2")
     check_tokenizer(tokenizer)
-    dataset = dataset_path
-    if not isinstance(dataset, AlpacaDataset):
+    if not isinstance(dataset := dataset_path, AlpacaDataset):
         dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
     if split:
         dataset = dataset.split(eval_fraction, seed)[split == "eval"]
-    longest = dataset.lengths.max(initial=0)
     width = max_length if padding == "max_length" else None
-    if width and longest > width:
+    if width and (longest := dataset.lengths.max(initial=0)) > width:
         raise ValueError(f"max_length={max_length}: rows were tokenised with up to {longest}")
     batches = GlobalBatches(
         dataset.lengths, batch_size, shuffle=shuffle, group_by_length=group_by_length,
         accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=seed,
     )  # fmt: skip
+    # Seeds the workers, which would otherwise draw from the training's random state.
+    generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
-        num_workers=num_workers,
+        dataset, batch_sampler=batches, generator=generator, num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        # Seeds the workers, which would otherwise draw from the training's random state.
-        generator=torch.Generator().manual_seed(seed),
-    )
+        collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
+    )  # fmt: skip
 
 
 # ---- the script ----------------------------------------------------------------------------------
