@@ -514,13 +514,11 @@ def turn_templates(roles: list[str]) -> list[str]:
 def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
     is none. Raises ValueError."""
-    name = "messages" if record.get("messages") is not None else "conversations"
-    if name not in record:
-        columns = sorted(map(str, record))
-        raise ValueError(f"no 'messages' and no 'conversations'; the row has {columns}")
-    turns = record[name]
+    turns = record.get("messages")
+    turns = record.get("conversations") if turns is None else turns
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{name!r} is {turns!r:.40}, not a list of turns")
+        legal = "expected a list of turns under 'messages' or 'conversations'"
+        raise ValueError(f"{legal}, got {turns!r:.40}")
     read = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
@@ -631,11 +629,9 @@ def load_tokenizer(
         logger.info(said, where, f"{size:,}")
         return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
     reason = "brings no tokenizer"
-    if size:
-        reason = f"{reason}, and GPT-2's does not fit its vocabulary of {size}"
     if not local:
         reason = "the repository, or what is cached of it, holds no tokenizer"
-    raise ValueError(f"{where}: {reason}; give --tokenizer_name_or_path")
+    raise ValueError(f"{where}: {reason} (vocab_size: {size}); give --tokenizer_name_or_path")
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -693,17 +689,13 @@ def from_files(directory: Path, files: set[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that a directory's files say, not what transformers makes of them."""
     configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
     unnamed = not any(config.get("tokenizer_class") for config in configs)
-    # For a GPT-2 that names no class, AutoTokenizer would look for GPT-2's files alone.
-    bert = unnamed and "vocab.txt" in files and not files & {"tokenizer.json", "vocab.json"}
+    chosen_class = AutoTokenizer
+    if "tokenizer.json" in files:
+        chosen_class = PreTrainedTokenizerFast  # GPT2Tokenizer takes the vocabulary alone
+    elif unnamed and "vocab.txt" in files and "vocab.json" not in files:
+        chosen_class = BertTokenizer  # for a GPT-2, AutoTokenizer looks for GPT-2's files alone
     settings = {"local_files_only": True, "trust_remote_code": False}
-    chosen_class = BertTokenizer if bert else AutoTokenizer
     tokenizer = chosen_class.from_pretrained(directory, **settings)
-    if tokenizer.is_fast and "tokenizer.json" in files:
-        written = encoding_parts(Tokenizer.from_file(str(directory / "tokenizer.json")))
-        # GPT2Tokenizer takes the vocabulary alone, and splits words as GPT-2 does.
-        if encoding_parts(tokenizer.backend_tokenizer) != written:
-            chosen_class = PreTrainedTokenizerFast
-            tokenizer = chosen_class.from_pretrained(directory, **settings)
     if not tokenizer.is_fast:
         return tokenizer
     named = configs[0] | read_settings(directory / "special_tokens_map.json")
