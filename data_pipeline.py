@@ -21,7 +21,6 @@ import glob
 import gzip
 import hashlib
 import http.client
-import importlib
 import io
 import itertools
 import json
@@ -50,9 +49,7 @@ import numpy as np
 import pandas as pd
 import tiktoken
 import torch
-from huggingface_hub import HfApi, cached_assets_path, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, filter_repo_objects
+from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
@@ -109,19 +106,9 @@ KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zs
 FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # By these words in a file's name, between signs, hub datasets tell their splits.
-HELD_OUT_NAMES = [
-    f"{before}{word}[-._ 0-9/]*"
-    for before in ("", "*[-._ 0-9/]")
-    for word in ("test", "testing", "eval", "evaluation", "valid", "validation", "val", "dev")
-]
+SPLITS = "test|testing|eval|evaluation|valid|validation|val|dev"
+HELD_OUT = re.compile(rf"(^|[-._ /])({SPLITS})([-._ 0-9/]|$)", re.IGNORECASE)
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
-SIGNATURES = {  # files that are not what their name says, by their first bytes
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself: run `git lfs pull`",
-    b"\x1f\x8b": "gzip: let its name end in .gz",
-    b"\x28\xb5\x2f\xfd": "zstandard: let its name end in .zst",
-    b"PAR1": "parquet: let its name end in .parquet",
-    b"PK\x03\x04": "a zip archive or an Excel sheet: unpack it, or save it as CSV",
-}
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
@@ -219,155 +206,107 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 # ---- from a file to checked rows -----------------------------------------------------------------
 
 
-def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, Path]:
-    """The local files of a dataset in their order, by the names that errors give them.
+def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, str | Path]:
+    """The files of a dataset in their order, by the names that errors give them.
 
-    A local file, a directory or glob (sorted), a URL, or a hub dataset's id: what is not on this
-    machine is downloaded. Of a directory or hub dataset, the files of the training split; for
-    --eval_dataset_path those of the held-out ones. Raises ValueError that names the flag.
+    A local file, a URL, a directory or glob, or a hub dataset's id, which is downloaded. Of a
+    directory or hub dataset, the files of the training split; for --eval_dataset_path those of the
+    held-out ones, or all. Raises ValueError.
     """
-    name, path, held_out = str(dataset_path), Path(dataset_path), flag == "eval_dataset_path"
-    try:
-        if name.startswith(("http://", "https://")):
-            return {name: download(name)}
-        if glob.has_magic(name) and not path.exists():
-            found = sorted(glob.glob(name, recursive=True))
-            chosen = [file for file in found if file_kind(file)]
-            log_files(name, found, chosen)
-            return {file: Path(file) for file in chosen}
-        is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
-        if not is_hub_id and not path.is_dir():
-            return {name: path}  # where there is none, opening it gives the reason
-        directory = hub_snapshot(name, held_out) if is_hub_id else path
-        chosen = choose_files(name, directory, held_out, one_kind=bool(is_hub_id))
-        return {f"{name.rstrip('/')}/{file}": directory / file for file in chosen}
-    except (ValueError, OSError, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
-
-
-def hub_snapshot(repo_id: str, held_out: bool) -> Path:
-    """The cached directory of a hub dataset, completed from the hub where that can be reached."""
-    wanted = [f"*{kind}{packed}" for kind in KINDS for packed in ("", *PACKED)]
-    unwanted = None if held_out else HELD_OUT_NAMES
-    try:
-        return from_hub(repo_id, "dataset", allow_patterns=wanted, ignore_patterns=unwanted)
-    except ValueError as error:
-        reason = textwrap.shorten(str(error), 250)
-        neither = "neither a local file or directory nor a dataset that the hub gives"
-        raise ValueError(f"{neither}: {reason}") from None
-
-
-def from_hub(repo_id: str, repo_type: str, **patterns: Any) -> Path:
-    """A repository in the hub's cache, completed from the hub where that answers within seconds.
-
-    Raises ValueError.
-    """
-    silent: Exception | None = None
-    try:
-        HfApi().repo_info(repo_id, repo_type=repo_type, revision="main", timeout=5)
-    except Exception as error:  # of any type: the hub's, the HTTP client's, the disk's
-        silent = error
-    cached = {"local_files_only": silent is not None}
-    try:
-        return Path(snapshot_download(repo_id, repo_type=repo_type, **cached, **patterns))
-    except Exception as error:
-        offline = isinstance(silent, OfflineModeIsEnabled)  # asked for: what the cache lacks tells
-        reason = error if offline or not silent else silent
-        raise ValueError(str(reason) or type(reason).__name__) from None
-
-
-def choose_files(name: str, directory: Path, held_out: bool, one_kind: bool) -> list[str]:
-    """The files of rows in a directory that belong to the training or to the held-out split.
-
-    one_kind: the first kind alone, since hub datasets may hold the same rows in several.
-    """
-    there = sorted(file.relative_to(directory) for file in directory.rglob("*") if file.is_file())
-    names = [file.as_posix() for file in there if not any(part[0] == "." for part in file.parts)]
-    rows = [file for file in names if file_kind(file) and Path(file).name not in NO_ROWS]
-    training = list(filter_repo_objects(rows, ignore_patterns=HELD_OUT_NAMES))
-    chosen = ([file for file in rows if file not in training] or rows) if held_out else training
-    if rows and not chosen:
-        held_out_files = textwrap.shorten(", ".join(rows), 200)
-        raise ValueError(f"holds no training split: name a file of {held_out_files}")
-    for kinds in ([".parquet"], [".json", ".jsonl"], [".csv"]):
-        if one_kind and any(file_kind(file) in kinds for file in chosen):
-            chosen = [file for file in chosen if file_kind(file) in kinds]
-    log_files(name, names, chosen)
-    return chosen
-
-
-def log_files(name: str, found: list[str], chosen: list[str]) -> None:
-    """Says which of several files are read, and which are not. Raises ValueError for none."""
+    name, path = str(dataset_path), Path(dataset_path)
+    is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
+    if is_hub_id:
+        path = hub_snapshot(name, [f"*{kind}*" for kind in KINDS])
+    is_glob = glob.has_magic(name) and not path.exists()
+    if is_url(name) or not (is_glob or path.is_dir()):
+        return {name: name}  # where there is none, opening it gives the reason
+    pattern, directory = (name, Path()) if is_glob else ("**/*", path)
+    there = sorted(glob.glob(pattern, root_dir=directory, recursive=True))
+    found = [file for file in there if (directory / file).is_file()]
+    chosen = [file for file in found if file_kind(file) and Path(file).name not in NO_ROWS]
+    if not is_glob:
+        of_split = [f for f in chosen if bool(HELD_OUT.search(f)) == (flag == "eval_dataset_path")]
+        chosen = of_split or (chosen if flag == "eval_dataset_path" else [])
+    if is_hub_id:  # which may hold the same rows in several kinds
+        chosen = [file for file in chosen if file_kind(file) == ".parquet"] or chosen
     if not chosen:
-        raise ValueError(f"holds no file of the kinds {FILE_KINDS}")
+        raise ValueError(f"holds no file to read: {FILE_KINDS}; in training none of a test split")
     logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
     if left_out := [file for file in found if file not in chosen]:
         logger.info("Left out: %s", textwrap.shorten(", ".join(left_out), 300))
+    return {os.path.join("" if is_glob else name, file): directory / file for file in chosen}
 
 
-def download(url: str) -> Path:
-    """A URL's file in Hugging Face's cache, fetched again only where the server says it changed."""
-    name = Path(urllib.parse.unquote(urllib.parse.urlparse(url).path)).name
-    if not file_kind(name):
-        raise ValueError(f"expected a file of the kinds {FILE_KINDS}")
-    with urllib.request.urlopen(url, timeout=60) as response:
-        version = response.headers["ETag"], response.headers["Last-Modified"]
-        size = response.headers["Content-Length"]
-        key = hashlib.sha256(repr((url, version, size)).encode()).hexdigest()
-        file = cached_assets_path("data_pipeline", "urls", key) / name
-        if file.exists() and any(version):
-            return file
-        with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            part = Path(scratch) / name
-            with open(part, "wb") as target:
-                shutil.copyfileobj(response, target)
-            if size and part.stat().st_size != int(size):
-                found = f"{part.stat().st_size} of {size} bytes"
-                raise ValueError(f"the download broke off after {found}")
-            os.replace(part, file)  # whole, or not there: other processes read it too
-    return file
+def hub_snapshot(repo_id: str, patterns: list[str], repo_type: str = "dataset") -> Path:
+    """The cached directory of a repository, completed from the hub where that answers within
+    seconds.
 
+    Raises ValueError.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-def optional_package(name: str) -> Any:
-    """A package that only some files need. Raises ValueError that says how to get it."""
+    silent: Exception | None = None
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise ValueError(f"needs the package {package}: pip install {package}") from None
+        HfApi().repo_info(repo_id, repo_type=repo_type, revision="main", timeout=5)
+    except Exception as error:  # of many types: no hub id, no such repository, no network
+        silent = error
+    settings = {"repo_type": repo_type, "allow_patterns": patterns}
+    try:
+        return Path(snapshot_download(repo_id, **settings, local_files_only=silent is not None))
+    except Exception as error:
+        # Offline is what was asked for: what the cache lacks tells more.
+        offline = isinstance(silent, OfflineModeIsEnabled)
+        reason = error if offline or not silent else silent
+        neither = "neither a local directory nor to be had from the hub"
+        raise ValueError(f"{neither}: {first_line(reason)}") from None
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def path_of(name: str) -> Path:
+    """The path of a local file, or within a URL, in lower case."""
+    return Path((urllib.parse.urlparse(name).path if is_url(name) else name).lower())
 
 
 def file_kind(name: str) -> str:
-    """.json, .jsonl, .csv or .parquet by a file's name, without .gz or .zst; else ""."""
-    path = Path(name.lower())
+    """.json, .jsonl, .csv or .parquet by a file's name or URL, without .gz or .zst; else ""."""
+    path = path_of(name)
     suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     return {".ndjson": ".jsonl"}.get(suffix, suffix) if suffix in KINDS else ""
 
 
 @contextlib.contextmanager
-def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """A file's bytes; those of a .gz or .zst file unpacked into a temporary file, since parquet is
+def open_bytes(name: str | Path) -> Iterator[BinaryIO]:
+    """The bytes of a local file; of a URL, .gz or .zst those of a temporary file, since parquet is
     read at any place."""
-    suffix = path.suffix.lower()
-    with open(path, "rb") as file:
-        if suffix not in PACKED:
+    remote, suffix = is_url(str(name)), path_of(str(name)).suffix
+    with (
+        urllib.request.urlopen(name, timeout=60) if remote else open(name, "rb") as file,
+        tempfile.TemporaryFile() as copied,
+    ):
+        if not remote and suffix not in PACKED:
             yield file
             return
-        with tempfile.TemporaryFile() as unpacked:
-            try:
-                if suffix == ".gz":
-                    shutil.copyfileobj(gzip.GzipFile(fileobj=file), unpacked)
-                else:
-                    unpack_zst(file, unpacked)
-            except (EOFError, zlib.error) as error:
-                raise ValueError(f"does not unpack: {error}") from None
-            unpacked.seek(0)
-            yield unpacked
+        try:
+            if suffix == ".zst":
+                unpack_zst(file, copied)
+            else:
+                shutil.copyfileobj(gzip.GzipFile(fileobj=file) if suffix == ".gz" else file, copied)
+        except (EOFError, zlib.error) as error:
+            raise ValueError(f"does not unpack: {error}") from None
+        if remote and file.length:  # http.client's count of the bytes that are still to come
+            raise ValueError(f"the download broke off, {file.length} bytes before its end")
+        copied.seek(0)
+        yield copied
 
 
 def unpack_zst(packed: BinaryIO, unpacked: BinaryIO) -> None:
     """Frame by frame: zstandard's own readers take a file that is cut short for a whole one."""
-    zstandard = optional_package("zstandard")
+    import zstandard
+
     frame = None
     while chunk := packed.read(2**20):
         while chunk:
@@ -382,119 +321,83 @@ def unpack_zst(packed: BinaryIO, unpacked: BinaryIO) -> None:
         raise EOFError("it ends in the middle of a frame")
 
 
-def parse_json(content: str, first_line: int = 1) -> object:
-    """The value of a JSON text that starts on line `first_line` of its file. Raises ValueError."""
-    try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise ValueError(f"line {line}: invalid JSON: {error.msg}") from None
-    except ValueError as error:  # a number of thousands of digits
-        raise ValueError(f"line {first_line}: {error}") from None
-    except RecursionError:
-        raise ValueError(f"line {first_line}: nested too deeply") from None
-
-
 def read_csv(file: TextIO) -> Iterator[list[dict]]:
-    """CSV rows by their header, in chunks; fields that a short row lacks are left out of it.
+    """CSV rows by their header, in chunks; a short row lacks its last fields (None).
 
-    Fields beyond the header's last name stand under None, unless they are empty: spreadsheets
-    write such columns.
+    Fields beyond the header's last name are listed under None: spreadsheets write empty ones.
     """
     csv.field_size_limit(2**31 - 1)
     # Not pandas.read_csv: it fills up a row that is cut short and guesses types.
-    reader = csv.reader(file, strict=True)
+    reader = csv.DictReader(file, strict=True)
     try:
-        header = next(reader, [])
+        header = list(reader.fieldnames or [])
         while header and not header[-1].strip():
             header.pop()
         if len(set(header)) < len(header):
             raise ValueError("the header names a column twice")
-        rows = filter(None, reader)  # without blank lines
-        while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
-            records = [dict(zip(header, fields, strict=False)) for fields in chunk]
-            for record, fields in zip(records, chunk, strict=True):
-                if any(map(str.strip, fields[len(header) :])):
-                    record[None] = fields[len(header) :]
+        reader.fieldnames = header
+        while records := list(itertools.islice(reader, CHUNK_ROWS)):
             yield records
     except csv.Error as error:
-        doubled = (
-            "; a quote inside a quoted field is written twice" if "expected" in str(error) else ""
-        )
-        raise ValueError(f"line {reader.line_num}: {error}{doubled}") from None
+        hint = "a quote inside a quoted field is written twice"
+        raise ValueError(f"line {reader.reader.line_num}: {error} ({hint})") from None
 
 
-def read_json(file: TextIO, kind: str) -> Iterator[list]:
-    """A JSON array at once; JSON lines, also under the name .json, in chunks."""
-    if kind == ".json":
-        content = file.read()
-        if not starts_json_lines(content):
-            value = parse_json(content)
-            if not isinstance(value, list):
-                hint = wrapped_rows(value) if isinstance(value, dict) else ""
-                raise ValueError(f"the top level must be a list of rows, not {value!r:.40}{hint}")
-            yield value
-            return
-        file = io.StringIO(content)
+def read_json(file: TextIO) -> Iterator[list]:
+    """A JSON array at once; JSON lines, under whatever name, in chunks."""
     numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    for number, line in numbered:
+        if line.lstrip().startswith("["):
+            yield parse_json(line + file.read(), number)
+            return
+        numbered = itertools.chain([(number, line)], numbered)
+        break
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
-        yield [parse_line(line, number) for number, line in lines]
+        yield [parse_json(line.rstrip("\r\n"), number) for number, line in lines]
 
 
-def starts_json_lines(content: str) -> bool:
-    """Whether the first line that is not blank is an object of its own."""
-    first_line = re.match(r"\s*(\{.*)", content)
+def parse_json(content: str, first_line: int) -> Any:
+    """The value of a JSON text that starts on line `first_line` of its file. Raises ValueError."""
     try:
-        return first_line is not None and isinstance(parse_json(first_line[1]), dict)
-    except ValueError:
-        return False
-
-
-def parse_line(line: str, number: int) -> object:
-    """One of the JSON lines. Raises ValueError."""
-    if line.lstrip().startswith("["):
-        array = "a JSON array, not one object a line; a file with one is named .json"
-        raise ValueError(f"line {number}: {array}")
-    return parse_json(line, number)
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        line = first_line + getattr(error, "lineno", 1) - 1
+        reason = getattr(error, "msg", error)
+        legal = "a list of rows, or one row a line, in UTF-8"
+        raise ValueError(f"line {line}: invalid JSON: {reason}; expected {legal}") from None
 
 
 def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
     """The rows of a parquet file, in chunks."""
-    parquet = optional_package("pyarrow.parquet")
+    import pyarrow.parquet
+
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
+        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
             yield batch.to_pylist()
     except NotImplementedError as error:  # of pyarrow; its other errors are ValueErrors
         raise ValueError(error) from None
 
 
-def read_records(path: Path, errors: str = "strict") -> Iterator[list]:
+def read_records(path: str | Path) -> Iterator[list]:
     """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
-    kind = file_kind(path.name)
+    kind = file_kind(str(path))
     with open_bytes(path) as file:
         if kind == ".parquet":
             yield from read_parquet(file)
             return
-        start = file.read(40)
-        for signature, what in SIGNATURES.items():
-            if start.startswith(signature):
-                raise ValueError(f"is {what}")
-        file.seek(0)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors=errors, newline="")
-        yield from read_csv(text) if kind == ".csv" else read_json(text, kind)
+        # Bytes that are not UTF-8 become lone surrogates: check_text names the row that has them.
+        settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+        text = io.TextIOWrapper(file, **settings)
+        yield from read_csv(text) if kind == ".csv" else read_json(text)
 
 
-def locate_undecodable(path: Path) -> str:
-    """The first row of a file that is not UTF-8, as "row N: "; "" where none can be told."""
-    rows = itertools.chain.from_iterable(read_records(path, errors="surrogateescape"))
-    try:
-        for row, record in enumerate(rows, 1):
-            # Where Python puts bytes that it cannot decode.
-            if re.search("[\udc80-\udcff]", json.dumps(record, ensure_ascii=False, default=str)):
-                return f"row {row}: "
-    except ValueError:
-        pass
-    return ""
+def check_text(value: object, what: str) -> None:
+    """Raises ValueError for what is no text, and for lone surrogates, which no tokenizer takes."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} is {value!r:.40}, not text")
+    if not value.isascii() and (lone := SURROGATES.search(value)):
+        at = f"{lone[0]!r} at character {lone.start()}"
+        raise ValueError(f"{what} holds {at}: save the file as UTF-8")
 
 
 def check_record(record: object, columns: list[str]) -> None:
@@ -502,7 +405,7 @@ def check_record(record: object, columns: list[str]) -> None:
     so does one that a row with an instruction lacks."""
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
-    if None in record:  # where read_csv puts what has no header
+    if any(map(str.strip, record.pop(None, []))):  # where read_csv puts what has no header
         raise ValueError("more fields than the header names")
     if columns == [TURNS]:
         record[TURNS] = read_turns(record)
@@ -511,46 +414,30 @@ def check_record(record: object, columns: list[str]) -> None:
         if column == "input" and "instruction" in columns:
             record.setdefault("input", "")
         if column not in record:
-            names = reprlib.repr(sorted(map(str, record)))
-            raise ValueError(f"no {column!r}; the row has {names}{wrapped_rows(record, column)}")
+            raise ValueError(f"no {column!r}; the row has {reprlib.repr(sorted(map(str, record)))}")
         value = record[column]
         if column == "input" and (value is None or value != value):  # NaN differs from itself
             record[column] = ""
-        elif not isinstance(value, str):
-            raise ValueError(f"{column!r} is {value!r:.40}, not text")
-        elif not value.isascii() and (lone := SURROGATES.search(value)):
-            raise ValueError(f"{column!r} holds half a surrogate pair at character {lone.start()}")
+        else:
+            check_text(value, repr(column))
 
 
-def wrapped_rows(record: dict, column: str = "") -> str:
-    """What to do about an object such as {"data": [row, ...]}, whose rows have the column."""
-    for name, value in record.items():
-        first = value[0] if isinstance(value, list) and value else None
-        if isinstance(first, dict) and (not column or column in first):
-            return f"; save its list {name!r} alone as the file"
-    return ""
-
-
-def file_frames(path: Path, columns: list[str]) -> Iterator[pd.DataFrame]:
+def file_frames(path: str | Path, columns: list[str]) -> Iterator[pd.DataFrame]:
     """A file as DataFrames of checked rows. Raises ValueError that names the row (from 1)."""
     rows_read = 0
-    if not file_kind(path.name):
+    if not file_kind(str(path)):
         also = "a directory or glob of them, an http(s) URL of one, or a hub dataset's owner/name"
         raise ValueError(f"expected a file of the kinds {FILE_KINDS}, {also}")
-    try:
-        for records in read_records(path):
-            for row, record in enumerate(records, rows_read + 1):
-                try:
-                    check_record(record, columns)
-                except ValueError as error:
-                    raise ValueError(f"row {row}: {error}") from None
-            rows_read += len(records)
-            if records:
-                # dtype=object: any value in a column that is not read
-                yield pd.DataFrame(records, dtype=object)
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.object[error.start]:#04x} is not UTF-8: save the file as UTF-8"
-        raise ValueError(f"{locate_undecodable(path)}{byte}") from None
+    for records in read_records(path):
+        for row, record in enumerate(records, rows_read + 1):
+            try:
+                check_record(record, columns)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from None
+        rows_read += len(records)
+        if records:
+            # dtype=object: any value in a column that is not read
+            yield pd.DataFrame(records, dtype=object)
     if not rows_read:
         raise ValueError("holds no rows")
 
@@ -562,21 +449,17 @@ def read_frames(
 
     Raises ValueError that names the flag, the file, the row (from 1) and what is wrong with it.
     """
-
-    def frames() -> Iterator[pd.DataFrame]:
+    where = dataset_path
+    try:
         for name, path in dataset_files(dataset_path, flag).items():
-            try:
-                yield from file_frames(path, columns)
-            except (ValueError, OSError) as error:
-                raise ValueError(" ".join(f"--{flag} {name}: {error}".split())) from None
-
-    rows_read = 0
-    # In pairs, so that the number of rows is told before the last of them are shown.
-    for frame, following in itertools.pairwise(itertools.chain(frames(), [None])):
-        rows_read += len(frame)
-        if following is None:
-            logger.info("Dataset loaded successfully with %d entries.", rows_read)
-        yield frame
+            where = name
+            yield from file_frames(path, columns)
+    except ImportError as error:
+        package = error.name.partition(".")[0]
+        needs = f"needs the package {package}: pip install {package}"
+        raise ValueError(f"--{flag} {where}: {needs}") from None
+    except (ValueError, OSError, http.client.HTTPException) as error:
+        raise ValueError(" ".join(f"--{flag} {where}: {error}".split())) from None
 
 
 # ---- from a row to its text ----------------------------------------------------------------------
@@ -643,13 +526,11 @@ def turn_templates(roles: list[str]) -> list[str]:
 def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
     is none. Raises ValueError."""
-    name = "messages" if record.get("messages") is not None else "conversations"
-    if name not in record:
-        columns = f"{sorted(map(str, record))}{wrapped_rows(record)}"
-        raise ValueError(f"no 'messages' and no 'conversations'; the row has {columns}")
-    turns = record[name]
+    turns = record.get("messages")
+    turns = record.get("conversations") if turns is None else turns
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{name!r} is {turns!r:.40}, not a list of turns")
+        legal = "expected a list of turns under 'messages' or 'conversations'"
+        raise ValueError(f"{legal}, got {turns!r:.40}")
     read = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
@@ -658,11 +539,7 @@ def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         role, text = map(turn.get, keys)
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
-        if not isinstance(text, str):
-            raise ValueError(f"turn {number}: the content {text!r:.40} is not text")
-        if lone := SURROGATES.search(text):
-            half = "half a surrogate pair at character"
-            raise ValueError(f"turn {number}: holds {half} {lone.start()}")
+        check_text(text, f"turn {number}: the content")
         if text or role != "system":
             read.append((ROLES[role], text))
     return read
@@ -697,21 +574,12 @@ def row_renderer(
 
 def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | int]:
     """A template as ids of the special tokens in its own text, and templates of what is between."""
-    longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
-    parts: list[str | int] = [""]
-    text = ""
-    for literal, name, *_ in [*string.Formatter().parse(template), ("", "", None, None)]:
-        text += literal
-        if name is None:  # the literal ends at a doubled brace, the text does not
-            continue
-        for piece in re.split(f"({'|'.join(longest_first)})", text):
-            if piece in specials:
-                parts += [specials[piece], ""]
-            else:
-                parts[-1] += piece.replace("{", "{{").replace("}", "}}")
-        parts[-1] += f"{{{name}}}" if name else ""
-        text = ""
-    return [part for part in parts if part != ""]
+    doubled = str.maketrans({"{": "{{", "}": "}}"})  # as a template writes the braces of a text
+    ids = {token.translate(doubled): number for token, number in specials.items()}
+    longest_first = "|".join(sorted(map(re.escape, ids), key=len, reverse=True))
+    outside_fields = r"(?![^{}]*\}(?!\}))"
+    pieces = re.split(f"({longest_first}){outside_fields}", template)
+    return [ids.get(piece, piece) for piece in pieces if piece]
 
 
 # ---- from text to tokens -------------------------------------------------------------------------
@@ -758,7 +626,10 @@ def load_tokenizer(
         return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
     local = directory.exists()
     if not local:
-        directory = download_tokenizer(name_or_path, where)
+        try:
+            directory = hub_snapshot(name_or_path, [*TOKENIZER_FILES, "config.json"], "model")
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     if tokenizer_files(directory):
         return prepare_tokenizer(read_tokenizer(directory, where), where)
     config = read_settings(directory / "config.json")
@@ -770,11 +641,9 @@ def load_tokenizer(
         logger.info(said, where, f"{size:,}")
         return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
     reason = "brings no tokenizer"
-    if size:
-        reason = f"{reason}, and GPT-2's does not fit its vocabulary of {size}"
     if not local:
         reason = "the repository, or what is cached of it, holds no tokenizer"
-    raise ValueError(f"{where}: {reason}; give --tokenizer_name_or_path")
+    raise ValueError(f"{where}: {reason} (vocab_size: {size}); give --tokenizer_name_or_path")
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
@@ -799,15 +668,6 @@ def base_of_adapter(directory: Path) -> str | None:
             beside = directory / base  # saved as ../base: it lies beside the result
             return os.path.normpath(beside) if base.startswith(os.pardir) else base
     return None
-
-
-def download_tokenizer(name: str, where: str) -> Path:
-    """The directory of the hub's cache that holds a repository's tokenizer. Raises ValueError."""
-    try:
-        return from_hub(name, "model", allow_patterns=[*TOKENIZER_FILES, "config.json"])
-    except ValueError as error:  # no hub id, no such repository, no network
-        neither = "neither a local directory nor to be had from the hub"
-        raise ValueError(f"{where}: {neither}: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
@@ -841,17 +701,13 @@ def from_files(directory: Path, files: set[str]) -> PreTrainedTokenizerBase:
     """The tokenizer that a directory's files say, not what transformers makes of them."""
     configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
     unnamed = not any(config.get("tokenizer_class") for config in configs)
-    # For a GPT-2 that names no class, AutoTokenizer would look for GPT-2's files alone.
-    bert = unnamed and "vocab.txt" in files and not files & {"tokenizer.json", "vocab.json"}
+    chosen_class = AutoTokenizer
+    if "tokenizer.json" in files:
+        chosen_class = PreTrainedTokenizerFast  # GPT2Tokenizer takes the vocabulary alone
+    elif unnamed and "vocab.txt" in files and "vocab.json" not in files:
+        chosen_class = BertTokenizer  # for a GPT-2, AutoTokenizer looks for GPT-2's files alone
     settings = {"local_files_only": True, "trust_remote_code": False}
-    chosen_class = BertTokenizer if bert else AutoTokenizer
     tokenizer = chosen_class.from_pretrained(directory, **settings)
-    if tokenizer.is_fast and "tokenizer.json" in files:
-        written = encoding_parts(Tokenizer.from_file(str(directory / "tokenizer.json")))
-        # GPT2Tokenizer takes the vocabulary alone, and splits words as GPT-2 does.
-        if encoding_parts(tokenizer.backend_tokenizer) != written:
-            chosen_class = PreTrainedTokenizerFast
-            tokenizer = chosen_class.from_pretrained(directory, **settings)
     if not tokenizer.is_fast:
         return tokenizer
     named = configs[0] | read_settings(directory / "special_tokens_map.json")
@@ -1070,10 +926,7 @@ class AlpacaDataset(Dataset):
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        arrays = [self.tokens, self.offsets, self.prompt_lengths]
-        if not np.isin(self.label_ends, self.offsets).all():  # a row goes on after a response
-            arrays += [self.label_starts, self.label_ends]
-        for array in arrays:
+        for array in (self.tokens, self.offsets, self.label_starts, self.label_ends):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
@@ -1150,8 +1003,14 @@ def load_dataset(
     encoder, columns = encoder_for(tokenizer), format_columns(text_format)
     render = row_renderer(text_format, tokenizer)
     text_of = {number: text for text, number in special_tokens(tokenizer).items()}
-    parts, exact, samples = [], 0, []
-    for frame in read_frames(dataset_path, columns, flag):
+    parts, exact, samples, rows_read = [], 0, [], 0
+    # In pairs, so that the number of rows is told before the last of them are shown.
+    for frame, following in itertools.pairwise(
+        itertools.chain(read_frames(dataset_path, columns, flag), [None])
+    ):
+        rows_read += len(frame)
+        if following is None:
+            logger.info("Dataset loaded successfully with %d entries.", rows_read)
         if show and not parts:
             columns_read = [column for column in frame.columns if column != TURNS]
             logger.info("Dataset columns: %s", columns_read)
@@ -1356,28 +1215,24 @@ def final_dataset_loader(
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or "gpt2")
     check_tokenizer(tokenizer)
-    dataset = dataset_path
-    if not isinstance(dataset, AlpacaDataset):
+    if not isinstance(dataset := dataset_path, AlpacaDataset):
         dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
     if split:
         dataset = dataset.split(eval_fraction, seed)[split == "eval"]
-    longest = dataset.lengths.max(initial=0)
     width = max_length if padding == "max_length" else None
-    if width and longest > width:
+    if width and (longest := dataset.lengths.max(initial=0)) > width:
         raise ValueError(f"max_length={max_length}: rows were tokenised with up to {longest}")
     batches = GlobalBatches(
         dataset.lengths, batch_size, shuffle=shuffle, group_by_length=group_by_length,
         accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=seed,
     )  # fmt: skip
+    # Seeds the workers, which would otherwise draw from the training's random state.
+    generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
-        num_workers=num_workers,
+        dataset, batch_sampler=batches, generator=generator, num_workers=num_workers,
         worker_init_fn=ignore_signals,
-        # Seeds the workers, which would otherwise draw from the training's random state.
-        generator=torch.Generator().manual_seed(seed),
-    )
+        collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
+    )  # fmt: skip
 
 
 # ---- the script ----------------------------------------------------------------------------------
