@@ -407,6 +407,7 @@ def check_record(record: object, columns: list[str]) -> None:
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
     if any(map(str.strip, record.pop(None, []))):  # where read_csv puts what has no header
         raise ValueError("more fields than the header names")
+    check_text(" ".join(map(str, record)), "a column's name")
     if columns == [TURNS]:
         record[TURNS] = read_turns(record)
         return

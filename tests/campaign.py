@@ -464,13 +464,13 @@ def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None,
     """(the (prompt, response) of each row that a file holds, None if it must be refused; whether refusing is fine)."""
     deepest, named_twice = 0, False
     try:
-        text = content.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        text = content.decode("utf-8-sig", "surrogateescape")  # refused below, by its row
         if suffix == ".csv":
             records, named_twice = own_csv(text)
-        elif suffix == ".json" and not text.lstrip().startswith("{"):
+        elif text.lstrip().startswith("["):
             records, deepest = own_json(text)
         else:
-            lines = re.split(r"\n" if suffix == ".json" else r"\r\n|\r|\n", text)
+            lines = re.split(r"\r\n|\r|\n", text)
             read = [own_json(line) for line in lines if line.strip()]
             records, deepest = (
                 [value for value, _ in read],
@@ -480,7 +480,8 @@ def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None,
             raise ValueError("no rows")
         rows = []
         for record in records:
-            texts = [record[name] for name in HOLDS_TEXT]
+            " ".join(record).encode()
+            texts = [({"input": ""} | record)[name] for name in HOLDS_TEXT]
             if texts[1] is None or texts[1] != texts[1]:
                 texts[1] = ""
             for value in texts:

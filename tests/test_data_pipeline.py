@@ -2380,6 +2380,15 @@ def test_flags_choose_the_rows_of_the_batches(
     assert f"Batches in an epoch: {batches}" in out
 
 
+def test_a_header_that_is_not_utf8_is_refused_by_name(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("instruction,input,output,résumé\na,b,c,d\n".encode("cp1252"))
+    with pytest.raises(
+        ValueError, match=r"row 1: a column's name holds .*: save the file as UTF-8"
+    ):
+        load_dataset(path)
+
+
 def test_a_templates_escapes_mean_what_they_look_like(write, capsys, monkeypatch, tokenizer):
     monkeypatch.setattr(data_pipeline, "load_tokenizer", lambda *_, **__: tokenizer)
     path = write([{"q": "why", "a": "so"}])
