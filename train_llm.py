@@ -2123,7 +2123,10 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status; what goes wrong is told in one line on stderr."""
+    """Returns the exit status; what goes wrong is told in one line on stderr.
+
+    In another program, KeyboardInterrupt is raised: it is not for this function to swallow.
+    """
     parser = build_parser()
     given = vars(parser.parse_args(argv))
     try:
@@ -2140,7 +2143,9 @@ def main(argv: list[str] | None = None) -> int:
             status = 0
         except Stopped as stopped:
             status = 128 + stopped.args[0]
-        except KeyboardInterrupt:  # before training has begun there is nothing to save
+        except KeyboardInterrupt:  # asked twice, or before there was anything to save
+            if __name__ != "__main__":  # it is the notebook's, or the host program's, to end
+                raise
             status = 130
         except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
             process = f"process {rank}: " if rank else ""
