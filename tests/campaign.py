@@ -1,6 +1,6 @@
 """Claim: whatever is killed, damaged or malformed at random, nothing is lost and nothing wrong is taken for good.
 
-    python tests/campaign.py kills --number 100       # kill -9 at any moment, then --resume_from auto: the same bits
+    python tests/campaign.py kills --number 100       # kill -9 or a signal at any moment, then --resume_from auto: the same bits
     python tests/campaign.py flips --number 200       # a byte flipped or a file cut short: never loaded as if good
     python tests/campaign.py datasets --number 300    # malformed files: exactly their rows, or one line and status 2
 
@@ -39,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import data_pipeline
 import train_llm
+from train_llm import STOP_SIGNALS
 
 Moment = tuple[str, int, int]  # (file, line, how often it was reached)
 TECHNIQUES = [
@@ -152,7 +153,9 @@ def in_this_process(
     return status, texts[0], texts[1]
 
 
-def in_a_process(work: Callable[[], object], log: Path, kill_after: float | None = None) -> int:
+def in_a_process(
+    work: Callable[[], object], log: Path, after: float | None = None, by: int = signal.SIGKILL
+) -> int:
     """The exit status of `work` in a process of its own, a fork that starts with everything imported."""
     log.write_text("")
     if not (child := os.fork()):
@@ -161,20 +164,26 @@ def in_a_process(work: Callable[[], object], log: Path, kill_after: float | None
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
             status = work() or 0
+        except KeyboardInterrupt:
+            status = 130
         finally:
             sys.stdout.flush()
             os._exit(status)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
+    if after is not None:
+        time.sleep(after)
+        os.kill(child, by)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
 
 
-def traced(argv: list[str], die_at: Moment | None = None, book: Path | None = None) -> int:
-    """train_llm.main, killed where it is about to run a line for the n-th time; `book` gets how often each ran."""
+def traced(
+    argv: list[str], die_at: Moment | None = None, book: Path | None = None,
+    by: int = signal.SIGKILL,
+) -> int:  # fmt: skip
+    """train_llm.main, killed (or sent another signal) where it is about to run a line for the n-th
+    time; `book` gets how often each ran."""
     reached: Counter = Counter()
 
     def trace(frame: object, event: str, _: object) -> Callable | None:
@@ -182,7 +191,7 @@ def traced(argv: list[str], die_at: Moment | None = None, book: Path | None = No
             place = (frame.f_code.co_filename, frame.f_lineno)
             reached[place] += 1
             if die_at and place == die_at[:2] and reached[place] == die_at[2]:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), by)
         return trace if frame.f_code.co_filename in SOURCES else None
 
     with quick_figures():
@@ -196,7 +205,8 @@ def traced(argv: list[str], die_at: Moment | None = None, book: Path | None = No
 
 
 def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[str]]:
-    """Each run is killed, at a random time or a random line of code, and resumed; one in three resumed ones again."""
+    """Each run is killed or sent a signal, at a random time or a random line of code, and resumed;
+    one in three resumed ones again."""
     log, lost, counts = directory / "log", [], Counter()
     in_a_process(lambda: prepare(directory), log)
     references = []
@@ -232,6 +242,8 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
             )
             argv += resumed * ["--resume_from=auto"]
             by_clock = die_at = None
+            # Half of them by a signal that asks for a checkpoint and the end.
+            by = draw.choice([signal.SIGKILL] * len(STOP_SIGNALS) + STOP_SIGNALS)
             if counts["kills"] < number and (not resumed or draw.random() < 1 / 3):
                 if draw.random() < 0.5:
                     by_clock = draw.random() * seconds
@@ -239,7 +251,10 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
                     *place, times = draw.choice(lines[resumed])
                     die_at = (*place, draw.randint(1, times))
             status = in_a_process(
-                lambda argv=argv, die_at=die_at: traced(argv, die_at), log, by_clock
+                lambda argv=argv, die_at=die_at, by=by: traced(argv, die_at, by=by),
+                log,
+                by_clock,
+                by,
             )
             text = log.read_text()
             if resumed and "Checkpoint skipped" in text:
@@ -247,8 +262,12 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
             went_on = re.search(r"Resumed from \S+ at step (\d+)", text)
             if there and (went_on or status == 0) and (not went_on or int(went_on[1]) < there[-1]):
                 lost.append(f"run {i}: not resumed from step {there[-1]} after {moments}: {text}")
-            if status != -signal.SIGKILL:
+            stopped = re.search(r"Stopped by \S+ at step (\d+)", text)
+            if stopped and int(stopped[1]) not in checkpoint_steps(output_dir):
+                lost.append(f"run {i}: no checkpoint of the step announced: {text}")
+            if status not in (-by, 128 + by):
                 break
+            counts["by signals"] += by != signal.SIGKILL
             moments.append(
                 f"{Path(die_at[0]).name}:{die_at[1]} ({die_at[2]})"
                 if die_at
@@ -267,7 +286,7 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
         shutil.rmtree(output_dir, ignore_errors=True)
         if counts["kills"] >= number:
             break
-    kinds = ("by the clock", "at a line", "in a save", "of a resumed run")
+    kinds = ("by the clock", "at a line", "in a save", "of a resumed run", "by signals")
     told = ", ".join(f"{counts[name]} {name}" for name in kinds)
     return f"{counts['kills']} kills ({told}) in {i + 1} runs", lost
 
