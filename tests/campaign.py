@@ -455,7 +455,8 @@ def own_json(text: str) -> tuple[object, int]:
 
 
 def own_csv(text: str) -> tuple[list[dict], bool]:
-    """(the rows of a CSV text, whether its header names a column twice), read without the csv module.
+    """(the rows of a CSV text, whether its header names a column twice or leaves the last unnamed),
+    read without the csv module.
 
     Raises ValueError for quotes or fields that do not fit; fields that lack at a row's end are left out of the row.
     """
@@ -476,7 +477,8 @@ def own_csv(text: str) -> tuple[list[dict], bool]:
     if any(len(row) > len(rows[0]) for row in rows):
         raise ValueError("a row with more fields than the header")
     records = [dict(zip(rows[0], row, strict=False)) for row in rows[1:]]
-    return records, bool(rows) and len(set(rows[0])) < len(rows[0])
+    doubtful = bool(rows) and (len(set(rows[0])) < len(rows[0]) or not rows[0][-1].strip())
+    return records, doubtful
 
 
 def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None, bool]:
