@@ -2154,6 +2154,7 @@ def test_training_works_in_a_thread(flags, tmp_path):
 
 
 def test_the_caller_gets_logging_streams_and_handlers_back(flags, tmp_path, monkeypatch):
+    transformers_logging.enable_progress_bar()  # whatever earlier tests have left
     root, handler = logging.getLogger(), logging.NullHandler()
     monkeypatch.setattr(root, "handlers", [handler])
     monkeypatch.setattr(root, "level", logging.ERROR)
