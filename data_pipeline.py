@@ -350,6 +350,11 @@ def read_json(file: TextIO) -> Iterator[list]:
         if line.lstrip().startswith("["):
             yield parse_json(line + file.read(), number)
             return
+        if line.strip() == "{":  # one object over several lines, as datasets are often wrapped
+            record = parse_json(line + file.read(), number)
+            lists = [name for name, value in record.items() if isinstance(value, list)]
+            hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
+            raise ValueError(f"the top level must be a list of rows, not an object{hint}")
         numbered = itertools.chain([(number, line)], numbered)
         break
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):

@@ -1615,7 +1615,7 @@ def test_a_byte_that_is_not_utf8_is_refused_by_its_row(
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "line 1: invalid JSON: "),
+        ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "the top level must be"),
         ("a.json", json.dumps({"data": ROWS}).encode(), "row 1: no 'instruction'; the row has"),
         ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "line 1: invalid JSON: "),
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "the row has ['version http"),
@@ -2378,6 +2378,14 @@ def test_flags_choose_the_rows_of_the_batches(
         capsys, "--dataset_path", write(ROWS), "--batch_size", 4, "--num_workers", 0, *flags
     )
     assert f"Batches in an epoch: {batches}" in out
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_rows_that_are_wrapped_in_an_object_are_told_by_its_list(tmp_path, name):
+    path = tmp_path / name
+    path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
+    with pytest.raises(ValueError, match="a list of rows, not an object; save its list 'data'"):
+        load_dataset(path)
 
 
 def test_a_header_that_is_not_utf8_is_refused_by_name(tmp_path):
