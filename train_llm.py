@@ -355,7 +355,7 @@ def unusable_gpu() -> str:
         return f"nvidia-smi says: {line or found.stderr.strip() or found.returncode}"
     gpu, _, driver = line.rpartition(", ")
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    way_out = "install the build that fits the driver (README, Installation)"
+    way_out = "install the build that fits the driver (README, Quick start)"
     return f"{gpu}, driver {driver}: this PyTorch is {built} and cannot use it; {way_out}"
 
 
@@ -1537,6 +1537,8 @@ def difference(run: Run, state: dict) -> str:
         if name not in FREE_TO_CHANGE and before != now:
             return f"was trained with --{name} {before}, not {now}"
     rows, steps = state.get("rows_per_step"), state.get("total_steps", 0)
+    if rows is None:
+        return "was written by an earlier version of this script"
     if rows != run.rows_per_step:
         product = "--batch_size x --gradient_accumulation_steps x processes"
         return f"took {rows} rows a step ({product}), not {run.rows_per_step}"
@@ -1889,6 +1891,8 @@ def make_model(
 def check_processes_agree(run: Run) -> None:
     """Raises ValueError, on every process, where one is about to do other work than process 0: on
     a machine that does not see the shared directory, with another card, with other rows."""
+    if run.runtime.world_size == 1:
+        return
     facts = {f"--{name}": v for name, v in vars(run.args).items() if name not in FREE_TO_CHANGE}
     facts |= {"step": run.progress.step, "precision": str(run.runtime.dtype)}
     facts |= {"steps in all": run.total_steps, "training rows (sha256)": run.dataset_hash}
