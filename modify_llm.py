@@ -1664,6 +1664,7 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
     bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows])
     axes.bar_label(bars, [f"{row['trainable']:,}" for row in rows], padding=4)
     axes.set(xscale="log", xlabel="trainable parameters", title=title)
+    axes.set_xlim(right=6 * max(row["trainable"] for row in rows))  # room for the numbers
     axes.invert_yaxis()
     figure.savefig(path, dpi=120)
 

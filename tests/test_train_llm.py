@@ -1103,8 +1103,13 @@ def test_what_fails_after_final_is_a_warning_and_made_up_for_later(
     flags, tmp_path, monkeypatch, capsys
 ):
     argv = flags(tmp_path / "out", max_steps=2, num_samples=1)
+
+    def failing_after_final(run):
+        modify_llm.verify_directory(run.output_dir / "final")
+        failing()
+
     with monkeypatch.context() as patch:
-        patch.setitem(train_llm.EXTRAS, "predictions.jsonl", failing)
+        patch.setitem(train_llm.EXTRAS, "predictions.jsonl", failing_after_final)
         assert run(argv) == 0
     said = capsys.readouterr().out
     assert re.search(r"^WARNING:\S+:predictions.jsonl: no such luck; the run goes on", said, re.M)
@@ -3221,6 +3226,20 @@ def test_processes_that_start_on_different_states_are_refused_by_rank(
     statuses, error = two_ranks(in_new_processes, *ranks)
     assert statuses == [2, 2], error
     assert "process 1: --seed is 2, that of process 0 1" in error
+
+
+@pytest.mark.parametrize(("status", "waits"), [(0, True), (143, True), (1, False), (2, False)])
+def test_after_an_error_a_process_leaves_without_waiting_for_the_others(status, waits, monkeypatch):
+    """What only NCCL shows: to leave the group in order may itself wait for the other processes."""
+    calls = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: calls.append("waits"))
+    monkeypatch.setattr(os, "_exit", lambda code: calls.append(code) or sys.exit(code))
+    try:
+        train_llm.leave_group(status)
+    except SystemExit as leaving:
+        assert leaving.code == status
+    assert calls == (["waits"] if waits else [status])
 
 
 def test_a_rank_that_raises_ends_all_at_once(flags, tmp_path):
