@@ -2224,12 +2224,25 @@ def test_a_whole_model_is_saved_though_its_base_has_vanished(
 def test_a_best_model_that_a_kill_left_out_is_written_on_resuming(flags, tmp_path):
     assert run(flags(tmp_path / "whole", eval_interval=3)) == 0
     argv = flags(tmp_path / "cut", eval_interval=3)
-    with pytest.MonkeyPatch.context() as patch, stopped_in(4):
-        patch.setattr(train_llm, "keep_best", lambda _: None)
-        assert run(argv) == 143
+
+    class Killed(BaseException):
+        pass
+
+    def killed(run):
+        if run.progress.step == 3:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_llm, "keep_best", killed)
+        run(argv)
+    assert [path.name for path in checkpoints(tmp_path / "cut")] == ["step_00000003"]
     assert not (tmp_path / "cut" / "best").exists()
-    kept = checkpoints(tmp_path / "cut")[-1]
-    shutil.rmtree(kept) if kept.name != "step_00000003" else None
+    # Where no later evaluation is better, nothing else would write it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_llm, "train", lambda _: None)
+        assert run([*argv, *RESUME]) == 0
+    assert (tmp_path / "cut" / "best" / "adapter_model.safetensors").exists()
+    shutil.rmtree(tmp_path / "cut" / "final")
     assert run([*argv, *RESUME]) == 0
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
