@@ -478,11 +478,15 @@ class LoRALayer(nn.Module):
     "qv", adapts single parts of GPT-2's fused query-key-value projection: each has an A and a B of
     its own, stacked in n x r rows of `lora_A` and n x (out_features / 3) rows of `lora_B`.
     `rslora` scales by alpha / sqrt(r) (Kalajdzievski, 2023).
+
+    `dora`: W = m (W0 + s B A) / ||W0 + s B A||, by the norm of each output's weights, where the
+    magnitudes m, `lora_magnitude_vector` (out_features,), train from ||W0|| on (Liu et al., 2024,
+    equation 5); for gradients the norm is a constant (section 4.3).
     """
 
     def __init__(
         self, original_layer: Conv1D | nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
-        thirds: str = "", rslora: bool = False,
+        thirds: str = "", rslora: bool = False, dora: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         weight = original_layer.weight  # Conv1D: (in, out), Linear: (out, in)
@@ -494,9 +498,10 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(parts * rank, in_features, device=weight.device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout = nn.Dropout(dropout)
-        self.scaling = alpha / math.sqrt(rank) if rslora else alpha / rank
-        self.thirds, self.merged = thirds, False
+        self.dropout, self.thirds, self.rslora = nn.Dropout(dropout), thirds, rslora
+        self.scaling = alpha / scaling_divisor(rank, rslora)
+        self.merged: Tensor | None = None  # the update, while the original weight holds it
+        self.lora_magnitude_vector = nn.Parameter(self.weight_norms()) if dora else None
 
     def full_B(self) -> Tensor:
         """(out_features, rows of A): B, or each third's B in its own block, zeros elsewhere."""
@@ -508,18 +513,35 @@ class LoRALayer(nn.Module):
         return torch.cat([adapted.get(third, torch.zeros_like(rows[0])) for third in "qkv"])
 
     def forward(self, x: Tensor) -> Tensor:
-        original = self.original_layer
-        if self.merged:
+        original, magnitude = self.original_layer, self.lora_magnitude_vector
+        if self.merged is not None:
             return original(x)
-        original_trains = any(parameter.requires_grad for parameter in original.parameters())
-        if original_trains or (self.training and self.dropout.p):
-            # A and B stay in fp32 beside a base in bf16, also without autocast.
-            low_rank = F.linear(self.dropout(x).to(self.lora_A.dtype), self.lora_A)  # (..., r)
-            h = original(x)
-            return h + self.scaling * F.linear(low_rank, self.full_B()).to(h.dtype)
-        W = original.weight if isinstance(original, Conv1D) else original.weight.t()
-        B = self.full_B()
-        return LoRAProduct.apply(x, W, original.bias, self.lora_A, B, self.scaling)
+        plain = magnitude is None and not (self.training and self.dropout.p)
+        if plain and not any(parameter.requires_grad for parameter in original.parameters()):
+            W, B = self.original_weight().t(), self.full_B()
+            return LoRAProduct.apply(x, W, original.bias, self.lora_A, B, self.scaling)
+        h, x = original(x), self.dropout(x)
+        # A and B stay in fp32 beside a base in bf16, also without autocast.
+        low_rank = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # (..., r)
+        update = self.scaling * F.linear(low_rank, self.full_B())
+        if magnitude is not None:  # W x = W0 x + (m / norm) s B A x + (m / norm - 1) W0 x
+            ratio = magnitude / self.weight_norms()  # (out,)
+            update = ratio * update + (ratio - 1) * F.linear(x, self.original_weight().to(x.dtype))
+        return h + update.to(h.dtype)
+
+    def original_weight(self) -> Tensor:
+        """W0 (out_features, in_features)"""
+        weight = self.original_layer.weight
+        return weight.t() if isinstance(self.original_layer, Conv1D) else weight
+
+    def low_rank_update(self) -> Tensor:
+        """s B A (out_features, in_features) in fp32"""
+        return self.full_B().float() @ self.lora_A.float() * self.scaling
+
+    @torch.no_grad()
+    def weight_norms(self) -> Tensor:
+        """||W0 + s B A|| (out_features,)"""
+        return torch.linalg.vector_norm(self.original_weight() + self.low_rank_update(), dim=1)
 
     @property
     def weight(self) -> Tensor:
@@ -528,30 +550,37 @@ class LoRALayer(nn.Module):
             where = f"--lora_dropout {self.dropout.p}"
             raise ValueError(f"{where}: acts on a layer's input, here the weight alone is used")
         weight = self.original_layer.weight
-        return weight if self.merged else weight + self.get_delta_weight()
+        return weight if self.merged is not None else weight + self.get_delta_weight()
 
     def get_delta_weight(self) -> Tensor:
-        """(alpha / r) B A in fp32, laid out as the original weight: Conv1D's is transposed."""
-        delta = self.full_B().float() @ self.lora_A.float() * self.scaling
+        """W - W0 in fp32, laid out as the original weight: Conv1D's is transposed."""
+        delta = self.low_rank_update()
+        if self.lora_magnitude_vector is not None:
+            ratio, W0 = self.lora_magnitude_vector / self.weight_norms(), self.original_weight()
+            delta = ratio[:, None] * (W0 + delta) - W0
         return delta.t() if isinstance(self.original_layer, Conv1D) else delta
 
     @torch.no_grad()
     def merge(self) -> None:
         """Folds the update into the original weight: inference costs nothing more (section 4.1)."""
-        if self.merged:
+        if self.merged is not None:
             raise RuntimeError("merged already: merging twice would add the update twice")
         weight = self.original_layer.weight
-        weight += self.get_delta_weight().to(weight.dtype)
-        self.merged = True
+        self.merged = self.get_delta_weight().to(weight.dtype)
+        weight += self.merged
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the update out of the original weight again."""
-        if not self.merged:
+        if self.merged is None:
             raise RuntimeError("not merged: there is no update to take out")
-        weight = self.original_layer.weight
-        weight -= self.get_delta_weight().to(weight.dtype)
-        self.merged = False
+        self.original_layer.weight -= self.merged
+        self.merged = None
+
+
+def scaling_divisor(rank: int, rslora: bool) -> float:
+    """What alpha is divided by."""
+    return math.sqrt(rank) if rslora else rank
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -559,14 +588,20 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
-def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, str]:
-    """{layer name: its adapted thirds, "" for the whole layer}. Logs each target's coverage."""
+def match_targets(
+    model: GPT2LMHeadModel, targets: Iterable[str], blocks: Iterable[int] | None = None
+) -> dict[str, str]:
+    """{layer name: its adapted thirds, "" for the whole layer}, of these blocks alone (None: all).
+    Logs each target's coverage."""
     matched: dict[str, str] = {}
+    inside = tuple(f"transformer.h.{block}." for block in blocks or ())
+    check_blocks(model, "lora_layers", blocks or ())
     for target in targets:
         where = f"--lora_target_modules {target}"
         third = re.fullmatch(r"((?:.*\.)?c_attn)\.([qkv])", target)
         suffix, part = third.groups() if third else (target, "")
         found = modules_named(model, suffix, "lora_target_modules", (Conv1D, nn.Linear))
+        found = {n: m for n, m in found.items() if blocks is None or n.startswith(inside)}
         for name, module in found.items():
             # bitsandbytes' 8-bit layers are Linear, too
             if not (isinstance(module, Conv1D | nn.Linear) and module.weight.is_floating_point()):
@@ -582,47 +617,160 @@ def match_targets(model: GPT2LMHeadModel, targets: Iterable[str]) -> dict[str, s
             matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
         logger.info("LoRA target %s: %d layers", target, len(found))
     if not matched:
-        raise ValueError("--lora_target_modules: names no layer")
+        raise ValueError("--lora_target_modules: names no layer, or none of --lora_layers")
     return matched
+
+
+def check_blocks(model: GPT2LMHeadModel, flag: str, blocks: Iterable[int]) -> None:
+    """Raises ValueError for the number of a block that is not there."""
+    if outside := [block for block in blocks if block >= model.config.n_layer]:
+        has = f"the model has layers 0 to {model.config.n_layer - 1}"
+        raise ValueError(f"--{flag} {outside[0]}: {has}")
 
 
 def apply_lora(
     model: GPT2LMHeadModel, rank: int = 4, alpha: float = 8.0, *, dropout: float = 0.0,
     target_modules: Iterable[str] = ("c_attn", "c_proj", "c_fc"),
+    layers: Iterable[int] | None = None, scaling: str = "standard", dora: bool = False,
     trainable_modules: Iterable[str] = (),
 ) -> GPT2LMHeadModel:  # fmt: skip
     """Wraps every Conv1D or Linear layer that a target names in a LoRALayer; freezes all else.
 
     target_modules: suffixes of layer names. The paper adapts the query and value projections alone
-    (section 4.2): ("c_attn.q", "c_attn.v"). In place. Raises ValueError for a target that matches
-    nothing, or no layer of these types.
+    (section 5.1): ("c_attn.q", "c_attn.v"). layers: numbers of the blocks (None: all). scaling:
+    "standard" or "rank_stabilized". In place. Raises ValueError for a target that matches nothing,
+    or no layer of these types.
     """
     check_unmodified(model)
-    targets = checked("lora_target_modules", target_modules)
-    matched = match_targets(model, targets)
+    targets, layers = checked("lora_target_modules", target_modules), checked("lora_layers", layers)
+    matched = match_targets(model, targets, layers)
+    if dora and (parts := [name for name, thirds in matched.items() if thirds]):
+        raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
     settings = start_modification(
         model, "lora", trainable_modules, matched, lora_rank=rank, lora_alpha=alpha,
-        lora_dropout=dropout, lora_target_modules=targets,
+        lora_dropout=dropout, lora_target_modules=targets, lora_layers=layers,
+        lora_scaling=scaling, lora_dora=dora,
     )  # fmt: skip
     rank, alpha, dropout = (settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
+    rslora = settings["lora_scaling"] == "rank_stabilized"
     for name, thirds in matched.items():
-        layer = LoRALayer(model.get_submodule(name), rank, alpha, dropout, thirds)
+        original = model.get_submodule(name)
+        layer = LoRALayer(original, rank, alpha, dropout, thirds, rslora, settings["lora_dora"])
         model.set_submodule(name, layer)
     return model
 
 
 def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Folds every update into its layer and takes the wrappers out: a plain model remains."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("the model holds no LoRA to merge")
-    for name, layer in layers.items():
-        if not layer.merged:
-            layer.merge()
-        model.set_submodule(name, layer.original_layer)
+    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out: a plain model
+    remains. Raises ValueError for a technique that is no change of weights."""
+    technique = getattr(model, "modification", {}).get("modification_type")
+    if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
+        carried = technique or "a plain model"
+        raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoRALayer | IA3Layer):
+            if layer.merged is None:
+                layer.merge()
+            model.set_submodule(name, layer.original_layer)
     del model.modification
     model.base_path = model.base_name = None  # the merged weights lie in no file yet
     model.base_fingerprint = fingerprint(model)
+    return model
+
+
+# ---- IA3, biases, LayerNorms ---------------------------------------------------------------------
+
+
+class IA3Layer(nn.Module):
+    """h = l * (x W + b) or, where a feed-forward sub-layer ends, h = (l * x) W + b: only l trains,
+    `ia3_l`, from ones on (Liu et al., 2022, section 3.3).
+
+    The paper scales keys, values and what the feed-forward activation gives. GPT-2's `c_attn` makes
+    queries too, and as in PEFT they are scaled as well. That adds nothing which the keys' l could
+    not do alone, since scores take the product of the two, feature by feature.
+    """
+
+    def __init__(self, original_layer: Conv1D, feedforward: bool) -> None:
+        super().__init__()
+        self.original_layer, self.feedforward, self.merged = original_layer, feedforward, None
+        weight = original_layer.weight  # (in, out)
+        scaled = weight.shape[0 if feedforward else 1]
+        self.ia3_l = nn.Parameter(torch.ones(scaled, device=weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self.original_layer(x)
+        if self.feedforward:
+            return self.original_layer(x * self.ia3_l.to(x.dtype))
+        h = self.original_layer(x)
+        return h * self.ia3_l.to(h.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Folds l into the weight (in, out) and, with what comes out, into the bias."""
+        weight, bias = self.original_layer.weight, self.original_layer.bias
+        weight *= (self.ia3_l[:, None] if self.feedforward else self.ia3_l).to(weight.dtype)
+        if not self.feedforward:
+            bias *= self.ia3_l.to(bias.dtype)
+        self.merged = True
+
+
+def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
+    """Scales what every `c_attn` gives and every feed-forward `c_proj` takes by learned vectors;
+    freezes all else. In place."""
+    scaled = modules_named(model, "c_attn", "modification_type")
+    feedforward = modules_named(model, "mlp.c_proj", "modification_type")
+    start_modification(model, "ia3", trainable_modules, scaled | feedforward)
+    for name, layer in (scaled | feedforward).items():
+        model.set_submodule(name, IA3Layer(layer, name in feedforward))
+    return model
+
+
+def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """PEFT's IA3 layout."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
+    besides = trained_besides(model, ".ia3_l")
+    tensors = {
+        f"{PEFT_PREFIX}{name}.ia3_l": layer.ia3_l.view((1, -1) if layer.feedforward else (-1, 1))
+        for name, layer in layers.items()
+    }
+    write_as_peft(model, tensors | besides, directory, {
+        "peft_type": "IA3",
+        "target_modules": sorted(layers),
+        "feedforward_modules": sorted(name for name, layer in layers.items() if layer.feedforward),
+        "fan_in_fan_out": True,
+        "modules_to_save": whole_modules(besides),
+    })  # fmt: skip
+    return {}
+
+
+def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
+    TECHNIQUES["ia3"].apply(model, args)
+    path = directory / WEIGHTS
+    tensors = peft_tensors(path)
+    tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
+    put_tensors(model, tensors, path, required=trainable_state(model))
+    train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
+
+
+def apply_bitfit(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
+    """Trains the biases alone (Ben Zaken et al., 2022). In place."""
+    start_modification(model, "bitfit", trainable_modules)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.requires_grad_(True)
+    return model
+
+
+def apply_layernorm_tuning(
+    model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()
+) -> GPT2LMHeadModel:
+    """Trains the LayerNorms alone (Zhao et al., 2023). In place."""
+    start_modification(model, "layernorm", trainable_modules)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.requires_grad_(True)
     return model
 
 
@@ -1102,24 +1250,23 @@ def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
     goes into PEFT's patterns.
     """
     layers, settings = lora_layers(model), model.modification
-    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
-    tensors, ranks, alphas = {}, {}, {}
+    rank, alpha, rslora = settings["lora_rank"], settings["lora_alpha"], False
+    tensors, ranks, alphas, besides = {}, {}, {}, trained_besides(model, ".lora_")
     for name, layer in layers.items():
         tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.full_B()
-        ranks[name], alphas[name] = len(layer.lora_A), layer.scaling * len(layer.lora_A)
-    others = {name: t for name, t in trainable_state(model).items() if ".lora_" not in name}
-    if "transformer.wte.weight" in others and is_tied(model):
-        # With wte alone, PEFT would keep the old head.
-        others["lm_head.weight"] = others["transformer.wte.weight"].clone()
-    for name, tensor in others.items():
-        tensors[PEFT_PREFIX + name.replace(".original_layer", ".base_layer")] = tensor
-    whole = {name.rpartition(".")[0] for name in others if not name.endswith(".bias")}
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+        ranks[name], rslora = len(layer.lora_A), layer.rslora
+        alphas[name] = layer.scaling * scaling_divisor(ranks[name], rslora)
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
-    wrapped_biases = "lora_only" if any(".original_layer" in name for name in others) else "none"
+    biases = {PEFT_PREFIX + name.replace(".original_layer", ".base_layer") for name in biases}
+    wrapped_biases = "lora_only" if any(".base_layer" in name for name in besides) else "none"
     conv1d = [isinstance(layer.original_layer, Conv1D) for layer in layers.values()]
-    write_as_peft(model, tensors, directory, {
+    write_as_peft(model, tensors | besides, directory, {
         "peft_type": "LORA",
+        "use_rslora": rslora,
+        "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": settings["lora_dropout"],
@@ -1127,40 +1274,70 @@ def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {n: a for n, a in alphas.items() if not math.isclose(a, alpha)},
         "fan_in_fan_out": all(conv1d),
-        "bias": "all" if biases <= others.keys() else wrapped_biases,
-        "modules_to_save": sorted(whole) or None,
+        "bias": "all" if biases <= besides.keys() else wrapped_biases,
+        "modules_to_save": whole_modules(besides),
     })  # fmt: skip
     return {}
 
 
+def trained_besides(model: GPT2LMHeadModel, marker: str) -> dict[str, Tensor]:
+    """What trains besides the parameters that hold the marker, by PEFT's names."""
+    others = {name: t for name, t in trainable_state(model).items() if marker not in name}
+    if "transformer.wte.weight" in others and is_tied(model):
+        # With wte alone, PEFT would keep the old head.
+        others["lm_head.weight"] = others["transformer.wte.weight"].clone()
+    return {
+        PEFT_PREFIX + name.replace(".original_layer", ".base_layer"): tensor
+        for name, tensor in others.items()
+    }
+
+
+def whole_modules(besides: Iterable[str]) -> list[str] | None:
+    """PEFT's modules_to_save."""
+    names = (name.removeprefix(PEFT_PREFIX) for name in besides if not name.endswith(".bias"))
+    return sorted({name.rpartition(".")[0] for name in names}) or None
+
+
+def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
+    """Whole modules and biases that were trained (modules_to_save, bias) train on."""
+    whole = tuple(config.get("modules_to_save") or ())
+    for name in loaded:
+        if name.endswith(".bias") or name.rpartition(".")[0].endswith(whole):
+            model.get_parameter(name).requires_grad_(True)
+
+
 def peft_settings(path: Path) -> dict:
-    """The settings of a LoRA directory that PEFT itself wrote, from its configuration."""
+    """The settings of a LoRA or IA3 directory that PEFT itself wrote, from its configuration."""
     config = read_json(path)
-    if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"{path}: peft_type {kind!r}; of PEFT's own directories only LORA loads")
-    unsupported = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens")
-    for option in (*unsupported, "trainable_token_indices"):
+    base = {"base_model_name_or_path": config.get("base_model_name_or_path")}
+    if (kind := config.get("peft_type")) == "IA3":
+        return {"modification_type": "ia3"} | base
+    if kind != "LORA":
+        loads = "of PEFT's own directories LORA and IA3 load"
+        raise ValueError(f"{path}: peft_type {kind!r}; {loads}")
+    unsupported = ("lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices")
+    for option in unsupported:
         if config.get(option):
             raise ValueError(f"{path}: {option} is not supported")
     start = config.get("init_lora_weights", True)
     if start not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError(f"{path}: init_lora_weights {start!r} changes the base; not supported")
-    return {
+    return base | {
         "modification_type": "lora",
-        "base_model_name_or_path": config.get("base_model_name_or_path"),
         "lora_rank": config.get("r", 8),
         "lora_alpha": config.get("lora_alpha", 8),
         "lora_dropout": config.get("lora_dropout", 0.0),
         "lora_target_modules": [],  # PEFT's may be patterns: the layers in its file are taken
+        "lora_scaling": "rank_stabilized" if config.get("use_rslora") else "standard",
+        "lora_dora": bool(config.get("use_dora")),
     }
 
 
 def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
     """Wraps the layers whose A and B the file holds, and loads everything into its place.
 
-    Ranks come from the tensors' shapes; alpha, rsLoRA and their exceptions from PEFT's
-    configuration; the thirds that a run of ours adapted from its own metadata. Whole modules and
-    biases (modules_to_save, bias) train on.
+    Ranks come from the tensors' shapes; alpha and its exceptions from PEFT's configuration; the
+    thirds that a run of ours adapted from its own metadata.
     """
     path, older = directory / WEIGHTS, directory / "adapter_model.bin"
     path = older if older.exists() and not path.exists() else path
@@ -1169,7 +1346,7 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
     if not wrapped:
         raise ValueError(f"{path}: holds no LoRA")
     targets = args.lora_target_modules or wrapped
-    matched = match_targets(model, targets)
+    matched = match_targets(model, targets, args.lora_layers)
     embeddings = tensors.get("transformer.wte.weight")
     if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
         resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
@@ -1178,25 +1355,24 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
     start_modification(
         model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
         lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
+        lora_layers=args.lora_layers, lora_scaling=args.lora_scaling, lora_dora=args.lora_dora,
     )  # fmt: skip
+    rslora = args.lora_scaling == "rank_stabilized"
     for name, thirds in matched.items():
         A, B = f"{name}.lora_A", f"{name}.lora_B"
         if lacking := {A, B} - tensors.keys():
             raise ValueError(f"{path}: lacks {min(lacking)}")
         n = len(thirds) or 1
-        rank, alpha = max(1, len(tensors[A]) // n), alpha_of(name, config) / n
-        rslora, original = bool(config.get("use_rslora")), model.get_submodule(name)
-        layer = LoRALayer(original, rank, alpha, args.lora_dropout, thirds, rslora)
-        model.set_submodule(name, layer)
+        rank, original = max(1, len(tensors[A]) // n), model.get_submodule(name)
+        alpha = alpha_of(name, config) / scaling_divisor(n, rslora)
+        settings = (args.lora_dropout, thirds, rslora, args.lora_dora)
+        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *settings))
         if thirds and tensors[B].shape == layer.full_B().shape:
             blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
             blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
             tensors[B] = torch.cat(blocks)
     put_tensors(model, tensors, path, required=trainable_state(model))
-    whole = tuple(config.get("modules_to_save") or ())
-    for name in tensors:
-        if name.endswith(".bias") or name.rpartition(".")[0].endswith(whole):
-            model.get_parameter(name).requires_grad_(True)
+    train_whole_modules(model, tensors, config)
 
 
 def peft_tensors(path: Path) -> dict[str, Tensor]:
@@ -1256,15 +1432,17 @@ class Technique(NamedTuple):
     compared: list[tuple[str, str, dict]]  # rows of --compare: label, paper, settings
     save: Callable[[GPT2LMHeadModel, Path], dict] = save_state  # returns settings that it changed
     load: Callable[[GPT2LMHeadModel, Path, argparse.Namespace], None] = load_state
+    merges: bool = True  # what it trains can be folded into the base's weights
 
 
-# Learning rates from `python tests/measure.py sweep` on a 16-million-parameter GPT-2; full: a hair
-# below the best, for larger models.
+# Learning rates as published for pretrained models: of GPT-2 where there is one, else the nearest.
 TECHNIQUES = {
     "lora": Technique(
         apply=lambda model, args: apply_lora(
             model, args.lora_rank, args.lora_alpha, dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules, trainable_modules=args.trainable_modules,
+            target_modules=args.lora_target_modules, layers=args.lora_layers,
+            scaling=args.lora_scaling, dora=args.lora_dora,
+            trainable_modules=args.trainable_modules,
         ),
         flags={
             "lora_rank": Flag(4, at_least_one, "rank r of A and B; >= 1"),
@@ -1276,6 +1454,12 @@ TECHNIQUES = {
                 ["c_attn", "c_proj", "c_fc"], names,
                 "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
             ),
+            "lora_layers": Flag(None, layer_numbers, "of these blocks alone, such as 6-11 (all)"),
+            "lora_scaling": Flag(
+                "standard", one_of("standard", "rank_stabilized"),
+                "alpha / r, or rank_stabilized: alpha / sqrt(r)",
+            ),
+            "lora_dora": Flag(False, boolean, "DoRA: a magnitude an output, and a direction"),
         },
         # Hu et al., table 11: 2e-4 at alpha / r = 8 on q and v; at 2, on all layers, somewhat more
         learning_rate=lambda args: 5e-4,
@@ -1283,6 +1467,7 @@ TECHNIQUES = {
             ("LoRA r=4, all Conv1D", "Hu 2021", {}),
             ("LoRA r=4, query and value", "Hu 2021",
              {"lora_target_modules": ["c_attn.q", "c_attn.v"]}),
+            ("DoRA r=4, all Conv1D", "Liu 2024", {"lora_dora": True}),
         ],
         save=save_lora,
         load=load_lora,
@@ -1303,6 +1488,7 @@ TECHNIQUES = {
             ("adapters 64, two a block", "Houlsby 2019", {"adapter_placement": "houlsby"}),
             ("adapters 64, one a block", "Pfeiffer 2020", {}),
         ],
+        merges=False,
     ),
     "prefix": Technique(
         apply=lambda model, args: apply_prefix(
@@ -1327,6 +1513,27 @@ TECHNIQUES = {
         ],
         save=save_prefix,
         load=load_prefix,
+        merges=False,
+    ),
+    "ia3": Technique(
+        apply=lambda model, args: apply_ia3(model, args.trainable_modules),
+        flags={},
+        learning_rate=lambda args: 3e-3,  # Liu et al., section 3.3 and appendix D
+        compared=[("IA3", "Liu 2022", {})],
+        save=save_ia3,
+        load=load_ia3,
+    ),
+    "bitfit": Technique(
+        apply=lambda model, args: apply_bitfit(model, args.trainable_modules),
+        flags={},
+        learning_rate=lambda args: 1e-3,
+        compared=[("biases alone (BitFit)", "Ben Zaken 2022", {})],
+    ),
+    "layernorm": Technique(
+        apply=lambda model, args: apply_layernorm_tuning(model, args.trainable_modules),
+        flags={},
+        learning_rate=lambda args: 1e-3,
+        compared=[("LayerNorms alone", "Zhao 2023", {})],
     ),
     "selective": Technique(
         apply=lambda model, args: apply_selective_freezing(
@@ -1566,9 +1773,9 @@ def trained_settings(directory: Path) -> dict:
         neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained"
         raise ValueError(f"{directory}: {neither}")
     try:
-        technique = with_defaults(argparse.Namespace(**settings)).modification_type
-        if missing := {"modification_type", *TECHNIQUES[technique].flags} - settings.keys():
-            raise ValueError(f"lacks {min(missing)}")
+        with_defaults(argparse.Namespace(**settings))  # checks them; newer ones have defaults
+        if "modification_type" not in settings:
+            raise ValueError("lacks modification_type")
         base = settings.get("base_model_name_or_path")
         if not isinstance(base, str | None):
             raise ValueError(f"base_model_name_or_path is {base!r}")
@@ -1604,16 +1811,17 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
     if is_plain(technique):
         raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
-    if technique != "lora":
-        reason = "cannot be folded into the base: it is no update of weights"
-        raise ValueError(f"{where}: {technique} {reason}")
     target = Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
     has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
     source = adapter_path if has_vocabulary else model.base_path
     tokenizer = matching_files(source, TOKENIZER_FILES)
-    write_plain(merge_lora(model).to(model.stored_dtype), target, end_tokens(model))
+    try:
+        merge_lora(model)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    write_plain(model.to(model.stored_dtype), target, end_tokens(model))
     for file in tokenizer:
         shutil.copy(file, target)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)

@@ -47,6 +47,7 @@ TECHNIQUES = {
     "LoRA": [],
     "LoRA on q and v": ["--lora_target_modules=c_attn.q,c_attn.v"],
     "LoRA with dropout": ["--lora_dropout=0.1", "--dropout=0.1"],
+    "DoRA": ["--lora_dora"],
     "LoRA, embeddings trained": ["--trainable_modules=wte,wpe,ln_1,ln_2,ln_f"],
     "LoRA, checkpointing": ["--gradient_checkpointing"],
     "full": ["--modification_type=full"],
@@ -62,6 +63,9 @@ TECHNIQUES = {
     "prefix, key_value by an MLP": [
         "--modification_type=prefix", "--prefix_type=key_value", "--prefix_projection_size=16"
     ],
+    "IA3": ["--modification_type=ia3"],
+    "BitFit": ["--modification_type=bitfit"],
+    "LayerNorms": ["--modification_type=layernorm"],
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Operators that launch nothing

@@ -9,10 +9,10 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("gpu_rehearsal.py")
 TECHNIQUES = [
-    "LoRA", "LoRA on q and v", "LoRA with dropout", "LoRA, embeddings trained",
+    "LoRA", "LoRA on q and v", "LoRA with dropout", "DoRA", "LoRA, embeddings trained",
     "LoRA, checkpointing", "full", "full, checkpointing", "selective", "selective, head frozen",
     "adapters, pfeiffer", "adapters, houlsby", "prefix, embedding", "prefix, key_value",
-    "prefix, key_value by an MLP",
+    "prefix, key_value by an MLP", "IA3", "BitFit", "LayerNorms",
 ]  # fmt: skip
 
 

@@ -52,6 +52,7 @@ from modify_llm import (
     LoRALayer,
     apply_adapters,
     apply_full_finetuning,
+    apply_ia3,
     apply_lora,
     apply_prefix,
     apply_selective_freezing,
@@ -153,6 +154,13 @@ TECHNIQUES = {
         "freeze_head": True,
     },
     "full": {"modification_type": "full"},
+    "dora": {"lora_dora": True},
+    "rank stabilized": {"lora_scaling": "rank_stabilized", "lora_target_modules": ["c_attn.q"]},
+    "lora on a layer": {"lora_layers": [1]},
+    "ia3": {"modification_type": "ia3"},
+    "ia3 and norms": {"modification_type": "ia3", "trainable_modules": ["ln_f"]},
+    "bitfit": {"modification_type": "bitfit"},
+    "layernorm": {"modification_type": "layernorm"},
 }
 every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=TECHNIQUES.keys())
 
@@ -195,6 +203,15 @@ every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=T
             "0.6519 (65.19%)",
         ),
         ("--modification_type selective", 81_126_144, 124_439_808, "0.6519 (65.19%)"),
+        # DoRA: LoRA's and a magnitude an output, 12 x (2304 + 768 + 3072 + 768)
+        ("--lora_dora", 672_768, 125_112_576, "0.0054 (0.54%)"),
+        ("--lora_layers 6-11", 294_912, 124_734_720, "0.0024 (0.24%)"),
+        # 12 x (2304 + 3072)
+        ("--modification_type ia3", 64_512, 124_504_320, "0.0005 (0.05%)"),
+        # 12 x (2304 + 768 + 3072 + 768 + 2 x 768) + 768
+        ("--modification_type bitfit", 102_144, 124_439_808, "0.0008 (0.08%)"),
+        # (2 x 12 + 1) x 2 x 768
+        ("--modification_type layernorm", 38_400, 124_439_808, "0.0003 (0.03%)"),
     ],
 )
 def test_flags_reproduce_the_published_counts(capsys, flags, trainable, total, ratio):
@@ -424,6 +441,10 @@ def test_no_peft_at_run_time():
 # ---- LoRA ----------------------------------------------------------------------------------------
 
 
+def our_name(name):
+    return name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+
+
 def peft_twin(model, ours, **config):
     """PEFT's LoRA on a copy of the base, with the same A and B."""
     settings = {"task_type": "CAUSAL_LM", "fan_in_fan_out": True, **config}
@@ -432,26 +453,28 @@ def peft_twin(model, ours, **config):
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if ".lora_" in name:
-                own_name = name.removeprefix("base_model.model.").replace(".default.weight", "")
-                parameter.copy_(state.pop(own_name))
+                parameter.copy_(state.pop(our_name(name)))
     assert not state
     return twin
 
 
 @pytest.mark.parametrize(
-    ("targets", "rank", "alpha", "untied"),
+    ("targets", "rank", "alpha", "options", "their_options"),
     [
-        (["c_attn", "c_proj", "c_fc"], 4, 8.0, False),
-        (["attn.c_proj"], 1, 3.0, False),
-        (["c_fc", "lm_head"], 6, 6.0, True),
+        (["c_attn", "c_proj", "c_fc"], 4, 8.0, {}, {}),
+        (["attn.c_proj"], 1, 3.0, {}, {}),
+        (["c_fc", "lm_head"], 6, 6.0, {}, {}),
+        (["c_attn", "c_fc"], 5, 3.0, {"scaling": "rank_stabilized"}, {"use_rslora": True}),
+        (["c_attn", "c_proj", "c_fc"], 3, 4.0, {"dora": True}, {"use_dora": True}),
+        (["lm_head", "mlp.c_proj"], 2, 9.0, {"dora": True}, {"use_dora": True}),
+        (["c_fc", "c_attn"], 2, 2.0, {"layers": [0, 2]}, {"layers_to_transform": [0, 2]}),
     ],
 )
-def test_lora_trains_as_peft_does(targets, rank, alpha, untied):
-    model = small(tie_word_embeddings=not untied)
-    ours = perturb(
-        apply_lora(copy.deepcopy(model), rank, alpha, target_modules=targets), 0.02
-    ).train()
-    theirs = peft_twin(model, ours, r=rank, lora_alpha=alpha, target_modules=targets).train()
+def test_lora_trains_as_peft_does(targets, rank, alpha, options, their_options):
+    model = small(tie_word_embeddings="lm_head" not in targets)
+    ours = apply_lora(copy.deepcopy(model), rank, alpha, target_modules=targets, **options)
+    ours, their_options = perturb(ours, 0.02).train(), {"target_modules": targets, **their_options}
+    theirs = peft_twin(model, ours, r=rank, lora_alpha=alpha, **their_options).train()
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-3)
         for m in (ours, theirs)
@@ -463,18 +486,46 @@ def test_lora_trains_as_peft_does(targets, rank, alpha, untied):
             output.loss.backward()
         assert close(outputs[0].logits, outputs[1].logits)
         assert outputs[0].loss.item() == pytest.approx(outputs[1].loss.item(), rel=1e-5)
-        gradients = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+        gradients = {our_name(n): p.grad for n, p in theirs.named_parameters()}
+        gradients = {name: grad for name, grad in gradients.items() if grad is not None}
         own = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
-        assert len(own) == len(gradients)
+        assert own.keys() == gradients.keys()
         for name, gradient in own.items():
-            assert close(gradient, gradients[f"base_model.model.{name}.default.weight"]), (
-                step,
-                name,
-            )
+            assert close(gradient, gradients[name]), (step, name)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
     assert not close(outputs[0].logits, model(input_ids=ids).logits, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Conv1D", "Linear"])
+def test_dora_is_its_equation_also_under_dropout_and_when_merged(kind):
+    """W' = m (W0 + s B A) / ||W0 + s B A|| by output (Liu et al., 2024, equation 5)."""
+    torch.manual_seed(0)
+    original = nn.Linear(20, 24) if kind == "Linear" else Conv1D(24, 20)
+    layer = LoRALayer(original.requires_grad_(False), 3, 2.0, dropout=0.5, dora=True)
+    W0 = (original.weight if kind == "Linear" else original.weight.T).clone()  # (out, in)
+    x = torch.randn(7, 20)
+    assert torch.allclose(layer.eval()(x), original(x), atol=1e-6)  # starts as the original
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.lora_magnitude_vector.mul_(torch.rand(24) + 0.5)
+    direction = W0 + 2.0 / 3 * layer.lora_B @ layer.lora_A
+    m = layer.lora_magnitude_vector
+    W = m[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    assert torch.allclose(layer(x), x @ W.T + original.bias, atol=1e-5)
+
+    layer.train()
+    torch.manual_seed(1)
+    dropped = F.dropout(x, 0.5)
+    torch.manual_seed(1)  # PEFT drops what the update sees, not what the base does
+    assert torch.allclose(layer(x), x @ W0.T + original.bias + dropped @ (W - W0).T, atol=1e-5)
+
+    layer.eval().merge()
+    assert torch.allclose(layer(x), x @ W.T + original.bias, atol=1e-5)
+    layer.unmerge()
+    now = original.weight if kind == "Linear" else original.weight.T
+    assert torch.allclose(now, W0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -647,8 +698,105 @@ def test_merging_a_model_whose_layers_are_partly_merged_adds_each_update_once():
     expected = logits(model)
     model.transformer.h[1].mlp.c_fc.merge()
     assert close(logits(merge_lora(model)), expected, 1e-4)
-    with pytest.raises(ValueError, match="no LoRA"):
+    with pytest.raises(ValueError, match="a plain model"):
         merge_lora(small())
+
+
+# ---- IA3, biases, LayerNorms ---------------------------------------------------------------------
+
+PEFT_KINDS = {
+    "dora": peft.LoraConfig(
+        task_type="CAUSAL_LM", use_dora=True, r=3, fan_in_fan_out=True,
+        target_modules=["c_attn", "c_fc"],
+    ),
+    "rslora": peft.LoraConfig(
+        task_type="CAUSAL_LM", use_rslora=True, r=5, fan_in_fan_out=True, target_modules=["c_proj"]
+    ),
+    "layers": peft.LoraConfig(
+        task_type="CAUSAL_LM", layers_to_transform=[1], fan_in_fan_out=True,
+        target_modules=["c_attn"],
+    ),
+    "ia3": peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True),
+    "ia3 and a norm": peft.IA3Config(
+        task_type="CAUSAL_LM", fan_in_fan_out=True, modules_to_save=["ln_f"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", PEFT_KINDS.values(), ids=PEFT_KINDS.keys())
+def test_what_peft_made_loads_trains_on_and_goes_back(base, config, tmp_path):
+    theirs = peft.get_peft_model(plain(base), copy.deepcopy(config))
+    perturb(theirs, 0.05)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_trained(tmp_path / "theirs", base)
+    assert close(logits(ours), logits(theirs))
+    assert sum(p.numel() for p in trainable_state(ours).values()) == sum(
+        p.numel() for p in theirs.parameters() if p.requires_grad
+    )
+    perturb(ours, 0.01)
+    save_trained(ours, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(plain(base), tmp_path / "ours")
+    assert close(logits(back), logits(ours))
+    assert close(logits(load_trained(tmp_path / "ours", base)), logits(ours))
+    expected = logits(ours)
+    assert close(logits(merge_lora(ours)), expected, 1e-4)
+    assert close(logits(back.merge_and_unload()), expected, 1e-4)
+
+
+def test_ia3_trains_as_peft_does(base):
+    config = peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True)
+    theirs = peft.get_peft_model(plain(base), config).train()
+    ours = apply_ia3(plain(base)).train()
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)
+        for m in (ours, theirs)
+    ]
+    for step in range(20):
+        ids = token_ids(4, 12, seed=step)
+        outputs = [m(input_ids=ids, labels=ids) for m in (ours, theirs)]
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            output.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert close(outputs[0].logits, outputs[1].logits)
+    trained = {our_name(n): p.flatten() for n, p in theirs.named_parameters() if "ia3_l" in n}
+    state = trainable_state(ours)
+    assert state.keys() == trained.keys()
+    assert all(close(state[name], trained[name], 1e-4) for name in trained)
+
+
+def test_layernorm_tuning_trains_as_peft_does(base):
+    theirs = peft.get_peft_model(plain(base), peft.LNTuningConfig(task_type="CAUSAL_LM")).train()
+    ours = final_modify(model_name_or_path=base, modification_type="layernorm").train()
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2)
+        for m in (ours, theirs)
+    ]
+    for step in range(20):
+        ids = token_ids(4, 12, seed=step)
+        outputs = [m(input_ids=ids, labels=ids) for m in (ours, theirs)]
+        for output, optimizer in zip(outputs, optimizers, strict=True):
+            output.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert close(outputs[0].logits, outputs[1].logits)
+
+
+def test_bitfit_trains_every_bias_and_nothing_else(base):
+    model = final_modify(model_name_or_path=base, modification_type="bitfit")
+    biases = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert trainable_state(model).keys() == biases
+    assert any(".ln_1." in name for name in biases) and any("c_attn" in name for name in biases)
+
+
+@pytest.mark.parametrize("name", ["ia3", "ia3 and norms", "bitfit", "layernorm", "dora"])
+def test_what_is_a_change_of_weights_merges(base, name, tmp_path):
+    model = perturb(modified(base, **TECHNIQUES[name]), 0.05)
+    expected = logits(model)
+    save_trained(model, tmp_path / "trained")
+    main(["--adapter_path", str(tmp_path / "trained"), "--merge_to", str(tmp_path / "merged")])
+    assert close(logits(plain(tmp_path / "merged")), expected, 1e-4)
+    assert not close(logits(plain(base)), expected, 1e-3)
 
 
 # ---- bottleneck adapters -------------------------------------------------------------------------
@@ -1309,66 +1457,6 @@ def test_the_functions_have_the_defaults_of_the_flags(technique, apply):
     assert shapes[0] == shapes[1]
 
 
-class ScaledLayer(nn.Module):
-    """IA3's l * (W x), with l trained from ones (Liu et al., 2022)."""
-
-    def __init__(self, original_layer):
-        super().__init__()
-        self.original_layer = original_layer
-        self.scale = nn.Parameter(torch.ones(original_layer.nf))
-
-    def forward(self, x):
-        return self.original_layer(x) * self.scale.to(x.dtype)
-
-
-def apply_scaling(model, targets=("c_attn", "c_fc"), trainable_modules=()):
-    modify_llm.start_modification(model, "scaling", trainable_modules, scaling_targets=targets)
-    for target in targets:
-        for name, layer in modify_llm.modules_named(model, target, "scaling_targets").items():
-            model.set_submodule(name, ScaledLayer(layer))
-    return model
-
-
-SCALING = modify_llm.Technique(
-    apply=lambda model, args: apply_scaling(model, args.scaling_targets, args.trainable_modules),
-    flags={"scaling_targets": modify_llm.Flag(["c_attn", "c_fc"], modify_llm.names, "by suffix")},
-    learning_rate=lambda args: 1e-3,
-    compared=[
-        ("scaled c_attn and c_fc", "Liu 2022", {}),
-        ("scaled c_fc", "", {"scaling_targets": ["c_fc"]}),
-    ],
-)
-
-
-@pytest.mark.parametrize("trainable_modules", [[], ["ln_f"]], ids=["alone", "and a norm"])
-def test_a_new_technique_is_one_row_that_builds_counts_saves_and_loads(
-    base, tmp_path, monkeypatch, trainable_modules
-):
-    monkeypatch.setitem(modify_llm.TECHNIQUES, "scaling", SCALING)
-    settings = modify_llm.with_defaults(
-        model_name_or_path=base, modification_type="scaling", trainable_modules=trainable_modules,
-        scaling_targets="attn.c_attn,c_fc",
-    )  # fmt: skip
-    model = final_modify(settings)
-    assert torch.equal(logits(model), logits(plain(base)))
-    widths, norm = LAYERS * (3 + 4) * HIDDEN, 2 * HIDDEN * len(trainable_modules)
-    total = plain(base).num_parameters()
-    assert parameter_counts(perturb(model)) == (total + widths, widths + norm)
-    assert not close(logits(model), logits(plain(base)), 1e-2)
-
-    rows = {row["label"]: row for row in modify_llm.compare(settings)}
-    assert rows["scaled c_attn and c_fc"]["trainable"] == widths
-    assert rows["scaled c_fc"]["trainable"] == LAYERS * 4 * HIDDEN
-    assert rows["scaled c_fc"]["saved_mb"] == pytest.approx(LAYERS * 4 * HIDDEN * 4e-6)
-
-    save_trained(model, tmp_path)
-    assert load_file(tmp_path / "adapter.safetensors").keys() == trainable_state(model).keys()
-    loaded = load_trained(tmp_path)
-    assert torch.equal(logits(loaded), logits(model))
-    assert loaded.modification == model.modification
-    assert set(trainable_state(loaded)) == set(trainable_state(model))
-
-
 # ---- final_modify --------------------------------------------------------------------------------
 
 
@@ -1688,7 +1776,6 @@ def test_a_lora_that_peft_put_on_a_head_of_its_own_loads_with_equal_logits(tmp_p
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (peft.LoraConfig(task_type="CAUSAL_LM", use_dora=True, fan_in_fan_out=True), "use_dora"),
         (
             peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", fan_in_fan_out=True),
             "pissa",
@@ -1700,10 +1787,10 @@ def test_a_lora_that_peft_put_on_a_head_of_its_own_loads_with_equal_logits(tmp_p
             "trainable_token",
         ),
         (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
-        (peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True), "IA3"),
+        (peft.LNTuningConfig(task_type="CAUSAL_LM"), "LN_TUNING"),
         (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["wte"]), "wte"),
     ],
-    ids=["dora", "pissa", "single tokens", "prompt tuning", "ia3", "lora on an embedding"],
+    ids=["pissa", "single tokens", "prompt tuning", "layernorms", "lora on an embedding"],
 )
 def test_what_peft_made_and_we_do_not_support_is_refused_by_name(base, config, reason, tmp_path):
     peft.get_peft_model(plain(base), config).save_pretrained(tmp_path)
@@ -1829,7 +1916,6 @@ def test_a_damaged_file_is_named(saved, damage):
             for text in ("", "{", "[]", "[" * 100_000)
         ),
         ("modification.json", '{"modification_type": "other"}'),
-        ("modification.json", '{"modification_type": "lora"}'),
         ("modification.json", '{"modification_type": "lora", "lora_rank": "four"}'),
         (
             "modification.json",
