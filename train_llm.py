@@ -125,6 +125,7 @@ class Stopped(Exception):
 # ---- flags ---------------------------------------------------------------------------------------
 
 zero_or_more, above_zero = number_type(float, 0), number_type(float, sys.float_info.min)
+below_one = number_type(float, 0, 1)
 
 
 def temperature(value: object) -> float:
@@ -139,7 +140,11 @@ OPTIMISATION_FLAGS = {
     "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
     "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
     "learning_rate": Flag(None, above_zero, "peak of the schedule; > 0 (the technique's)"),
+    "label_smoothing": Flag(0.0, below_one, "of the objective, not of logged losses; >= 0, < 1"),
     "weight_decay": Flag(0.01, zero_or_more, "AdamW's, none on 1-D parameters; >= 0"),
+    "adam_beta1": Flag(0.9, below_one, "AdamW's mean of the gradient; >= 0 and < 1"),
+    "adam_beta2": Flag(0.999, below_one, "AdamW's mean of its square; >= 0 and < 1"),
+    "adam_epsilon": Flag(1e-8, above_zero, "added to AdamW's denominator; > 0"),
     "max_grad_norm": Flag(1.0, zero_or_more, "gradients are clipped to it; 0: off"),
     "gradient_accumulation_steps": Flag(1, at_least_one, "micro-batches a step; >= 1"),
     "scheduler": Flag(
@@ -147,7 +152,8 @@ OPTIMISATION_FLAGS = {
         "warmup_cosine, cosine, linear or constant, counted in optimizer steps",
     ),
     "warmup_steps": Flag(
-        None, at_least_zero, "of warmup_cosine and linear (100, at most a tenth of the run)"
+        None, at_least_zero,
+        "of all schedules but cosine (100, at most a tenth of the run; constant: 0)",
     ),
     "min_lr": Flag(0.0, zero_or_more, "where the decay ends; >= 0"),
     "compile": Flag(False, boolean, "torch.compile each block: for GPUs (a CPU gets slower)"),
@@ -292,11 +298,10 @@ def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
         idle |= set() if args.eval_only else {"eval_dataset_path", "eval_fraction", "batch_size"}
         lines += [f"--{name}: without effect, nothing is trained" for name in {*given} & idle]
     plain = args.adapter_path and modify_llm.is_plain(args.modification_type)
-    without_warmup = args.scheduler in ("cosine", "constant")
     idle_beside = {
         "eval_fraction": (" beside --eval_dataset_path", args.eval_dataset_path),
         "model_name_or_path": (", --adapter_path holds a whole model", plain),
-        "warmup_steps": (f", --scheduler {args.scheduler} has no warm-up", without_warmup),
+        "warmup_steps": (", --scheduler cosine has no warm-up", args.scheduler == "cosine"),
         "min_lr": (", --scheduler constant does not decay", args.scheduler == "constant"),
     }
     for name in idle_beside.keys() & given.keys():
@@ -604,12 +609,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     A chunk of rows at a time: logits, fp32 log-sum-exp, and, while they are at hand, the gradient
     softmax - one-hot multiplied on to `hidden` and `weight`. The loss is a sum, so the backward
     pass only scales what is ready.
+
+    With label smoothing the gradient is that of F.cross_entropy's `label_smoothing` (Szegedy et
+    al., 2016, section 7; microsoft/LoRA's model.py), for which the target of a row of logits is
+    (1 - label_smoothing) x one-hot + label_smoothing / vocabulary. The value stays the plain loss,
+    so that logged losses can be compared.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_grad: bool
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_grad: bool,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:  # fmt: skip
         # hidden (rows, hidden size), weight (vocabulary, hidden size), targets (rows,)
         weight, (hidden_needs, weight_needs, *_) = weight.to(hidden.dtype), ctx.needs_input_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -630,7 +641,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 log_sum_exp = largest - softmax.amax(1, keepdim=True).log()
                 loss += (log_sum_exp - at_target).sum()
                 if hidden_grad is not None or weight_grad is not None:
-                    softmax.scatter_(1, target, -1.0, reduce="add")
+                    softmax.scatter_(1, target, label_smoothing - 1, reduce="add")
+                    if label_smoothing:
+                        softmax -= label_smoothing / len(weight)
                     part.copy_(softmax)  # the logits become their gradient
             if hidden_grad is not None:
                 torch.mm(logits, weight, out=hidden_grad[rows])
@@ -640,21 +653,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
             # Of one dimension, the factor is fp32 in the product; of none it would be rounded.
             hidden_grad = (hidden_grad * scale.view(1)).to(hidden_grad.dtype)
-        return hidden_grad, None if weight_grad is None else weight_grad * scale, None, None
+        return hidden_grad, None if weight_grad is None else weight_grad * scale, None, None, None
 
 
 class SummedLoss(nn.Module):
     """The summed loss over a batch's labelled tokens: `model(**batch).loss` times their number.
     (A module, so that DistributedDataParallel can wrap it.)"""
 
-    def __init__(self, model: GPT2LMHeadModel) -> None:
+    def __init__(self, model: GPT2LMHeadModel, label_smoothing: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.label_smoothing = model, label_smoothing
 
     def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         """See loss_inputs for the arguments."""
@@ -670,7 +683,9 @@ class SummedLoss(nn.Module):
             hidden = hidden.to(dtype)
         with torch.autocast(device, enabled=False):
             weight = self.model.lm_head.weight
-            return ChunkedCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())
+            return ChunkedCrossEntropy.apply(
+                hidden, weight, targets, torch.is_grad_enabled(), self.label_smoothing
+            )
 
 
 def cut_rows(lengths: list[int], max_tokens: float) -> list[list[int]]:
@@ -938,8 +953,8 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
          "weight_decay": 0.0},
     ]  # fmt: skip
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=args.learning_rate, betas=(0.9, 0.999),
-        eps=1e-8, fused=True,
+        [group for group in groups if group["params"]], lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True,
     )  # fmt: skip
 
 
@@ -1625,8 +1640,7 @@ def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
     warm-up. From there on as transformers' schedulers: the decay is divided by the number of
     steps from the peak on, so that min_lr would be the rate of the step after the last.
     """
-    warms_up = args.scheduler in ("warmup_cosine", "linear")
-    peak, warmup = args.learning_rate, args.warmup_steps if warms_up else 0
+    peak, warmup = args.learning_rate, 0 if args.scheduler == "cosine" else args.warmup_steps
     if step < warmup:
         return peak * step / warmup
     if args.scheduler == "constant":
@@ -1776,7 +1790,7 @@ def train(run: Run) -> None:
     Stopped after a signal, RuntimeError for a loss that is no number.
     """
     args, state, runtime = run.args, run.progress, run.runtime
-    summed_loss = wrapped = SummedLoss(run.model).train()
+    summed_loss = wrapped = SummedLoss(run.model, args.label_smoothing).train()
     if runtime.world_size > 1:
         wrapped = DistributedDataParallel(summed_loss, gradient_as_bucket_view=True)
     steps, saved_step, clock, tokens = windows(run), state.step, time.perf_counter(), 0
@@ -1908,11 +1922,12 @@ def check_processes_agree(run: Run) -> None:
 
 
 def set_warmup(run: Run) -> None:
-    """A tenth of the run, at most 100 steps, unless given; a warning where it never ends."""
+    """A tenth of the run, at most 100 steps, unless given; none for a constant rate. A warning
+    where it never ends."""
     args, total = run.args, run.total_steps
     if args.warmup_steps is None:
-        args.warmup_steps = min(100, total // 10)
-    elif args.warmup_steps >= total and args.scheduler in ("warmup_cosine", "linear"):
+        args.warmup_steps = 0 if args.scheduler == "constant" else min(100, total // 10)
+    elif args.warmup_steps >= total and args.scheduler != "cosine":
         endless = "--warmup_steps %d: the run ends at step %d, still warming up"
         logger.warning(endless, args.warmup_steps, total)
 

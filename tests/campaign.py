@@ -1,6 +1,7 @@
 """Claim: whatever is killed, damaged or malformed at random, nothing is lost and nothing wrong is taken for good.
 
     python tests/campaign.py kills --number 100       # kill -9 or a signal at any moment, then --resume_from auto: the same bits
+    python tests/campaign.py splits --number 40       # the same, resumed by other batch sizes, accumulations and processes: the same losses
     python tests/campaign.py flips --number 200       # a byte flipped or a file cut short: never loaded as if good
     python tests/campaign.py datasets --number 300    # malformed files: exactly their rows, or one line and status 2
 
@@ -23,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -156,10 +158,14 @@ def in_this_process(
 def in_a_process(
     work: Callable[[], object], log: Path, after: float | None = None, by: int = signal.SIGKILL
 ) -> int:
-    """The exit status of `work` in a process of its own, a fork that starts with everything imported."""
+    """The exit status of `work` in a process of its own, a fork that starts with everything imported.
+
+    It leads a group of its own, which gets the signal as from `timeout`, SLURM or torchrun.
+    """
     log.write_text("")
     if not (child := os.fork()):
         status = 70
+        os.setpgid(0, 0)
         try:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
@@ -169,10 +175,15 @@ def in_a_process(
         finally:
             sys.stdout.flush()
             os._exit(status)
+    with contextlib.suppress(PermissionError):  # whichever of the two comes first
+        os.setpgid(child, child)
     if after is not None:
         time.sleep(after)
-        os.kill(child, by)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.killpg(child, by)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(ProcessLookupError):  # other ranks, of a leader that was killed
+        os.killpg(child, signal.SIGKILL)
+    return status
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------
@@ -293,6 +304,71 @@ def kills(number: int, draw: random.Random, directory: Path) -> tuple[str, list[
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
     return sorted(int(path.name[-8:]) for path in output_dir.glob("checkpoints/step_*"))
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+SPLITS = [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 2, 2), (2, 1, 2)]  # rows, micro-batches, processes
+
+
+def as_ranks(argv: list[str], processes: int) -> int:
+    """train_llm.main in this process and forks of it, with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = next((rank for rank in range(1, processes) if not os.fork()), 0)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes}
+    place |= {"RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    return train_llm.main(argv)
+
+
+def logged_losses(output_dir: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row.get("loss", row.get("eval_loss"))) for row in rows]
+
+
+def splits(number: int, draw: random.Random, directory: Path) -> tuple[str, list[str]]:
+    """Each run is killed or sent a signal at up to two random times, and each time goes on by
+    another split of its four rows a step. Without dropout, whose masks would be others."""
+    log, lost, counts, wholes = directory / "log", [], Counter(), []
+    in_a_process(lambda: prepare(directory), log)
+    exact = [*SAVING, "--dropout=0", "--lora_dropout=0", "--precision=fp32", "--num_samples=0"]
+    for i, technique in enumerate(TECHNIQUES):
+        argv = flags(directory, directory / f"whole{i}", *technique, *exact)
+        start = time.perf_counter()
+        assert in_a_process(lambda argv=argv: train_llm.main(argv), log) == 0, log.read_text()
+        wholes.append((time.perf_counter() - start, logged_losses(directory / f"whole{i}")))
+    for i in itertools.count():
+        technique, (seconds, expected) = TECHNIQUES[i % len(wholes)], wholes[i % len(wholes)]
+        output_dir, ways, status = directory / f"run{i}", [], -1
+        while status != 0:
+            way = draw.choice([split for split in SPLITS if split not in ways[-1:]])
+            argv = flags(directory, output_dir, *technique, *exact, "--resume_from=auto")
+            argv += [f"--batch_size={way[0]}", f"--gradient_accumulation_steps={way[1]}"]
+            by = draw.choice([signal.SIGKILL] * len(STOP_SIGNALS) + STOP_SIGNALS)
+            interrupted = counts["kills"] < number and len(ways) < 2
+            after = draw.uniform(0.4, 1.0) * seconds * way[2] if interrupted else None
+            status = in_a_process(lambda argv=argv, way=way: as_ranks(argv, way[2]), log, after, by)
+            ways.append(way)
+            if status not in (0, -by, 128 + by):
+                lost.append(f"run {i}: {ways}, exit status {status}: {log.read_text()}")
+                break
+            counts["kills"] += status != 0
+            counts["by signals"] += status != 0 and by != signal.SIGKILL
+            counts["of two processes"] += status != 0 and way[2] > 1
+            counts["resumed"] += "Resumed from" in log.read_text()
+        found = logged_losses(output_dir) if status == 0 else []
+        for (step, loss), (found_step, found_loss) in zip(expected, found, strict=False):
+            if step != found_step or abs(loss - found_loss) > 1e-4 * loss:
+                lost.append(f"run {i}: {ways}, step {found_step}: {found_loss}, not {loss}")
+        if status == 0 and len(found) != len(expected):
+            lost.append(f"run {i}: {ways}, {len(found)} rows of metrics, not {len(expected)}")
+        if counts["kills"] >= number:
+            break
+    kinds = ("by signals", "of two processes", "resumed")
+    told = ", ".join(f"{counts[name]} {name}" for name in kinds)
+    return f"{counts['kills']} kills ({told}) in {i + 1} runs", lost
 
 
 # ---- flips -----------------------------------------------------------------------------------------------------------
@@ -730,10 +806,13 @@ def datasets(number: int, draw: random.Random, directory: Path) -> tuple[str, li
 
 
 def main(argv: list[str] | None = None) -> int:
-    campaigns = {"kills": (kills, 100), "flips": (flips, 200), "datasets": (datasets, 300)}
+    campaigns = {"kills": (kills, 100), "splits": (splits, 40)}
+    campaigns |= {"flips": (flips, 200), "datasets": (datasets, 300)}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("campaign", choices=campaigns)
-    parser.add_argument("--number", type=int, help="of cases (100 kills, 200 flips, 300 datasets)")
+    parser.add_argument(
+        "--number", type=int, help="of cases (100 kills, 40 splits, 200 flips, 300 datasets)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     campaign, number = campaigns[args.campaign]

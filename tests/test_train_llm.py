@@ -43,7 +43,7 @@ from torch.nn import functional as F
 from transformers import (
     GPT2LMHeadModel,
     GPT2Tokenizer,
-    get_constant_schedule,
+    get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
@@ -402,8 +402,10 @@ def test_loss_is_the_hand_computed_sum_over_labelled_tokens():
 @pytest.mark.parametrize(
     "trained", [(True, False), (False, True), (True, True)], ids=("hidden", "weight", "both")
 )
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("rows_", [1, 128, 5000], ids="{} rows".format)
-def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradient(rows_, trained):
+def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradient(rows_, trained, smoothing):
+    """With label smoothing the gradient alone is the smoothed objective's, the value stays plain."""
     torch.manual_seed(0)
     hidden, weight, targets = (
         torch.randn(rows_, 16),
@@ -412,9 +414,16 @@ def test_chunked_cross_entropy_is_cross_entropy_in_value_and_gradient(rows_, tra
     )
     hidden.requires_grad_(trained[0]), weight.requires_grad_(trained[1])
     wanted = [tensor for tensor in (hidden, weight) if tensor.requires_grad]
-    ours = ChunkedCrossEntropy.apply(hidden, weight, targets, True)
-    theirs = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+    ours = ChunkedCrossEntropy.apply(hidden, weight, targets, True, smoothing)
+    plain = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=0)
+    theirs = F.cross_entropy(
+        hidden @ weight.t(), targets, reduction="sum", label_smoothing=smoothing
+    )
+    log_p = F.log_softmax(hidden @ weight.t(), -1)  # microsoft/LoRA's model.py, written out
+    nll, uniform = -log_p.gather(1, targets[:, None])[:, 0], -log_p.mean(-1)
+    hus = ((1 - smoothing) * nll + smoothing * uniform).sum()
+    torch.testing.assert_close(hus, theirs, rtol=1e-5, atol=0)
     for mine, reference in zip(
         torch.autograd.grad(0.37 * ours, wanted),
         torch.autograd.grad(0.37 * theirs, wanted),
@@ -545,6 +554,35 @@ def plain_loss(model, dataset, backward=False):
     return total, tokens
 
 
+def test_two_steps_are_those_of_pytorchs_adamw_on_its_own_smoothed_cross_entropy(
+    flags, tmp_path, rows, bytes_tokenizer
+):
+    """And what is logged is the loss without smoothing."""
+    settings = {"label_smoothing": 0.2, "adam_beta1": 0.8, "adam_beta2": 0.7, "adam_epsilon": 1e-3}
+    settings |= {"modification_type": "full", "scheduler": "constant", "max_grad_norm": 0}
+    settings |= {"max_samples": 8, "batch_size": 8, "gradient_accumulation_steps": 1}
+    assert run(flags(tmp_path, **settings, max_steps=2, weight_decay=0)) == 0
+    dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
+    train_rows, model, plain = dataset.split(0.2, 42)[0], small_gpt2(), []
+    adamw = torch.optim.AdamW(
+        model.parameters(), lr=0.01, betas=(0.8, 0.7), eps=1e-3, weight_decay=0
+    )
+    for _ in range(2):
+        logits, labels = [], []
+        for row in (train_rows[i] for i in range(8)):
+            logits.append(model(row["input_ids"][None]).logits[0, :-1])
+            labels.append(row["labels"][1:])
+        logits, labels = torch.cat(logits), torch.cat(labels)
+        plain.append(F.cross_entropy(logits, labels).item())
+        F.cross_entropy(logits, labels, label_smoothing=0.2).backward()
+        adamw.step()
+        adamw.zero_grad()
+    assert training_losses(tmp_path) == pytest.approx(plain, rel=1e-5)
+    weights = load_file(checkpoints(tmp_path)[-1] / "trainable.safetensors")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-4, atol=2e-5)
+
+
 def total_norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
@@ -669,7 +707,8 @@ def test_bf16_follows_fp32(flags, tmp_path):
         ("linear", 4, 0.0, 15, {1: 0.25, 4: 1.0, 8: 2 / 3, 12: 1 / 3, 15: 1 / 12}),
         ("linear", 0, 0.5, 10, {1: 1.0, 6: 0.75, 10: 0.55}),
         ("cosine", 4, 0.0, 12, {1: 1.0, 7: 0.5}),
-        ("constant", 4, 0.1, 13, {1: 1.0, 7: 1.0, 13: 1.0}),
+        ("constant", 0, 0.1, 13, {1: 1.0, 7: 1.0, 13: 1.0}),
+        ("constant", 4, 0.1, 13, {1: 0.25, 3: 0.75, 4: 1.0, 13: 1.0}),
         ("warmup_cosine", 10, 0.0, 5, {1: 0.1, 5: 0.5}),
         ("warmup_cosine", 1, 0.0, 2, {1: 1.0, 2: 0.5}),
         ("warmup_cosine", 0, 0.0, 1, {1: 1.0}),
@@ -685,12 +724,13 @@ def test_the_learning_rate_at_points_computed_by_hand(scheduler, warmup, min_lr,
 @pytest.mark.parametrize("warmup", [0, 1, 2, 7])
 @pytest.mark.parametrize("scheduler", ["warmup_cosine", "linear", "cosine", "constant"])
 def test_from_the_peak_on_the_rates_are_those_of_transformers_schedulers(scheduler, warmup, total):
+    """Up to it each is transformers' of the step after, whose first step is at a rate of zero."""
     makers = {
         "linear": get_linear_schedule_with_warmup,
-        "constant": lambda optimizer, *_: get_constant_schedule(optimizer),
+        "constant": lambda *schedule: get_constant_schedule_with_warmup(*schedule[:2]),
     }
     args = Namespace(scheduler=scheduler, learning_rate=0.3, warmup_steps=warmup, min_lr=0.0)
-    peak = max(1, warmup) if scheduler in ("warmup_cosine", "linear") else 1
+    peak = 1 if scheduler == "cosine" else max(1, warmup)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
     make = makers.get(scheduler, get_cosine_schedule_with_warmup)
     theirs, rates = make(optimizer, peak - 1, total), {}
@@ -698,9 +738,11 @@ def test_from_the_peak_on_the_rates_are_those_of_transformers_schedulers(schedul
         rates[step] = theirs.get_last_lr()[0]
         optimizer.step()
         theirs.step()
-    for step in range(peak, total + 1):
-        assert learning_rate_at(step, total, args) == pytest.approx(rates[step], abs=1e-12), step
-        assert rates[step] > 0  # no step is without effect
+    warming_up = make(torch.optim.SGD(optimizer.param_groups[0]["params"], lr=0.3), warmup, 10**6)
+    for step in range(1, total + 1):
+        expected = rates[step] if step >= peak else 0.3 * warming_up.lr_lambdas[0](step)
+        assert learning_rate_at(step, total, args) == pytest.approx(expected, abs=1e-12), step
+        assert expected > 0  # no step is without effect
 
 
 def logged_rates(output_dir):
@@ -733,6 +775,14 @@ def test_warm_up_that_was_not_asked_for_is_a_tenth_of_the_run(flags, tmp_path):
     rates = logged_rates(tmp_path)
     assert rates[:2] == [0.5, 1.0]
     assert 0.9 < rates[2] < 1.0
+
+
+def test_a_constant_rate_warms_up_where_that_is_asked_for(flags, tmp_path):
+    constant = {"scheduler": "constant", "max_steps": 3, "learning_rate": 0.8}
+    assert run(flags(tmp_path / "plain", **constant)) == 0
+    assert run(flags(tmp_path / "warmed", **constant, warmup_steps=2)) == 0
+    assert logged_rates(tmp_path / "plain") == [0.8, 0.8, 0.8]
+    assert logged_rates(tmp_path / "warmed") == [0.4, 0.8, 0.8]
 
 
 def test_a_warm_up_longer_than_the_run_is_allowed_with_a_warning(flags, tmp_path, capsys):
@@ -2614,7 +2664,8 @@ BAD_NUMBERS = {
     "adapter_size": ["0"], "prefix_length": ["0"], "prefix_projection_size": ["-1", "8"], "epochs": ["0", "-1"],
     "max_steps": ["-1"], "learning_rate": ["0", "-0.1", "nan", "inf"], "weight_decay": ["-0.1", "nan", "inf"],
     "max_grad_norm": ["-1", "nan", "inf"], "gradient_accumulation_steps": ["0", "4294967296"], "warmup_steps": ["-1"],
-    "min_lr": ["-1", "nan", "inf"], "log_interval": ["0"], "eval_interval": ["-1"], "save_interval": ["-1"],
+    "label_smoothing": ["-0.1", "1", "nan"], "adam_beta1": ["-0.1", "1", "nan"], "adam_beta2": ["-0.1", "1", "nan"],
+    "adam_epsilon": ["0", "-1", "nan", "inf"], "min_lr": ["-1", "nan", "inf"], "log_interval": ["0"], "eval_interval": ["-1"], "save_interval": ["-1"],
     "save_total_limit": ["0"], "early_stopping_patience": ["-1"], "max_new_tokens": ["0"],
     "temperature": ["-1", "nan", "inf"], "num_samples": ["-1"],
 }  # fmt: skip
