@@ -140,6 +140,9 @@ OPTIMISATION_FLAGS = {
     "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
     "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
     "learning_rate": Flag(None, above_zero, "peak of the schedule; > 0 (the technique's)"),
+    "lora_plus_ratio": Flag(
+        1.0, above_zero, "LoRA+: the rate of B, in multiples of A's; its paper: 16"
+    ),
     "label_smoothing": Flag(0.0, below_one, "of the objective, not of logged losses; >= 0, < 1"),
     "weight_decay": Flag(0.01, zero_or_more, "AdamW's, none on 1-D parameters; >= 0"),
     "adam_beta1": Flag(0.9, below_one, "AdamW's mean of the gradient; >= 0 and < 1"),
@@ -302,6 +305,7 @@ def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
         "eval_fraction": (" beside --eval_dataset_path", args.eval_dataset_path),
         "model_name_or_path": (", --adapter_path holds a whole model", plain),
         "warmup_steps": (", --scheduler cosine has no warm-up", args.scheduler == "cosine"),
+        "lora_plus_ratio": (", only lora has a B", args.modification_type != "lora"),
         "min_lr": (", --scheduler constant does not decay", args.scheduler == "constant"),
     }
     for name in idle_beside.keys() & given.keys():
@@ -943,17 +947,19 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
 
 def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; no decay on biases, LayerNorms and other 1-D ones, nor
-    on prefixes, as in Li & Liang's code: over a long run it would undo them."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    decayed = {name for name, p in trainable.items() if p.ndim > 1 and ".prefix." not in name}
-    groups = [
-        {"params": [trainable[name] for name in trainable if name in decayed],
-         "weight_decay": args.weight_decay},
-        {"params": [trainable[name] for name in trainable if name not in decayed],
-         "weight_decay": 0.0},
-    ]  # fmt: skip
+    on prefixes, as in Li & Liang's code: over a long run it would undo them. LoRA's B may learn at
+    a multiple of A's rate (LoRA+, Hayou et al., 2024)."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and ".prefix." not in name
+            lr_ratio = args.lora_plus_ratio if name.endswith(".lora_B") else 1.0
+            alike = (args.weight_decay if decays else 0.0, lr_ratio)
+            groups.setdefault(alike, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=args.learning_rate,
+        [{"params": group, "weight_decay": decay, "lr_ratio": lr_ratio}
+         for (decay, lr_ratio), group in groups.items()],
+        lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, fused=True,
     )  # fmt: skip
 
@@ -1548,7 +1554,7 @@ def difference(run: Run, state: dict) -> str:
     if run.args.warmup_steps is None:  # a longer run keeps its warm-up
         run.args.warmup_steps = state["settings"].get("warmup_steps")
     for name, now in vars(run.args).items():
-        before = state["settings"].get(name)
+        before = state["settings"].get(name, DEFAULTS[name])  # newer flags: as if not given
         if name not in FREE_TO_CHANGE and before != now:
             return f"was trained with --{name} {before}, not {now}"
     rows, steps = state.get("rows_per_step"), state.get("total_steps", 0)
@@ -1703,7 +1709,7 @@ def train_step(
     refuse_non_finite(loss_sum, grad_norm, state.step + 1, runtime.fp16)
     rate = learning_rate_at(state.step + 1, run.total_steps, args)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_ratio"]
     run.scaler.step(run.optimizer)  # leaves out a step whose fp16 gradients overflowed
     run.scaler.update()
     if not math.isfinite(grad_norm) and run.scaler.get_scale() < 1e-3:  # asking makes it wait

@@ -5,6 +5,7 @@ killed or damaged goes on as if nothing had been, and whatever is wrong ends in 
     python -m pytest tests/test_train_llm.py -k "not demo and not torchrun"
 """
 
+import copy
 import errno
 import gc
 import hashlib
@@ -653,6 +654,35 @@ def test_weight_decay_spares_prefixes(technique, flags, tmp_path):
         if technique != "lora"
         else sum(p.requires_grad and p.ndim > 1 for p in model.parameters())
     )
+
+
+def test_lora_plus_steps_as_peft_s_optimizer_does():
+    from peft.optimizers import create_loraplus_optimizer
+
+    args = train_llm.resolve(
+        {"dataset_path": "-", "lora_plus_ratio": 16.0, "learning_rate": 1e-3, "weight_decay": 0.1}
+    )
+    model = modify_llm.modify(small_gpt2(), args)
+    twin = copy.deepcopy(model)
+    optimizers = [
+        train_llm.make_optimizer(model, args),
+        create_loraplus_optimizer(
+            twin, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+        ),
+    ]
+    for group in optimizers[0].param_groups:  # as train_step does
+        group["lr"] = 1e-3 * group["lr_ratio"]
+    ids = torch.arange(24).view(2, 12)
+    for _ in range(20):
+        for trained, optimizer in zip((model, twin), optimizers, strict=True):
+            trained(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    expected = dict(twin.named_parameters())
+    for name, parameter in modify_llm.trainable_state(model).items():
+        torch.testing.assert_close(
+            parameter, expected[name].detach(), rtol=0, atol=1e-4
+        )  # of steps of 1e-3 and 16e-3
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
