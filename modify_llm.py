@@ -26,6 +26,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
@@ -777,20 +778,22 @@ def apply_layernorm_tuning(
 # ---- bottleneck adapters -------------------------------------------------------------------------
 
 
+ACTIVATIONS = {"relu": F.relu, "gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu}
+
+
 class BottleneckAdapter(nn.Module):
     """h <- h + W_up f(W_down h), a bottleneck with a skip connection (Houlsby et al., 2019, 2.1).
 
-    GPT-2 ends each sub-layer with a dropout, right before the residual add: there the paper puts
-    its adapter, so the adapter takes that dropout in, and no weight of the base is renamed. W_up
-    starts at zero, so that the modified model starts as the original (the paper's near-identity
-    initialisation). f is GELU, as in GPT-2 itself.
+    W_up starts at zero, so that the modified model starts as the original, exactly. The papers ask
+    for a start near that: Houlsby's code draws both matrices from a truncated normal of standard
+    deviation 1e-3, the adapters library from a normal of 0.02, as W_down here.
     """
 
     def __init__(
-        self, original_layer: nn.Dropout, hidden_size: int, adapter_size: int, device: torch.device
+        self, hidden_size: int, adapter_size: int, activation: str, device: torch.device
     ) -> None:
         super().__init__()
-        self.original_layer = original_layer
+        self.activation = ACTIVATIONS[activation]
         self.down_proj = nn.Linear(hidden_size, adapter_size, device=device)
         self.up_proj = nn.Linear(adapter_size, hidden_size, device=device)
         nn.init.normal_(self.down_proj.weight, std=0.02)
@@ -799,40 +802,55 @@ class BottleneckAdapter(nn.Module):
         nn.init.zeros_(self.up_proj.bias)
 
     def forward(self, h: Tensor) -> Tensor:  # (batch, length, hidden)
-        h = self.original_layer(h)
         down, up = self.down_proj, self.up_proj
         # fp32 weights work in the base's precision, also without autocast.
         bottleneck = F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype))
-        bottleneck = F.gelu(bottleneck, approximate="tanh")  # (batch, length, adapter size)
+        bottleneck = self.activation(bottleneck)  # (batch, length, adapter size)
         return h + F.linear(bottleneck, up.weight.to(h.dtype), up.bias.to(h.dtype))
+
+
+def run_adapter(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """A forward hook: the module's adapter takes its output."""
+    return module.adapter(output)
 
 
 def apply_adapters(
     model: GPT2LMHeadModel, adapter_size: int = 64, *, placement: str = "pfeiffer",
-    trainable_modules: Iterable[str] = (),
+    activation: str | None = None, trainable_modules: Iterable[str] = (),
 ) -> GPT2LMHeadModel:  # fmt: skip
     """Puts bottleneck adapters into every block, in place, and freezes all else.
 
-    placement: "houlsby" has one after the attention and one after the feed-forward sub-layer
-    (Houlsby et al., 2019, figure 2), "pfeiffer" only the latter (Pfeiffer et al., 2020,
-    AdapterFusion, section 3). Houlsby's runs train the LayerNorms too:
-    trainable_modules=("ln_1", "ln_2", "ln_f").
+    placement: "houlsby" has one at the end of each sub-layer, before the residual is added (Houlsby
+    et al., 2019, figure 2); in GPT-2 a dropout stands there, whose output the adapter takes.
+    "pfeiffer" has one a block, which takes the feed-forward output with the residual added
+    (Pfeiffer et al., 2020, AdapterFusion, appendix A.2 and figure 5): here the block's output.
+    activation: by default that of the published code, GELU for Houlsby's and ReLU for Pfeiffer's.
+    Houlsby's runs train the LayerNorms too: trainable_modules=("ln_1", "ln_2", "ln_f").
     """
+    activation = activation or ("gelu" if placement == "houlsby" else "relu")
     settings = start_modification(
         model, "adapter", trainable_modules, adapter_size=adapter_size,
-        adapter_placement=placement,
+        adapter_placement=placement, adapter_activation=activation,
     )  # fmt: skip
     for block in model.transformer.h:
-        device = block.ln_1.weight.device
-        sizes = (model.config.n_embd, settings["adapter_size"], device)
-        if placement == "houlsby":
-            block.attn.resid_dropout = BottleneckAdapter(block.attn.resid_dropout, *sizes)
-        block.mlp.dropout = BottleneckAdapter(block.mlp.dropout, *sizes)
+        houlsby = [block.attn.resid_dropout, block.mlp.dropout]
+        for module in houlsby if placement == "houlsby" else [block]:
+            module.adapter = BottleneckAdapter(
+                model.config.n_embd, settings["adapter_size"], activation, block.ln_1.weight.device
+            )
+            module.register_forward_hook(run_adapter)
     return model
 
 
 # ---- prefix tuning -------------------------------------------------------------------------------
 # Both kinds of prefix end as keys and values before those of the text, in every layer: one cache.
+
+# " the of and to in a is that for it was on are as with his they at be this from have or by", in
+# GPT-2's tokens.
+FREQUENT_WORDS = [
+    262, 286, 290, 284, 287, 257, 318, 326, 329, 340, 373, 319, 389, 355, 351, 465, 484, 379, 307,
+    428, 422, 423, 393, 416,
+]  # fmt: skip
 
 
 class PromptEmbedding(nn.Module):
@@ -865,8 +883,8 @@ class KeyValuePrefix(nn.Module):
     """Virtual tokens as keys and values of every layer (Li & Liang, 2021, section 4.2).
 
     Columns: key of layer 0, value of layer 0, key of layer 1, ..., each with its heads side by
-    side. With a projection, P = MLP(P') as in section 4.3: embedding (prefix length, hidden) ->
-    tanh -> all columns.
+    side. With a projection, P = MLP(P') (section 4.3); that the MLP is embedding (prefix length,
+    hidden) -> tanh -> all columns stands in the authors' code alone.
     """
 
     def __init__(self, columns: Tensor, tokens: Tensor, projection_size: int = 0) -> None:
@@ -969,8 +987,9 @@ def apply_prefix(
     """Puts `prefix_length` trainable virtual tokens before every text; freezes all else.
 
     prefix_type: "embedding" or "key_value". projection_size: key_value's reparametrisation (0:
-    none). init_ids: the real tokens to start from, as Li & Liang find essential (section 7.4); by
-    default the most frequent ones: a byte-level BPE numbers its merges, from 256 on, in that order.
+    none). init_ids: the tokens to start from, over and over; by default frequent words. Li & Liang
+    (section 7.4) find a start from real words far better than a random one where data is scarce,
+    words of the task a little better still, and no difference with all of the data.
     """
     config, transformer = model.config, model.transformer
     prefix_length = checked("prefix_length", prefix_length)
@@ -986,7 +1005,7 @@ def apply_prefix(
         model, "prefix", trainable_modules, prefix_length=prefix_length, prefix_type=prefix_type,
         prefix_projection_size=projection_size,
     )  # fmt: skip
-    start = list(init_ids or range(256, 256 + prefix_length))
+    start = list(init_ids or FREQUENT_WORDS)
     ids = [start[i % len(start)] % config.vocab_size for i in range(prefix_length)]
     with torch.no_grad():
         tokens = transformer.wte.weight[ids].float()  # (prefix length, hidden), a copy
@@ -998,6 +1017,20 @@ def apply_prefix(
     transformer.prefix = prefix
     transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
     return model
+
+
+def text_ids(model: GPT2LMHeadModel, text: str | None) -> list[int] | None:
+    """The tokens of --prefix_init_text, by the tokenizer that lies beside the base's weights.
+
+    None for no text, and for a model without weights. Raises ValueError.
+    """
+    if not text or model.device.type == "meta":
+        return None
+    directory = getattr(model, "base_path", None)
+    if not directory or not matching_files(directory, VOCABULARY_FILES):
+        reason = "the base brings no tokenizer to read it with"
+        raise ValueError(f"--prefix_init_text {text!r}: {reason}")
+    return AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
 
 
 def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor:
@@ -1027,6 +1060,7 @@ def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
 
 def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
     """The virtual tokens from PEFT's file, and the modules trained besides them from ours."""
+    args.prefix_init_text = None  # what it started from does not count any more
     TECHNIQUES["prefix"].apply(model, args)
     path, name = directory / WEIGHTS, "transformer.prefix.embedding"
     tensors = read_tensors(path)
@@ -1475,12 +1509,16 @@ TECHNIQUES = {
     "adapter": Technique(
         apply=lambda model, args: apply_adapters(
             model, args.adapter_size, placement=args.adapter_placement,
-            trainable_modules=args.trainable_modules,
+            activation=args.adapter_activation, trainable_modules=args.trainable_modules,
         ),
         flags={
             "adapter_size": Flag(64, at_least_one, "width of the bottleneck; >= 1"),
             "adapter_placement": Flag(
                 "pfeiffer", one_of("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
+            ),
+            "adapter_activation": Flag(
+                None, one_of(*ACTIVATIONS),
+                "relu, gelu or silu (pfeiffer: relu, houlsby: gelu, as published)",
             ),
         },
         learning_rate=lambda args: 1e-4,  # AdapterFusion, appendix A.2; Hu et al., table 12
@@ -1493,7 +1531,9 @@ TECHNIQUES = {
     "prefix": Technique(
         apply=lambda model, args: apply_prefix(
             model, args.prefix_length, prefix_type=args.prefix_type,
-            projection_size=args.prefix_projection_size, trainable_modules=args.trainable_modules,
+            projection_size=args.prefix_projection_size,
+            init_ids=text_ids(model, args.prefix_init_text),
+            trainable_modules=args.trainable_modules,
         ),
         flags={
             "prefix_length": Flag(50, at_least_one, "virtual tokens; >= 1"),
@@ -1503,6 +1543,9 @@ TECHNIQUES = {
             ),
             "prefix_projection_size": Flag(
                 0, at_least_zero, "key_value only: width of an MLP; 0: none"
+            ),
+            "prefix_init_text": Flag(
+                None, nonempty, "the words that it starts from (the of and to in ...)"
             ),
         },
         # Li & Liang, table 6, with their MLP; without it, P-tuning v2's scripts
@@ -1773,9 +1816,11 @@ def trained_settings(directory: Path) -> dict:
         neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained"
         raise ValueError(f"{directory}: {neither}")
     try:
-        with_defaults(argparse.Namespace(**settings))  # checks them; newer ones have defaults
+        technique = with_defaults(argparse.Namespace(**settings)).modification_type
         if "modification_type" not in settings:
             raise ValueError("lacks modification_type")
+        if technique == "adapter" and "adapter_activation" not in settings:
+            raise ValueError("adapters of an earlier version stand elsewhere: train them again")
         base = settings.get("base_model_name_or_path")
         if not isinstance(base, str | None):
             raise ValueError(f"base_model_name_or_path is {base!r}")

@@ -34,12 +34,16 @@ import pytest
 import torch
 from conftest import tiny_gpt2
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -175,6 +179,12 @@ every_technique = pytest.mark.parametrize("settings", TECHNIQUES.values(), ids=T
         ("", 589_824, 125_029_632, "0.0047 (0.47%)"),
         ("--trainable_modules wte,wpe,ln_1,ln_2,ln_f", 40_012_032, 125_029_632, "0.3200 (32.00%)"),
         ("--lora_target_modules c_attn.q,c_attn.v", 147_456, 124_587_264, "0.0012 (0.12%)"),
+        (  # Hu et al., table 3, prints 0.35M; by section 4.2's formula it is 2 x d x r x 48 matrices
+            "--model_name_or_path gpt2-medium --lora_target_modules c_attn.q,c_attn.v",
+            393_216,
+            355_216_384,
+            "0.0011 (0.11%)",
+        ),
         ("--lora_rank 8 --lora_target_modules c_attn", 294_912, 124_734_720, "0.0024 (0.24%)"),
         ("--modification_type adapter", 1_189_632, 125_629_440, "0.0095 (0.95%)"),
         (
@@ -806,16 +816,26 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def adapted(adapter, h):
-    """Houlsby et al., 2019, section 2.1: a bottleneck with a skip connection."""
-    if adapter is None:
-        return h
+def bottleneck(adapter, h, activation):
     down, up = adapter.down_proj, adapter.up_proj
-    return h + gelu(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
+    return activation(h @ down.weight.T + down.bias) @ up.weight.T + up.bias
+
+
+def houlsby(adapter, x, residual):
+    """Houlsby et al., 2019, section 2.1 and figure 2: x is what a sub-layer ends with."""
+    return residual + x + bottleneck(adapter, x, gelu)
+
+
+def pfeiffer(adapter, x, residual):
+    """The adapters library's arithmetic for GPT-2, original_ln_before and residual_before_ln set
+    (SeqBnConfig): pre_forward, the adapter, post_forward, all without a LayerNorm."""
+    hidden_states, residual_input = x + residual, x
+    output = bottleneck(adapter, hidden_states, torch.relu) + residual_input
+    return output + residual
 
 
 def forward_by_hand(model, ids, dropout):
-    """GPT-2's logits written out, an adapter between each sub-layer's dropout and its residual."""
+    """GPT-2's logits written out, with the adapters that each block holds."""
     body, (rows, length) = model.transformer, ids.shape
 
     def normed(norm, h):
@@ -827,24 +847,22 @@ def forward_by_hand(model, ids, dropout):
     h = body.wte.weight[ids] + body.wpe.weight[:length]
     for block in body.h:
         adapters = [module for module in block.modules() if isinstance(module, BottleneckAdapter)]
-        after_attention, after_mlp = [None, *adapters][-2:]
         x = dense(block.attn.c_attn, normed(block.ln_1, h))
         q, k, v = (part.view(rows, length, 4, -1).transpose(1, 2) for part in x.chunk(3, dim=-1))
         scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         x = scores.masked_fill(future, -math.inf).softmax(-1) @ v
         x = dense(block.attn.c_proj, x.transpose(1, 2).reshape(rows, length, HIDDEN))
-        h = h + adapted(after_attention, F.dropout(x, dropout))
+        x = F.dropout(x, dropout)
+        h = houlsby(adapters[0], x, h) if len(adapters) == 2 else h + x
         x = dense(block.mlp.c_proj, gelu(dense(block.mlp.c_fc, normed(block.ln_2, h))))
-        h = h + adapted(after_mlp, F.dropout(x, dropout))
+        h = (houlsby if len(adapters) == 2 else pfeiffer)(adapters[-1], F.dropout(x, dropout), h)
     return normed(body.ln_f, h) @ body.wte.weight.T
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("placement", "per_block"), [("pfeiffer", 1), ("houlsby", 2)])
-def test_adapters_stand_between_dropout_and_residual_as_in_the_papers(
-    placement, per_block, dropout
-):
+def test_adapters_stand_where_the_papers_put_them(placement, per_block, dropout):
     model = perturb(apply_adapters(small(resid_pdrop=dropout), 8, placement=placement), 0.2).train()
     assert (
         sum(isinstance(module, BottleneckAdapter) for module in model.modules())
@@ -854,6 +872,23 @@ def test_adapters_stand_between_dropout_and_residual_as_in_the_papers(
     expected = forward_by_hand(model, token_ids(), dropout)
     torch.manual_seed(4)
     assert close(model(input_ids=token_ids()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
+def test_an_adapter_s_activation_is_the_one_that_is_named(name):
+    model = perturb(apply_adapters(small(), 8, activation=name), 0.2)
+    functions = {"relu": torch.relu, "gelu": gelu, "silu": lambda x: x * torch.sigmoid(x)}
+    adapter, h = model.transformer.h[1].adapter, torch.randn(3, HIDDEN)
+    assert close(adapter(h), h + bottleneck(adapter, h, functions[name]))
+
+
+def test_an_adapter_of_an_earlier_version_is_refused_by_what_it_lacks(base, tmp_path):
+    save_trained(modified(base, **TECHNIQUES["pfeiffer"]), tmp_path)
+    settings = modify_llm.read_json(tmp_path / "modification.json")
+    del settings["adapter_activation"]  # they had none, and "pfeiffer" was another architecture
+    modify_llm.write_json(tmp_path / "modification.json", settings)
+    with pytest.raises(ValueError, match=r"json: adapters of an earlier version"):
+        load_trained(tmp_path)
 
 
 @pytest.mark.parametrize("placement", ["pfeiffer", "houlsby"])
@@ -963,6 +998,24 @@ def test_a_prefix_starts_from_real_tokens_by_default():
     model = apply_prefix(copy.deepcopy(base), 4)
     rows = model.transformer.prefix.prompt_embeddings()[:, None] == base.transformer.wte.weight
     assert rows.all(-1).any(-1).all() and len(set(rows.all(-1).nonzero()[:, 1].tolist())) == 4
+
+
+def test_a_prefix_starts_from_the_words_of_a_text_read_by_the_base_s_tokenizer(tmp_path):
+    small().save_pretrained(tmp_path)
+    flags = {"modification_type": "prefix", "prefix_init_text": "low lower"}
+    with pytest.raises(ValueError, match=r"--prefix_init_text 'low lower': .*no tokenizer"):
+        modified(str(tmp_path), **flags)
+    vocabulary = {"low": 5, "er": 9, "l": 1, "o": 2, "w": 3, "e": 4, "r": 6}
+    merges = [("l", "o"), ("lo", "w"), ("e", "r")]
+    backend = Tokenizer(BPE({**vocabulary, "lo": 7}, merges))
+    backend.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path)
+    model = modified(str(tmp_path), **flags)
+    words = model.transformer.wte.weight[[5, 5, 9] * (LENGTH // 3)]
+    assert torch.equal(model.transformer.prefix.embedding, words)
+    save_trained(model, tmp_path / "run")
+    (tmp_path / "tokenizer.json").unlink()  # loading needs no words
+    assert torch.equal(load_trained(tmp_path / "run").transformer.prefix.embedding, words)
 
 
 STRIDES = 8
@@ -1445,10 +1498,12 @@ def test_hugging_face_s_trainer_trains_what_is_trainable_and_nothing_else(base, 
 def test_the_functions_have_the_defaults_of_the_flags(technique, apply):
     sizes = {"n_layer": 5, "n_positions": 64}  # room for every default
     row = modify_llm.TECHNIQUES[technique]
-    flags = {name: flag.default for name, flag in row.flags.items()}
+    flags = {name: flag.default for name, flag in row.flags.items() if name != "prefix_init_text"}
     by_function = apply(small(**sizes))
     if technique == "selective":  # the lower half of this model
         flags["freeze_layers"] = [0, 1]
+    if technique == "adapter":  # Pfeiffer's
+        flags["adapter_activation"] = "relu"
     noted = {"modification_type": technique, "trainable_modules": [], **flags}
     assert by_function.modification == noted
     by_flags = row.apply(small(**sizes), modify_llm.with_defaults(modification_type=technique))
