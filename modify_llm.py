@@ -34,8 +34,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -228,11 +228,11 @@ def from_hub(name: str) -> str:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    cached = lacking = ""
+    cached = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
-        lacking = what_lacks(Path(cached))
-        if not lacking and matching_files(cached, VOCABULARY_FILES):
+        weight_files(Path(cached))
+        if len({*matching_files(cached, ("config.json", *VOCABULARY_FILES))}) > 1:
             return cached
     try:
         files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
@@ -241,13 +241,13 @@ def from_hub(name: str) -> str:
         patterns = ["config.json", *TOKENIZER_FILES, weights]
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        if cached and not lacking:  # a model without a vocabulary
-            return cached
-        reason = "neither a local directory nor to be had from the hub"
+        where, reason = f"--model_name_or_path {name}", first_line(error)
         if cached:
-            reason = f"the cache holds a part of it ({lacking}), and the hub does not answer"
-        reason = f"{reason} ({first_line(error)}); give a local directory, or --from_scratch"
-        raise ValueError(f"--model_name_or_path {name}: {reason}") from None
+            logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
+            return cached
+        neither = "neither a local directory nor to be had from the hub"
+        ways_out = "give a local directory, or --from_scratch"
+        raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -269,15 +269,6 @@ def weight_files(directory: Path) -> list[Path]:
                 raise ValueError(f"{missing[0]} is missing, which {index.name} names")
             return files
     raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
-
-
-def what_lacks(directory: Path) -> str:
-    """What a directory lacks to be a model; "" for nothing."""
-    try:
-        weight_files(directory)
-    except ValueError as error:
-        return str(error)
-    return "" if (directory / "config.json").exists() else "no config.json"
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
@@ -723,7 +714,8 @@ class PromptEmbedding(nn.Module):
 
         Attention is causal: the prefix sees no text, so its states are the same for every row.
         """
-        cache, virtual = uncopied_cache(transformer.config), self.embedding[None]
+        cache = Cache(layer_class_to_replicate=UncopiedLayer)
+        virtual = self.embedding[None]  # (1, prefix length, hidden)
         if not autocast_dtype(virtual.device):
             virtual = virtual.to(dtype)
         # `forward` itself, since calling the module would put the prefix before the prefix.
@@ -784,12 +776,6 @@ class UncopiedLayer(DynamicLayer):
         return key_states, value_states
 
 
-def uncopied_cache(config: GPT2Config) -> DynamicCache:
-    cache = DynamicCache(config=config)
-    cache.layers = [UncopiedLayer() for _ in range(config.n_layer)]
-    return cache
-
-
 def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """GPT2Model's forward pre-hook: `transformer.prefix` comes before the text, in training, in
     evaluation and at generate()'s first step.
@@ -817,18 +803,13 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
         if transformer.training and transformer.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that carries a prefix")
         dtype = autocast_dtype(tokens.device) or transformer.wte.weight.dtype
-        kwargs["past_key_values"] = cache = uncopied_cache(config) if cache is None else cache
+        if cache is None:
+            cache = Cache(layer_class_to_replicate=UncopiedLayer)
+        kwargs["past_key_values"] = cache
         for layer, states in enumerate(prefix.keys_and_values(transformer, dtype)):
             key, value = (part.expand(batch_size, -1, -1, -1) for part in states)
             cache.update(key, value, layer)
     return (), kwargs
-
-
-def check_projection(prefix_type: str, projection_size: int) -> None:
-    """Raises ValueError: an embedding prefix has no reparametrisation."""
-    if projection_size and prefix_type != "key_value":
-        needs = "needs --prefix_type key_value"
-        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
 
 
 def apply_prefix(
@@ -846,7 +827,9 @@ def apply_prefix(
     config, transformer = model.config, model.transformer
     prefix_length = checked("prefix_length", prefix_length)
     projection_size = checked("prefix_projection_size", projection_size)
-    check_projection(prefix_type, projection_size)
+    if projection_size and prefix_type != "key_value":
+        needs = "needs --prefix_type key_value"
+        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
     if prefix_length >= config.n_positions:
         room = f"leaves no room for text in {config.n_positions} positions"
         raise ValueError(f"--prefix_length {prefix_length}: {room}")
@@ -896,32 +879,32 @@ def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor
 
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out."""
+    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out.
+
+    PEFT has no such place for the modules trained besides, but loads what is named as it names the
+    base's weights.
+    """
     prefix = model.transformer.prefix
-    write_as_peft(model, {"prompt_embeddings": prefix.prompt_embeddings()}, directory, {
+    tensors = {f"base_model.{name}": tensor for name, tensor in trainable_state(model).items()}
+    tensors = {name: t for name, t in tensors.items() if ".prefix." not in name}
+    tensors["prompt_embeddings"] = prefix.prompt_embeddings()
+    write_as_peft(model, tensors, directory, {
         "peft_type":
             "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
         "num_virtual_tokens": len(prefix.embedding),
     })  # fmt: skip
-    state = trainable_state(model)
-    besides = {name: t for name, t in state.items() if "transformer.prefix." not in name}
-    if besides:
-        write_tensors(besides, directory / "trainable_modules.safetensors")  # PEFT has no place
     return {"prefix_projection_size": 0}
 
 
 def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """The virtual tokens from PEFT's file, and the modules trained besides them from ours."""
+    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
     args.prefix_init_text = None  # what it started from does not count any more
     TECHNIQUES["prefix"].apply(model, args)
-    path, name = directory / WEIGHTS, "transformer.prefix.embedding"
-    tensors = read_tensors(path)
-    if tensors.keys() != {"prompt_embeddings"}:
-        raise ValueError(f"{path}: expected prompt_embeddings alone, found {sorted(tensors)}")
-    put_tensors(model, {name: tensors["prompt_embeddings"]}, path)
-    if besides := trainable_state(model).keys() - {name}:
-        path = directory / "trainable_modules.safetensors"
-        put_tensors(model, read_tensors(path), path, required=besides)
+    path = directory / WEIGHTS
+    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
+    if "prompt_embeddings" in tensors:
+        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
+    put_tensors(model, tensors, path, required=trainable_state(model))
 
 
 # ---- selective freezing and full fine-tuning -----------------------------------------------------
@@ -1450,11 +1433,10 @@ def checked(name: str, value: Any) -> Any:
 
 
 def check_together(args: argparse.Namespace) -> None:
-    """Raises ValueError for settings that are legal each, but not together."""
+    """Raises ValueError for sizes that are legal each, but not together."""
     if args.hidden_size % args.num_attention_heads:
         heads = f"not a multiple of {args.num_attention_heads} heads"
         raise ValueError(f"--hidden_size {args.hidden_size}: {heads}")
-    check_projection(args.prefix_type, args.prefix_projection_size)
 
 
 def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
@@ -1646,10 +1628,13 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     the adapter's tokenizer or else the base's. Raises ValueError."""
     model = load_trained(adapter_path, model_name_or_path)
     technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
-    if is_plain(technique):
-        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
     if technique != "lora":
-        reason = "cannot be folded into the base: it is no update of weights"
+        plain = "saves a plain model already, use it as it is"
+        reason = (
+            plain
+            if is_plain(technique)
+            else "cannot be folded into the base: it is no update of weights"
+        )
         raise ValueError(f"{where}: {technique} {reason}")
     target = Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -1704,13 +1689,12 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
     """Bars of the trainable parameters of each technique, on a log scale."""
     from matplotlib.figure import Figure
 
-    axes = (figure := Figure(figsize=(9, 4.5), layout="constrained")).subplots()
+    axes = Figure(figsize=(9, 4.5)).subplots()
     bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows])
-    axes.bar_label(bars, [f"{row['trainable']:,}" for row in rows], padding=4)
+    axes.bar_label(bars, fmt="{:,.0f}")
     axes.set(xscale="log", xlabel="trainable parameters", title=title)
-    axes.set_xlim(right=6 * max(row["trainable"] for row in rows))  # room for the numbers
     axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")  # tight: with all labels
 
 
 TASK_FLAGS = {
