@@ -232,7 +232,7 @@ def from_hub(name: str) -> str:
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
         weight_files(Path(cached))
-        if len({*matching_files(cached, ("config.json", *VOCABULARY_FILES))}) > 1:
+        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
             return cached
     try:
         files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
@@ -294,7 +294,7 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     else:
         name = args.model_name_or_path
         path = locate(name)
-        model = load_weights(path, named_base(args), torch.float32)
+        model = load_weights(path, named_base(args))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -313,12 +313,12 @@ def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadMode
         raise ValueError(f"{where}: these sizes make no model: {first_line(error)}") from None
 
 
-def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -> GPT2LMHeadModel:
-    """The model of a directory: its config.json and its weights, and nothing else that lies there.
+def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
+    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
 
     from_pretrained would load an adapter that lies beside the model, take over its generation
-    settings, and only report what does not fit. dtype: by default the files' own,
-    `model.stored_dtype`. Raises ValueError.
+    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
+    Raises ValueError.
     """
     model = build(stored_config(directory, where), where, "meta")
     parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
@@ -338,7 +338,7 @@ def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
     model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return model.to(dtype or model.stored_dtype).eval()
+    return model.float().eval()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -385,7 +385,7 @@ def start_modification(
     model.requires_grad_(False)
     for module in modules:
         module.requires_grad_(True)
-    model.modification = settings
+    model.modification, model.end_tokens = settings, {}
     return settings
 
 
@@ -959,7 +959,7 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
     put_tensors(plain, weights, directory)
     plain.tie_weights()
-    write_plain(plain, directory, end_tokens(model))
+    write_plain(plain, directory, model.end_tokens)
     written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
     check_written(directory / "model.safetensors", written)
     return {}
@@ -971,11 +971,6 @@ def set_end_token(model: GPT2LMHeadModel, token_id: int, pad_token_id: int | Non
     the model's own is left alone, since transformers looks for padding where it names some."""
     pad_token_id = token_id if pad_token_id is None else pad_token_id
     model.end_tokens = {"eos_token_id": token_id, "pad_token_id": pad_token_id}
-
-
-def end_tokens(model: GPT2LMHeadModel) -> dict[str, int]:
-    """What set_end_token noted."""
-    return getattr(model, "end_tokens", {})
 
 
 def write_plain(model: GPT2LMHeadModel, directory: Path, special: Mapping[str, int]) -> None:
@@ -1530,7 +1525,7 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
     settings["base_model_name_or_path"] = base_reference(model, directory)
     settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
-    write_json(directory / METADATA, settings | end_tokens(model))
+    write_json(directory / METADATA, settings | model.end_tokens)
 
 
 def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
@@ -1595,12 +1590,10 @@ def trained_settings(directory: Path) -> dict:
         required = {"modification_type", *TECHNIQUES[technique].flags} - {"prefix_init_text"}
         if missing := required - settings.keys():
             raise ValueError(f"lacks {min(missing)}; what an earlier version saved, train it again")
-        base = settings.get("base_model_name_or_path")
-        if not isinstance(base, str | None):
-            raise ValueError(f"base_model_name_or_path is {base!r}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if base and base.startswith(os.pardir) and (directory / base).is_dir():
+    base = str(settings.get("base_model_name_or_path"))
+    if base.startswith(os.pardir) and (directory / base).is_dir():
         # It lies beside the result, wherever the two are now.
         settings["base_model_name_or_path"] = os.path.normpath(directory / base)
     return settings
@@ -1642,7 +1635,7 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
     source = adapter_path if has_vocabulary else model.base_path
     tokenizer = matching_files(source, TOKENIZER_FILES)
-    write_plain(merge_lora(model).to(model.stored_dtype), target, end_tokens(model))
+    write_plain(merge_lora(model).to(model.stored_dtype), target, model.end_tokens)
     for file in tokenizer:
         shutil.copy(file, target)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
@@ -1691,10 +1684,11 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
 
     axes = Figure(figsize=(9, 4.5)).subplots()
     bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows])
-    axes.bar_label(bars, fmt="{:,.0f}")
+    axes.bar_label(bars, fmt="{:,.0f}", padding=4)
+    axes.margins(x=0.2)  # room for the numbers
     axes.set(xscale="log", xlabel="trainable parameters", title=title)
     axes.invert_yaxis()
-    axes.figure.savefig(path, dpi=120, bbox_inches="tight")  # tight: with all labels
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 TASK_FLAGS = {

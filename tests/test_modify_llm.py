@@ -2332,7 +2332,7 @@ def test_a_base_that_is_no_name_is_refused(base, tmp_path):
     settings = modify_llm.read_json(tmp_path / "modification.json")
     settings |= {"base_model_name_or_path": 5}
     modify_llm.write_json(tmp_path / "modification.json", settings)
-    with pytest.raises(ValueError, match=r"modification\.json: base_model_name_or_path is 5"):
+    with pytest.raises(ValueError, match="--model_name_or_path 5: neither a local directory nor"):
         load_trained(tmp_path)
 
 
