@@ -812,6 +812,13 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
     return (), kwargs
 
 
+def check_projection(prefix_type: str, projection_size: int) -> None:
+    """Raises ValueError: an embedding prefix has no reparametrisation."""
+    if projection_size and prefix_type != "key_value":
+        needs = "needs --prefix_type key_value"
+        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
+
+
 def apply_prefix(
     model: GPT2LMHeadModel, prefix_length: int = 50, *, prefix_type: str = "embedding",
     projection_size: int = 0, init_ids: Iterable[int] | None = None,
@@ -827,9 +834,7 @@ def apply_prefix(
     config, transformer = model.config, model.transformer
     prefix_length = checked("prefix_length", prefix_length)
     projection_size = checked("prefix_projection_size", projection_size)
-    if projection_size and prefix_type != "key_value":
-        needs = "needs --prefix_type key_value"
-        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
+    check_projection(prefix_type, projection_size)
     if prefix_length >= config.n_positions:
         room = f"leaves no room for text in {config.n_positions} positions"
         raise ValueError(f"--prefix_length {prefix_length}: {room}")
@@ -1428,10 +1433,11 @@ def checked(name: str, value: Any) -> Any:
 
 
 def check_together(args: argparse.Namespace) -> None:
-    """Raises ValueError for sizes that are legal each, but not together."""
+    """Raises ValueError for settings that are legal each, but not together."""
     if args.hidden_size % args.num_attention_heads:
         heads = f"not a multiple of {args.num_attention_heads} heads"
         raise ValueError(f"--hidden_size {args.hidden_size}: {heads}")
+    check_projection(args.prefix_type, args.prefix_projection_size)
 
 
 def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
