@@ -34,8 +34,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
-from transformers.cache_utils import DynamicLayer
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -228,11 +228,11 @@ def from_hub(name: str) -> str:
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    cached = lacking = ""
+    cached = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
-        lacking = what_lacks(Path(cached))
-        if not lacking and matching_files(cached, VOCABULARY_FILES):
+        weight_files(Path(cached))
+        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
             return cached
     try:
         files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
@@ -241,13 +241,13 @@ def from_hub(name: str) -> str:
         patterns = ["config.json", *TOKENIZER_FILES, weights]
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        if cached and not lacking:  # a model without a vocabulary
-            return cached
-        reason = "neither a local directory nor to be had from the hub"
+        where, reason = f"--model_name_or_path {name}", first_line(error)
         if cached:
-            reason = f"the cache holds a part of it ({lacking}), and the hub does not answer"
-        reason = f"{reason} ({first_line(error)}); give a local directory, or --from_scratch"
-        raise ValueError(f"--model_name_or_path {name}: {reason}") from None
+            logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
+            return cached
+        neither = "neither a local directory nor to be had from the hub"
+        ways_out = "give a local directory, or --from_scratch"
+        raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -269,15 +269,6 @@ def weight_files(directory: Path) -> list[Path]:
                 raise ValueError(f"{missing[0]} is missing, which {index.name} names")
             return files
     raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
-
-
-def what_lacks(directory: Path) -> str:
-    """What a directory lacks to be a model; "" for nothing."""
-    try:
-        weight_files(directory)
-    except ValueError as error:
-        return str(error)
-    return "" if (directory / "config.json").exists() else "no config.json"
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
@@ -303,7 +294,7 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     else:
         name = args.model_name_or_path
         path = locate(name)
-        model = load_weights(path, named_base(args), torch.float32)
+        model = load_weights(path, named_base(args))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -322,12 +313,12 @@ def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadMode
         raise ValueError(f"{where}: these sizes make no model: {first_line(error)}") from None
 
 
-def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -> GPT2LMHeadModel:
-    """The model of a directory: its config.json and its weights, and nothing else that lies there.
+def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
+    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
 
     from_pretrained would load an adapter that lies beside the model, take over its generation
-    settings, and only report what does not fit. dtype: by default the files' own,
-    `model.stored_dtype`. Raises ValueError.
+    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
+    Raises ValueError.
     """
     model = build(stored_config(directory, where), where, "meta")
     parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
@@ -347,7 +338,7 @@ def load_weights(directory: str, where: str, dtype: torch.dtype | None = None) -
     except ValueError as error:
         raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
     model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return model.to(dtype or model.stored_dtype).eval()
+    return model.float().eval()
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -394,7 +385,7 @@ def start_modification(
     model.requires_grad_(False)
     for module in modules:
         module.requires_grad_(True)
-    model.modification = settings
+    model.modification, model.end_tokens = settings, {}
     return settings
 
 
@@ -871,7 +862,8 @@ class PromptEmbedding(nn.Module):
 
         Attention is causal: the prefix sees no text, so its states are the same for every row.
         """
-        cache, virtual = uncopied_cache(transformer.config), self.embedding[None]
+        cache = Cache(layer_class_to_replicate=UncopiedLayer)
+        virtual = self.embedding[None]  # (1, prefix length, hidden)
         if not autocast_dtype(virtual.device):
             virtual = virtual.to(dtype)
         # `forward` itself, since calling the module would put the prefix before the prefix.
@@ -932,12 +924,6 @@ class UncopiedLayer(DynamicLayer):
         return key_states, value_states
 
 
-def uncopied_cache(config: GPT2Config) -> DynamicCache:
-    cache = DynamicCache(config=config)
-    cache.layers = [UncopiedLayer() for _ in range(config.n_layer)]
-    return cache
-
-
 def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """GPT2Model's forward pre-hook: `transformer.prefix` comes before the text, in training, in
     evaluation and at generate()'s first step.
@@ -965,7 +951,9 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
         if transformer.training and transformer.gradient_checkpointing:
             raise ValueError("gradient checkpointing drops the cache that carries a prefix")
         dtype = autocast_dtype(tokens.device) or transformer.wte.weight.dtype
-        kwargs["past_key_values"] = cache = uncopied_cache(config) if cache is None else cache
+        if cache is None:
+            cache = Cache(layer_class_to_replicate=UncopiedLayer)
+        kwargs["past_key_values"] = cache
         for layer, states in enumerate(prefix.keys_and_values(transformer, dtype)):
             key, value = (part.expand(batch_size, -1, -1, -1) for part in states)
             cache.update(key, value, layer)
@@ -1044,32 +1032,32 @@ def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor
 
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out."""
+    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out.
+
+    PEFT has no such place for the modules trained besides, but loads what is named as it names the
+    base's weights.
+    """
     prefix = model.transformer.prefix
-    write_as_peft(model, {"prompt_embeddings": prefix.prompt_embeddings()}, directory, {
+    tensors = {f"base_model.{name}": tensor for name, tensor in trainable_state(model).items()}
+    tensors = {name: t for name, t in tensors.items() if ".prefix." not in name}
+    tensors["prompt_embeddings"] = prefix.prompt_embeddings()
+    write_as_peft(model, tensors, directory, {
         "peft_type":
             "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
         "num_virtual_tokens": len(prefix.embedding),
     })  # fmt: skip
-    state = trainable_state(model)
-    besides = {name: t for name, t in state.items() if "transformer.prefix." not in name}
-    if besides:
-        write_tensors(besides, directory / "trainable_modules.safetensors")  # PEFT has no place
     return {"prefix_projection_size": 0}
 
 
 def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """The virtual tokens from PEFT's file, and the modules trained besides them from ours."""
+    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
     args.prefix_init_text = None  # what it started from does not count any more
     TECHNIQUES["prefix"].apply(model, args)
-    path, name = directory / WEIGHTS, "transformer.prefix.embedding"
-    tensors = read_tensors(path)
-    if tensors.keys() != {"prompt_embeddings"}:
-        raise ValueError(f"{path}: expected prompt_embeddings alone, found {sorted(tensors)}")
-    put_tensors(model, {name: tensors["prompt_embeddings"]}, path)
-    if besides := trainable_state(model).keys() - {name}:
-        path = directory / "trainable_modules.safetensors"
-        put_tensors(model, read_tensors(path), path, required=besides)
+    path = directory / WEIGHTS
+    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
+    if "prompt_embeddings" in tensors:
+        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
+    put_tensors(model, tensors, path, required=trainable_state(model))
 
 
 # ---- selective freezing and full fine-tuning -----------------------------------------------------
@@ -1124,7 +1112,7 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
     put_tensors(plain, weights, directory)
     plain.tie_weights()
-    write_plain(plain, directory, end_tokens(model))
+    write_plain(plain, directory, model.end_tokens)
     written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
     check_written(directory / "model.safetensors", written)
     return {}
@@ -1136,11 +1124,6 @@ def set_end_token(model: GPT2LMHeadModel, token_id: int, pad_token_id: int | Non
     the model's own is left alone, since transformers looks for padding where it names some."""
     pad_token_id = token_id if pad_token_id is None else pad_token_id
     model.end_tokens = {"eos_token_id": token_id, "pad_token_id": pad_token_id}
-
-
-def end_tokens(model: GPT2LMHeadModel) -> dict[str, int]:
-    """What set_end_token noted."""
-    return getattr(model, "end_tokens", {})
 
 
 def write_plain(model: GPT2LMHeadModel, directory: Path, special: Mapping[str, int]) -> None:
@@ -1755,7 +1738,7 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
     settings["base_model_name_or_path"] = base_reference(model, directory)
     settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
-    write_json(directory / METADATA, settings | end_tokens(model))
+    write_json(directory / METADATA, settings | model.end_tokens)
 
 
 def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
@@ -1821,12 +1804,10 @@ def trained_settings(directory: Path) -> dict:
             raise ValueError("lacks modification_type")
         if technique == "adapter" and "adapter_activation" not in settings:
             raise ValueError("adapters of an earlier version stand elsewhere: train them again")
-        base = settings.get("base_model_name_or_path")
-        if not isinstance(base, str | None):
-            raise ValueError(f"base_model_name_or_path is {base!r}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if base and base.startswith(os.pardir) and (directory / base).is_dir():
+    base = str(settings.get("base_model_name_or_path"))
+    if base.startswith(os.pardir) and (directory / base).is_dir():
         # It lies beside the result, wherever the two are now.
         settings["base_model_name_or_path"] = os.path.normpath(directory / base)
     return settings
@@ -1866,7 +1847,7 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
         merge_lora(model)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    write_plain(model.to(model.stored_dtype), target, end_tokens(model))
+    write_plain(model.to(model.stored_dtype), target, model.end_tokens)
     for file in tokenizer:
         shutil.copy(file, target)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
@@ -1913,13 +1894,13 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
     """Bars of the trainable parameters of each technique, on a log scale."""
     from matplotlib.figure import Figure
 
-    axes = (figure := Figure(figsize=(9, 4.5), layout="constrained")).subplots()
+    axes = Figure(figsize=(9, 4.5)).subplots()
     bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows])
-    axes.bar_label(bars, [f"{row['trainable']:,}" for row in rows], padding=4)
+    axes.bar_label(bars, fmt="{:,.0f}", padding=4)
+    axes.margins(x=0.2)  # room for the numbers
     axes.set(xscale="log", xlabel="trainable parameters", title=title)
-    axes.set_xlim(right=6 * max(row["trainable"] for row in rows))  # room for the numbers
     axes.invert_yaxis()
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 TASK_FLAGS = {
