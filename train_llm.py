@@ -11,6 +11,7 @@ A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_st
 """
 
 import argparse
+import difflib
 import errno
 import importlib.util
 import io
@@ -30,7 +31,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
@@ -41,6 +42,7 @@ import filelock
 import torch
 import torch.distributed as dist
 import transformers
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -83,6 +85,7 @@ from modify_llm import (
     boolean,
     final_modify,
     load_trained,
+    names,
     nonempty,
     number_type,
     one_of,
@@ -135,6 +138,12 @@ def temperature(value: object) -> float:
     return parsed
 
 
+def trackers(value: str | Iterable[str]) -> list[str]:
+    """A flag's type: trackers, separated by commas."""
+    legal = one_of("tensorboard", "wandb", "trackio")
+    return [legal(name) for name in names(value) if name != "none"]
+
+
 OPTIMISATION_FLAGS = {
     "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
     "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
@@ -160,18 +169,23 @@ EVALUATION_FLAGS = {
     "save_total_limit": Flag(3, at_least_one, "checkpoints kept; >= 1"),
     "early_stopping_patience": Flag(0, at_least_zero, "evaluations without gain; 0: off"),
     "num_samples": Flag(3, at_least_zero, "held-out prompts answered at each evaluation"),
-    "report_to": Flag("none", one_of("none", "tensorboard"), "none or tensorboard"),
+    "report_to": Flag([], trackers, "tensorboard, wandb, trackio; several with commas (none)"),
     "resume_from": Flag(None, nonempty, "auto, a run directory or a checkpoint (none: start)"),
     "overwrite_output_dir": Flag(False, boolean, "remove the run that the directory holds"),
 }
 RUN_FLAGS = {
     "output_dir": Flag("./outputs", nonempty, "where the run is written"),
+    "config": Flag(
+        None, nonempty, "a run.json, JSON or YAML of flags; the command line stands above it (none)"
+    ),
     "precision": Flag("auto", one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     "device": Flag("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     "demo": Flag(False, boolean, "train a tiny GPT-2, then LoRA on it, on the bundled sample"),
 }
 USE_FLAGS = {
-    "adapter_path": Flag(None, nonempty, "start from, evaluate or prompt what a run saved (none)"),
+    "adapter_path": Flag(
+        None, nonempty, "start from, evaluate or prompt a run, or its best/ or final/ (none)"
+    ),
     "eval_only": Flag(False, boolean, "evaluate on the held-out rows, train nothing"),
     "max_new_tokens": Flag(128, at_least_one, "of an answer; >= 1"),
     "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
@@ -183,6 +197,8 @@ TRAINING_DATA_FLAGS = DATA_FLAGS | {
 }
 FLAGS = TRAINING_DATA_FLAGS | modify_llm.MODEL_FLAGS | OPTIMISATION_FLAGS | EVALUATION_FLAGS
 FLAGS |= RUN_FLAGS | USE_FLAGS
+PATH_FLAGS = {"dataset_path", "eval_dataset_path", "adapter_path", "model_name_or_path", "config"}
+PATH_FLAGS |= {"tokenizer_name_or_path", "resume_from"}
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {"prompt": []}
 # What may differ between a run and its continuation; all else must be equal: it is the same run.
 # Paths may, as the contents are compared; so may what cuts the same steps in another way.
@@ -223,6 +239,58 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """The flags given on the command line. A bad one ends the process with status 2."""
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        parser.error(f"{flag}: no such flag{nearest(flag, [f'--{name}' for name in DEFAULTS])}")
+    return vars(given)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The flags in a run.json, or in a JSON or YAML file of flags. Raises ValueError."""
+    flags, name = {}, ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        for name, value in content.get("settings", content).items():
+            if name not in DEFAULTS:
+                raise ValueError(f"no such flag{nearest(name, DEFAULTS)}")
+            if value is not None:
+                flags[name] = value if name == "prompt" else FLAGS[name].type(value)
+    except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
+        raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"--config {path}: {name}: {error}") from None
+    of_one_start = {"config", "resume_from", "overwrite_output_dir"}
+    return {name: flags[name] for name in flags.keys() - of_one_start}
+
+
+def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """What stands below the command line: the flags of --config, and below these those of the run
+    that --resume_from continues. Raises ValueError."""
+    stored: dict[str, Any] = {}
+    if "resume_from" in given:
+        run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | given))
+        with suppress(ValueError):  # without one, the checkpoint's own settings are compared
+            stored = read_config(run_dir / "run.json")
+        stored["output_dir"] = str(run_dir)
+    return stored | (read_config(Path(given["config"])) if "config" in given else {})
+
+
+def resumed_directory(args: argparse.Namespace) -> Path:
+    """The directory of the run that --resume_from continues."""
+    path = Path(args.output_dir if args.resume_from == "auto" else args.resume_from)
+    is_checkpoint = re.fullmatch(r"step_\d+", path.resolve().name)
+    return path.resolve().parent.parent if is_checkpoint else path
+
+
 def resolve(given: dict[str, Any]) -> argparse.Namespace:
     """All flags: those given, the others at their defaults. Raises ValueError where they conflict.
 
@@ -230,6 +298,9 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     """
     defaults, adapter_path = dict(DEFAULTS), given.get("adapter_path")
     if adapter_path:
+        results = [str(Path(adapter_path, name)) for name in ("best", "final")]
+        adapter_path = next(filter(os.path.isdir, results), adapter_path)
+        given = given | {"adapter_path": adapter_path}
         saved: dict[str, Any] = {}
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
@@ -258,7 +329,7 @@ def conflict(args: argparse.Namespace) -> str:
     has_rows = args.dataset_path or args.eval_dataset_path
     no_task = not (args.dataset_path or args.demo or args.eval_only or args.prompt)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    tensorboard_missing = not importlib.util.find_spec("tensorboard")
+    missing = ", ".join(name for name in args.report_to if not importlib.util.find_spec(name))
     prefix_dropped = args.gradient_checkpointing and args.modification_type == "prefix"
     ends_above = args.learning_rate is not None and args.min_lr > args.learning_rate
     conflicts = {
@@ -272,8 +343,7 @@ def conflict(args: argparse.Namespace) -> str:
         "--resume_from: --demo always starts anew": args.demo and args.resume_from,
         "--adapter_path: --demo trains a base of its own": args.demo and args.adapter_path,
         "--demo: runs in a single process, without torchrun": args.demo and processes > 1,
-        "--report_to tensorboard: needs the package: pip install tensorboard":
-            args.report_to == "tensorboard" and tensorboard_missing,
+        f"--report_to {missing}: needs the package: pip install {missing}": missing,
         "--overwrite_output_dir: would remove the run that --resume_from continues":
             args.resume_from and args.overwrite_output_dir,
     }  # fmt: skip
@@ -797,7 +867,7 @@ class Run:
     signal: int | None = None  # what asked this process to stop
     signal_time: float = 0.0  # seconds, of time.monotonic
     stopping: bool = False  # what all processes agreed on after a step
-    writer: Any = None  # tensorboard's
+    trackers: dict[str, Callable] = field(default_factory=dict)  # see start_tracker
 
     @property
     def output_dir(self) -> Path:
@@ -1108,8 +1178,7 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
     signs = ["run.json", "metrics.jsonl", "checkpoints", "best", "final"]
     signs += ["base"] if args.from_scratch else []
     holds_run = any((output_dir / name).exists() for name in signs)
-    root = Path(args.resume_from or os.devnull).resolve()
-    continued = args.resume_from == "auto" or output_dir.resolve() in (root, root.parent.parent)
+    continued = args.resume_from and resumed_directory(args).resolve() == output_dir.resolve()
     if holds_run and not continued and not args.overwrite_output_dir:
         ways_out = "--resume_from auto, or --overwrite_output_dir"
         raise ValueError(f"--output_dir {output_dir}: holds a run; {ways_out}")
@@ -1203,12 +1272,50 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def attempt(what: str, work: Callable[..., object], *args: object) -> None:
+def attempt(what: str, work: Callable[..., object], *args: object) -> bool:
     """Does what a run can do without: where it fails, a warning says so and the run goes on."""
     try:
         work(*args)
+        return True
     except Exception as error:
         logger.warning("%s: %s; the run goes on without", what, modify_llm.first_line(error))
+        return False
+
+
+def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
+    """Adds a function to run.trackers that takes numbers and texts by name, and their step."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run.output_dir / name, purge_step=run.progress.step + 1)
+        closing.callback(attempt, name, writer.close)
+        writer.add_text("settings", f"```\n{yaml.safe_dump(vars(run.args))}```")
+
+        def log(values: dict[str, float | str], step: int) -> None:
+            for key, value in values.items():
+                add = writer.add_text if isinstance(value, str) else writer.add_scalar
+                add(key, value, step)
+
+    else:
+        tracker = importlib.import_module(name)  # trackio is called as wandb is
+        project = os.environ.get(f"{name.upper()}_PROJECT", "train_llm")
+        tracker.init(project=project, config=vars(run.args))
+        closing.callback(attempt, name, tracker.finish)
+
+        def log(values: dict[str, float | str], step: int) -> None:
+            for key, value in values.items():
+                if isinstance(value, str):
+                    values[key] = tracker.Table(columns=[key], data=[[value]])
+            tracker.log(values, step=step)
+
+    run.trackers[name] = log
+
+
+def report(run: Run, values: dict[str, float | str], step: int) -> None:
+    """To all trackers; one that fails is left out from there on."""
+    for name, log in list(run.trackers.items()):
+        if not attempt(f"--report_to {name}", log, dict(values), step):
+            del run.trackers[name]
 
 
 def start_records(run: Run, closing: ExitStack) -> None:
@@ -1225,13 +1332,8 @@ def start_records(run: Run, closing: ExitStack) -> None:
     cut_metrics(output_dir / "metrics.jsonl", resumed)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     closing.enter_context(log_file(log))
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
-        lines = (f"    {name}: {value}" for name, value in vars(args).items())
-        run.writer.add_text("settings", "\n".join(lines))
-        closing.callback(run.writer.close)
+    for name in args.report_to:
+        attempt(f"--report_to {name}", start_tracker, run, name, closing)
     total, trainable = run.counts
     modify_llm.write_json(output_dir / "run.json", {
         "settings": vars(args),
@@ -1264,16 +1366,15 @@ def cut_metrics(path: Path, progress: Progress | None) -> None:
 
 
 def write_metrics(run: Run, row: dict[str, Any]) -> None:
-    """Appends a row to metrics.jsonl and to tensorboard."""
+    """Appends a row to metrics.jsonl, and reports it."""
     if run.runtime.rank != 0:
         return
     # JSON has no Infinity: the norm of an fp16 step that was left out is null.
     row = {name: value if math.isfinite(value) else None for name, value in row.items()}
     with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
-    for name in row.keys() - {"step", "epoch"} if run.writer else ():
-        if row[name] is not None:
-            run.writer.add_scalar(name, row[name], row["step"])
+    numbers = {name: value for name, value in row.items() if value is not None and name != "step"}
+    report(run, numbers, row["step"])
 
 
 def save_scratch_base(run: Run) -> None:
@@ -1482,10 +1583,9 @@ def resume(run: Run) -> None:
 
     Raises ValueError for a checkpoint of another run, or a bad one that was asked for by its path.
     """
-    wanted = run.args.resume_from
-    root = run.output_dir if wanted == "auto" else Path(wanted)
-    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
-    for path in [root] if by_path else checkpoints(root):
+    wanted, root = run.args.resume_from, resumed_directory(run.args)
+    by_path = wanted != "auto" and re.fullmatch(r"step_\d+", Path(wanted).resolve().name)
+    for path in [Path(wanted)] if by_path else checkpoints(root):
         try:
             state = read_checkpoint(path)
             if not (other_run := difference(run, state)):
@@ -1497,8 +1597,7 @@ def resume(run: Run) -> None:
             logger.warning("Checkpoint skipped: %s: %s", path, reason)
             continue
         if other_run:
-            best = (root.parent.parent if by_path else root) / "best"
-            new_run = f"--adapter_path {best} starts a new run from its weights"
+            new_run = f"--adapter_path {root / 'best'} starts a new run from its weights"
             raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)
@@ -1761,12 +1860,14 @@ def keep_best(run: Run) -> None:
 def show_samples(run: Run) -> None:
     """Logs what the model answers to a few held-out prompts."""
     pairs = held_out_prompts(run) if run.runtime.rank == 0 and run.progress.step else []
+    samples = []
     for number, (prompt, _) in enumerate(pairs):
         answer, _ = generate_text(prompt, run.model, run.tokenizer, run.args, run.runtime, number)
         text = run.tokenizer.decode(prompt)
         logger.info("Sample: %.160r -> %.160r", text[-60:], answer)
-        if run.writer:
-            run.writer.add_text("samples", f"**{text}** {answer}", run.progress.step)
+        samples.append(f"**{text}** {answer}")
+    if samples:
+        report(run, {"samples": "\n\n".join(samples)}, run.progress.step)
 
 
 def train(run: Run) -> None:
@@ -2132,11 +2233,11 @@ def main(argv: list[str] | None = None) -> int:
     In another program, KeyboardInterrupt is raised: it is not for this function to swallow.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    given = parse_flags(parser, argv)
     try:
-        args = resolve(given)
+        args = resolve(stored_flags(given) | given)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(in_one_line(error, given))
     rank, status = int(os.environ.get("RANK", 0)), 1
     with logging_to_screen(rank):
         for line in idle_flags(given, args):
@@ -2153,7 +2254,7 @@ def main(argv: list[str] | None = None) -> int:
             status = 130
         except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
             process = f"process {rank}: " if rank else ""
-            print(f"train_llm.py: error: {process}{in_one_line(error)}", file=sys.stderr)
+            print(f"train_llm.py: error: {process}{in_one_line(error, given)}", file=sys.stderr)
             # 2: the input's or the flags' fault
             status = 1 if isinstance(error, RuntimeError | MemoryError) else 2
         finally:
@@ -2161,9 +2262,14 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def in_one_line(error: Exception) -> str:
-    """What went wrong, and what to do where memory was short."""
+def in_one_line(error: Exception, given: dict[str, Any]) -> str:
+    """What went wrong, and what to do where memory was short or a path misspelt."""
     reason = modify_llm.first_line(error)
+    for path in [given[name] for name in PATH_FLAGS & given.keys()]:
+        directory, name = os.path.split(path)
+        beside = directory or os.curdir
+        if path in reason and not os.path.exists(path) and os.path.isdir(beside):
+            reason += nearest(name, os.listdir(beside))
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if no_memory or re.search(OUT_OF_MEMORY, reason):
         hint = "lower --batch_size (and raise --gradient_accumulation_steps) or --max_length"
