@@ -97,7 +97,6 @@ logger = logging.getLogger(__name__)
 table = logging.getLogger("table")  # lines without a prefix
 SPEAKERS = {"root", __name__, "table", "data_pipeline", "modify_llm"}
 
-QUERY_BLOCK = 128  # queries at a time in a CPU's attention
 CPU_TOKENS = 1536  # of a batch at once: more are not faster, and their activations fill the memory
 PADDING = 0.15  # of a part's tokens: beyond it, another part costs less
 SMALL_PART = 256  # tokens: below it, another part costs more than any padding
@@ -112,6 +111,8 @@ STOP_SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)  # Windows has but two
 ]
+OVERFITTING = "try a lower --learning_rate or fewer --epochs; best/ holds the best so far"
+FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
 EMOJI = re.compile("[🔧📊🔢] ?")
 GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
 STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
@@ -340,9 +341,8 @@ def conflict(args: argparse.Namespace) -> str:
         f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
         "--from_scratch: --adapter_path brings the base that it was trained on":
             args.adapter_path and args.from_scratch,
-        "--resume_from: --demo always starts anew": args.demo and args.resume_from,
-        "--adapter_path: --demo trains a base of its own": args.demo and args.adapter_path,
-        "--demo: runs in a single process, without torchrun": args.demo and processes > 1,
+        "--demo: starts anew, without --resume_from, --adapter_path and torchrun":
+            args.demo and (args.resume_from or args.adapter_path or processes > 1),
         f"--report_to {missing}: needs the package: pip install {missing}": missing,
         "--overwrite_output_dir: would remove the run that --resume_from continues":
             args.resume_from and args.overwrite_output_dir,
@@ -352,27 +352,23 @@ def conflict(args: argparse.Namespace) -> str:
 
 def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given and changes nothing."""
+    idle: dict[str, str] = {}
     if args.demo:
-        read = {"demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed"}
-        return [f"--{name}: without effect, --demo has its own" for name in sorted({*given} - read)]
-    lines = [] if args.adapter_path else modify_llm.idle_flags(given, args)
-    if uses_only(args):
-        idle = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS}
-        idle |= set() if args.adapter_path else {"modification_type"}
-        idle |= set() if args.eval_only else {"eval_dataset_path", "eval_fraction", "batch_size"}
-        lines += [f"--{name}: without effect, nothing is trained" for name in {*given} & idle]
-    plain = args.adapter_path and modify_llm.is_plain(args.modification_type)
-    without_warmup = args.scheduler in ("cosine", "constant")
-    idle_beside = {
-        "eval_fraction": (" beside --eval_dataset_path", args.eval_dataset_path),
-        "model_name_or_path": (", --adapter_path holds a whole model", plain),
-        "warmup_steps": (f", --scheduler {args.scheduler} has no warm-up", without_warmup),
-        "min_lr": (", --scheduler constant does not decay", args.scheduler == "constant"),
-    }
-    for name in idle_beside.keys() & given.keys():
-        reason, holds = idle_beside[name]
-        lines += [f"--{name}: without effect{reason}"] if holds else []
-    return sorted(lines)
+        used = {"demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed"}
+        idle = dict.fromkeys(DEFAULTS.keys() - used, ", --demo has its own")
+    elif uses_only(args):
+        unused = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS}
+        unused |= set() if args.adapter_path else {"modification_type"}
+        unused |= set() if args.eval_only else {"eval_dataset_path", "eval_fraction", "batch_size"}
+        idle = dict.fromkeys(unused, ", nothing is trained")
+    elif args.scheduler == "cosine":
+        idle["warmup_steps"] = ", --scheduler cosine has no warm-up"
+    elif args.scheduler == "constant":
+        idle["min_lr"] = ", --scheduler constant does not decay"
+    if args.eval_dataset_path:
+        idle["eval_fraction"] = " beside --eval_dataset_path"
+    lines = [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
+    return lines + ([] if args.adapter_path or args.demo else modify_llm.idle_flags(given, args))
 
 
 # ---- where it runs -------------------------------------------------------------------------------
@@ -533,10 +529,7 @@ def for_terminal(line: str) -> str:
 
 @contextmanager
 def logging_to_screen(rank: int) -> Iterator[None]:
-    """Process 0 alone speaks. Afterwards logging and streams are the caller's again."""
-    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]  # as by `>&-`
-    for name in closed:
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    """Process 0 alone speaks. Afterwards logging is the caller's again."""
     root, bars = logging.getLogger(), is_progress_bar_enabled()
     before = root.handlers[:], root.level
     root.handlers = [LogHandler() if rank == 0 else logging.NullHandler()]
@@ -549,8 +542,6 @@ def logging_to_screen(rank: int) -> Iterator[None]:
         root.setLevel(level)
         if bars:
             enable_progress_bar()
-        for name in closed:
-            setattr(sys, name, None)
 
 
 @contextmanager
@@ -575,62 +566,6 @@ def log_file(path: Path) -> Iterator[None]:
 # ---- attention -----------------------------------------------------------------------------------
 
 
-class BlockAttention(torch.autograd.Function):
-    """Causal attention a block of queries at a time, for CPUs: in bf16 two to three times as fast
-    as PyTorch's own kernel on short rows. The plain version, to which a test holds it equal:
-
-        scores = scaling * query @ key.transpose(-1, -2)
-        later = torch.ones_like(scores, dtype=torch.bool).triu(keys - queries + 1)
-        scores.masked_fill(later, -math.inf).softmax(-1) @ value
-
-    query (n, queries, head size), key and value (n, keys, head size); the queries stand at the end
-    of the keys, of which there are more where a prefix or a cache comes first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        output, weights = torch.empty_like(query), []
-        for block, seen in query_blocks(query, key):
-            q, k, v = query[:, block], key[:, :seen], value[:, :seen]
-            length = q.shape[1]
-            mask = q.new_full((length, seen), -math.inf).triu_(seen - length + 1)
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
-            weights.append(scores.softmax(-1))  # (n, length, seen)
-            output[:, block] = torch.bmm(weights[-1], v)
-        ctx.save_for_backward(query, key, value, *weights)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value, *weights), scaling = ctx.saved_tensors, ctx.scaling
-        query_grad = torch.empty_like(query)
-        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
-        for p, (block, seen) in zip(weights, query_blocks(query, key), strict=True):
-            q, k, v, output_grad = query[:, block], key[:, :seen], value[:, :seen], grad[:, block]
-            value_grad[:, :seen].baddbmm_(p.transpose(1, 2), output_grad)
-            p_grad = torch.bmm(output_grad, v.transpose(1, 2))
-            scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
-            query_grad[:, block] = torch.bmm(scores_grad, k).mul_(scaling)
-            key_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), q, alpha=scaling)
-        return query_grad, key_grad, value_grad, None
-
-
-def query_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
-    """(a block of queries, the number of keys up to its end)"""
-    queries, keys = query.shape[1], key.shape[1]
-    for start in range(0, queries, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, queries)
-        yield slice(start, end), keys - queries + end
-
-
-@torch.compiler.disable  # its loop over blocks would be compiled anew for each width
-def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """BlockAttention of (batch, heads, length, head size)."""
-    flat = (x.flatten(0, 1) for x in (query, key, value))
-    return BlockAttention.apply(*flat, scaling).view(query.shape)
-
-
 def causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, scaling: float, dropout: float = 0.0, **_: Any,
@@ -638,8 +573,6 @@ def causal_attention(
     """Attention as transformers calls it: query, key, value (batch, heads, length, head size) to
     (batch, length, heads, head size). The queries stand at the end of the keys."""
     queries, keys = query.shape[2], key.shape[2]
-    if query.device.type == "cpu" and not dropout:
-        return block_attention(query, key, value, scaling).transpose(1, 2), None
     # PyTorch's own `is_causal` has the queries at the start of the keys.
     bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
     return sdpa_attention_forward(module, query, key, value, bias, dropout, scaling)
@@ -881,6 +814,14 @@ class Run:
     def rows_per_step(self) -> int:
         return self.loader.batch_sampler.global_size
 
+    def epoch_of(self, step: int) -> int:
+        return max(0, step - 1) // self.steps_per_epoch
+
+    def place(self, step: int) -> str:
+        """A step of the run as the log names it: by its epoch, and the step of this epoch."""
+        steps, epoch = self.steps_per_epoch, self.epoch_of(step)
+        return f"Epoch {epoch} | Step {step - epoch * steps:{max(4, len(str(steps)))}}/{steps}"
+
     def told_to_stop(self) -> bool:
         """A single process at any moment; several after a step, when all have heard of it."""
         return self.stopping or (self.runtime.world_size == 1 and self.signal is not None)
@@ -927,7 +868,10 @@ def load_rows(
     if args.early_stopping_patience and not len(held_out):
         needs = f"needs held-out rows, --eval_fraction {args.eval_fraction} leaves none"
         raise ValueError(f"--early_stopping_patience: {needs}")
-    return train.first(args.max_samples), held_out.first(limit)
+    held_out = held_out.first(limit)
+    if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
+        logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
+    return train.first(args.max_samples), held_out
 
 
 def make_loader(
@@ -1460,27 +1404,25 @@ def write_predictions(run: Run) -> None:
 
 def plot_curves(run: Run) -> None:
     """training_curves.png: loss, perplexity, learning rate and gradient norm over the steps."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    lines = (run.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = pd.read_json(run.output_dir / "metrics.jsonl", lines=True).set_index("step")
     titles = {"loss": "loss per token", "perplexity": "perplexity"}
     titles |= {"lr": "learning rate", "grad_norm": "gradient norm"}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
-        training, held_out = (
-            [(r["step"], r[k]) for r in rows if r.get(k) is not None] for k in (key, f"eval_{key}")
-        )
-        if training:  # a single point is no line
-            style = "o-" if len(training) == 1 else "-"
-            axes.plot(*zip(*training, strict=True), style, color="#4c72b0", label="training")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color="#c44e52", label="held out")
+        raw, held_out = (rows[k].dropna() if k in rows else None for k in (key, f"eval_{key}"))
+        if raw is not None:
+            smooth = raw.rolling(max(1, len(raw) // 20), min_periods=1).mean()
+            axes.plot(raw, color="#4c72b0", alpha=0.3, marker="" if len(raw) > 1 else "o")
+            axes.plot(smooth, color="#4c72b0", label="training, smoothed")
+        if held_out is not None:
+            axes.plot(held_out, "o-", color="#c44e52", label="held out")
             axes.legend()
         axes.set(xlabel="optimizer step", ylabel=title)
+        axes.set_yscale("log" if key == "perplexity" else "linear")
         axes.grid(alpha=0.3)
-        if key == "perplexity":
-            axes.set_yscale("log")
     figure.savefig(run.output_dir / "training_curves.png", dpi=110)
 
 
@@ -1635,9 +1577,7 @@ def difference(run: Run, state: dict) -> str:
         before = state["settings"].get(name)
         if name not in FREE_TO_CHANGE and before != now:
             return f"was trained with --{name} {before}, not {now}"
-    rows, steps = state.get("rows_per_step"), state.get("total_steps", 0)
-    if rows is None:
-        return "was written by an earlier version of this script"
+    rows, steps = state["rows_per_step"], state["total_steps"]
     if rows != run.rows_per_step:
         product = "--batch_size x --gradient_accumulation_steps x processes"
         return f"took {rows} rows a step ({product}), not {run.rows_per_step}"
@@ -1736,14 +1676,14 @@ def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
     return args.min_lr + (peak - args.min_lr) * share
 
 
-def windows(run: Run) -> Iterator[tuple[int, int, list[dict[str, Tensor]]]]:
-    """(epoch, step of the epoch, its micro-batches) of each optimizer step from the run's on."""
+def windows(run: Run) -> Iterator[list[dict[str, Tensor]]]:
+    """The micro-batches of each optimizer step from the run's on."""
     epoch, first_step = divmod(run.progress.step, run.steps_per_epoch)
     while True:
         run.loader.batch_sampler.set_epoch(epoch, first_step)
         batches = iter(run.loader)
-        for step in range(first_step, run.steps_per_epoch):
-            yield epoch, step, list(itertools.islice(batches, run.args.gradient_accumulation_steps))
+        for _ in range(first_step, run.steps_per_epoch):
+            yield list(itertools.islice(batches, run.args.gradient_accumulation_steps))
         epoch, first_step = epoch + 1, 0
 
 
@@ -1800,20 +1740,19 @@ def train_step(
     return rate, grad_norm
 
 
-def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, speed: float) -> float:
-    """The row and the line of the steps since the last one: returns their loss. `step` is the
-    epoch's, from 1."""
-    state, steps = run.progress, run.steps_per_epoch
+def log_training(run: Run, rate: float, norm: float, speed: float) -> float:
+    """The row and the line of the steps since the last one: returns their loss."""
+    state = run.progress
     loss = state.loss_sum / max(1, state.target_count)
-    row = {"step": state.step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
+    row = {"step": state.step, "epoch": run.epoch_of(state.step)}
+    row |= {"loss": loss, "perplexity": perplexity(loss)}
     row |= {"lr": rate, "grad_norm": norm, "tokens_per_second": speed}
     if run.runtime.device.type == "cuda":
         row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     write_metrics(run, row)
     table.info(
-        "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
-        epoch, max(4, len(str(steps))), step, steps, loss, perplexity(loss), rate, norm,
-        f"{speed:,.0f}",
+        "%s | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
+        run.place(state.step), loss, perplexity(loss), rate, norm, f"{speed:,.0f}",
     )  # fmt: skip
     state.loss_sum, state.target_count = 0.0, 0
     return loss
@@ -1831,21 +1770,24 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
         return
     if not math.isfinite(loss):
         raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
-    epoch = max(0, state.step - 1) // run.steps_per_epoch
-    row = {"step": state.step, "epoch": epoch, "eval_loss": loss}
+    row = {"step": state.step, "epoch": run.epoch_of(state.step), "eval_loss": loss}
     write_metrics(run, row | {"eval_perplexity": perplexity(loss), "eval_tokens": tokens})
     table.info(
-        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
-        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
+        "%s | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
+        run.place(state.step), loss, perplexity(loss), f"{tokens:,}",
     )  # fmt: skip
-    state.last_loss = loss
+    before, state.last_loss = state.last_loss, loss
     if state.step == 0:
         state.first_loss = loss
         return
+    if state.first_loss is not None and before <= state.first_loss < loss:
+        logger.warning("The held-out loss is above that before the first step: %s", OVERFITTING)
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
     else:
         state.evaluations_without_gain += 1
+        if state.evaluations_without_gain == 2:
+            logger.warning("The held-out loss has not fallen for two evaluations: %s", OVERFITTING)
         patience = run.args.early_stopping_patience
         state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
 
@@ -1901,7 +1843,7 @@ def train(run: Run) -> None:
         if ended:
             break
 
-        epoch, step_of_epoch, window = next(steps)
+        window = next(steps)
         tokens += sum(int(batch["attention_mask"].sum()) for batch in window)
         rate, norm = train_step(run, wrapped, window)
         bar.update()
@@ -1909,7 +1851,7 @@ def train(run: Run) -> None:
         last, interval = state.step >= run.total_steps, args.eval_interval
         if state.step % args.log_interval == 0 or last:
             speed = runtime.sum_over_ranks(tokens)[0] / (time.perf_counter() - clock)
-            loss = log_training(run, epoch, step_of_epoch + 1, rate, norm, speed)
+            loss = log_training(run, rate, norm, speed)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
             clock, tokens = time.perf_counter(), 0
         at_interval = state.step % (interval or run.steps_per_epoch) == 0
@@ -1992,18 +1934,21 @@ def make_model(
 def check_processes_agree(run: Run) -> None:
     """Raises ValueError, on every process, where one is about to do other work than process 0: on
     a machine that does not see the shared directory, with another card, with other rows."""
-    if run.runtime.world_size == 1:
-        return
-    facts = {f"--{name}": v for name, v in vars(run.args).items() if name not in FREE_TO_CHANGE}
-    facts |= {"step": run.progress.step, "precision": str(run.runtime.dtype)}
-    facts |= {"steps in all": run.total_steps, "training rows (sha256)": run.dataset_hash}
-    facts |= {"held-out rows (sha256)": run.held_out_hash}
-    facts |= {"base model (sha256)": run.model.base_fingerprint, "final/ there": finished(run)}
+    settings = vars(run.args)
+    facts = {f"--{name}": settings[name] for name in settings if name not in FREE_TO_CHANGE} | {
+        "step": run.progress.step,
+        "precision": str(run.runtime.dtype),
+        "steps in all": run.total_steps,
+        "training rows (sha256)": run.dataset_hash,
+        "held-out rows (sha256)": run.held_out_hash,
+        "base model (sha256)": run.model.base_fingerprint,
+        "final/ there": finished(run),
+    }
     first, *others = gather(facts, run.runtime)
     for rank, other in enumerate(others, 1):
         for name in first:
-            if first[name] != other.get(name):
-                differs = f"{name} is {other.get(name)}, that of process 0 {first[name]}"
+            if first[name] != other[name]:
+                differs = f"{name} is {other[name]}, that of process 0 {first[name]}"
                 same = "all need the same files, a shared --output_dir and the same kind of device"
                 raise ValueError(f"process {rank}: {differs}; {same}")
 
@@ -2068,12 +2013,7 @@ def batch_size_hint(args: argparse.Namespace, tokens_per_row: float) -> dict[str
     if tokens >= GPU_TOKENS:
         return {}
     size = args.batch_size * 2 ** math.ceil(math.log2(GPU_TOKENS / tokens))
-    steps = args.gradient_accumulation_steps
-    same_rows = math.gcd(steps, size // args.batch_size)
-    try_it = f"--batch_size {size}"
-    if same_rows > 1:
-        size, steps = args.batch_size * same_rows, steps // same_rows
-        try_it = f"--batch_size {size} --gradient_accumulation_steps {steps} (the same steps)"
+    try_it = f"--batch_size {size}, with fewer --gradient_accumulation_steps for the same steps"
     return {"Hint": f"{tokens:,.0f} tokens a micro-batch leave a GPU waiting; try {try_it}"}
 
 
@@ -2109,8 +2049,8 @@ def finish(run: Run, started: float) -> None:
     if state.best_loss is not None:
         before = f"{perplexity(state.first_loss):.2f} before, " if state.first_loss else ""
         after, best = perplexity(state.last_loss), perplexity(state.best_loss)
-        words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at step %d"
-        table.info(words, before, after, state.step, best, state.best_step)
+        words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at %s"
+        table.info(words, before, after, state.step, best, run.place(state.best_step))
     if run.runtime.device.type == "cuda":
         table.info("Peak GPU memory: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
