@@ -1089,7 +1089,7 @@ def write_as_peft(
 ) -> None:
     """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
     write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": getattr(model, "base_name", None)}
+    base = {"base_model_name_or_path": base_reference(model, directory)}
     common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
     write_json(directory / PEFT_CONFIG, config | common)
 
@@ -1509,13 +1509,11 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
 
 
 def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
-    """The base as it was named; one that lies beside the result by its relative path, so that
-    both can move."""
+    """The base as it was named; a local one by its path from the result, so that both can move and
+    what is published names no directory of this machine."""
     name = getattr(model, "base_name", None)
-    if not name or not Path(name).is_dir():
-        return name
-    base, directory = Path(name).resolve(), directory.resolve()
-    return os.path.relpath(base, directory) if base.parent == directory.parent else str(base)
+    local = name and Path(name).is_dir()
+    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
 
 
 def load_trained(
@@ -1597,6 +1595,19 @@ def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chose
     logger.warning(message)  # perhaps the same model at another precision
 
 
+def card_metadata(base_name: str, library: str) -> str:
+    """The head of a model card, as the hub reads it; the base and its licence where it has it."""
+    metadata = {"library_name": library} if library else {}
+    if not Path(base_name).exists():
+        metadata["base_model"] = base_name
+        size = base_name.removeprefix("openai-community/").removeprefix("distilbert/")
+        if size in GPT2_SIZES:
+            metadata["license"] = "apache-2.0" if size == "distilgpt2" else "mit"
+    metadata["pipeline_tag"] = "text-generation"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
 def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
     the adapter's tokenizer or else the base's. Raises ValueError."""
@@ -1607,7 +1618,7 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     if technique != "lora":
         reason = "cannot be folded into the base: it is no update of weights"
         raise ValueError(f"{where}: {technique} {reason}")
-    target = Path(merge_to)
+    target, base_name = Path(merge_to), str(model.base_name)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
     has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
@@ -1616,6 +1627,9 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     write_plain(merge_lora(model).to(model.stored_dtype), target, end_tokens(model))
     for file in tokenizer:
         shutil.copy(file, target)
+    load = "AutoModelForCausalLM.from_pretrained"
+    card = f"# LoRA, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
+    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 

@@ -203,11 +203,9 @@ PATH_FLAGS |= {"tokenizer_name_or_path", "resume_from"}
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {"prompt": []}
 # What may differ between a run and its continuation; all else must be equal: it is the same run.
 # Paths may, as the contents are compared; so may what cuts the same steps in another way.
-FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, "prompt", "num_workers"}
-FREE_TO_CHANGE |= {"dataset_path", "eval_dataset_path", "model_name_or_path"}
-FREE_TO_CHANGE |= {"tokenizer_name_or_path", "max_eval_samples", "epochs", "max_steps"}
+FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, *PATH_FLAGS, "prompt", "num_workers"}
+FREE_TO_CHANGE |= {"max_eval_samples", "epochs", "max_steps", "gradient_checkpointing", "compile"}
 FREE_TO_CHANGE |= {"batch_size", "gradient_accumulation_steps"}
-FREE_TO_CHANGE |= {"gradient_checkpointing", "compile"}
 
 
 def utf8_text(value: str) -> str:
@@ -449,14 +447,12 @@ def choose_device(wanted: str, processes: int) -> torch.device:
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """--precision as a dtype. Raises ValueError for one that the device does not have."""
-    bf16, cuda = bf16_in_hardware(device), device.type == "cuda"
+    able = {"bf16": bf16_in_hardware(device), "fp16": device.type == "cuda", "fp32": True}
     if precision == "auto":
-        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
-    if precision == "bf16" and not bf16:
-        raise ValueError(f"--precision bf16: this {device.type} has none; auto takes what there is")
-    if precision == "fp16" and not cuda:
-        needs = f"needs a CUDA GPU, this is {device.type}; auto takes what there is"
-        raise ValueError(f"--precision fp16: {needs}")
+        precision = next(name for name in able if able[name])
+    if not able[precision]:
+        lacks = f"this {device.type} does not have it; auto takes what there is"
+        raise ValueError(f"--precision {precision}: {lacks}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
@@ -843,9 +839,10 @@ def load_rows(
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
 
     def labelled(flag: str) -> AlpacaDataset:
-        path, settings = getattr(args, flag), {"text_format": args.text_format}
-        settings["max_length"] = args.max_length
-        dataset = load_dataset(path, tokenizer, flag=flag, **settings)
+        path, length = getattr(args, flag), args.max_length
+        dataset = load_dataset(
+            path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
+        )
         keep = dataset.label_counts > 0
         if not keep.any():
             raise ValueError(f"--{flag} {path}: no row is left to learn from")
@@ -1347,33 +1344,31 @@ def write_card(run: Run, directory: Path) -> None:
 
 def model_card(run: Run) -> str:
     """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
-    args, state, base = run.args, run.progress, run.model.base_name or "random weights"
+    args, state, base = run.args, run.progress, run.model.base_name or "base"
     (total, trainable), technique = run.counts, run.model.modification["modification_type"]
-    load = [f'model = AutoModelForCausalLM.from_pretrained("{base}")']
-    load += ['model = PeftModel.from_pretrained(model, "DIR")  # peft']
+    name = f"{Path(base).name} (a local model)" if Path(base).exists() else base
     library = "peft"
+    load = [f'model = AutoModelForCausalLM.from_pretrained("{"BASE" if name != base else base}")']
+    load += ['model = PeftModel.from_pretrained(model, "DIR")  # peft']
     if modify_llm.is_plain(technique):
         load = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers']
         library = "transformers"
     elif TECHNIQUES[technique].save is modify_llm.save_state:  # a format of ours alone
         load, library = [], ""
-    settings = ["learning_rate", "scheduler", "warmup_steps", "weight_decay", "max_grad_norm"]
-    settings += ["batch_size", "gradient_accumulation_steps", "max_length", "seed"]
+    settings = [*OPTIMISATION_FLAGS, "batch_size", "max_length", "seed"]
     settings += TECHNIQUES[technique].flags
     chosen = vars(args) | run.model.modification
     losses = [loss for loss in (state.first_loss, state.last_loss) if loss is not None]
     results = " -> ".join(f"{perplexity(loss):.2f}" for loss in losses) or "not evaluated"
     dataset = f"{len(run.train_rows):,} rows of {Path(args.dataset_path).name}"
-    return "\n".join([
-        "---", f"base_model: {json.dumps(base)}",
-        *([f"library_name: {library}"] if library else []), "---",
-        f"# {technique} on {base}", "",
+    return modify_llm.card_metadata(base, library) + "\n".join([
+        f"# {technique} on {name}", "",
         f"- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
         f"{state.step:,} steps",
         f"- Data: {dataset}, format {args.text_format!r}",
         f"- Held-out perplexity, {len(run.eval_rows):,} rows: {results}",
         "", "| setting | value |", "| --- | --- |",
-        *(f"| {name} | {chosen[name]} |" for name in settings),
+        *(f"| {setting} | {chosen[setting]} |" for setting in settings),
         "", "```python", *load,
         'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```", "",
         'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
@@ -1609,16 +1604,15 @@ def changes(run: Run, state: dict) -> list[str]:
 
 def check_shapes(run: Run, state: dict) -> None:
     """Raises ValueError unless a checkpoint holds the tensors that this run trains, and no more."""
-    shapes = {name: parameter.shape for name, parameter in run.trainable.items()}
-    moments = {}
-    for name, shape in shapes.items() if state["progress"].step else ():
-        moments |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
-    for group, expected in (("trainable", shapes), ("optimizer", moments)):
-        found = {name: tensor.shape for name, tensor in state[group].items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if found.get(name) != expected.get(name):
-                shape, this_run = found.get(name), expected.get(name)
-                raise ValueError(f"{group}.safetensors: {name} is {shape}, this run's {this_run}")
+    expected = {name: parameter.shape for name, parameter in run.trainable.items()}
+    for name, shape in [*expected.items()] if state["progress"].step else ():
+        moments = {f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+        expected |= {f"{name}.step": ()} | moments
+    tensors = state["trainable"] | state["optimizer"]
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{name} is {found.get(name)}, this run's {expected.get(name)}")
 
 
 def restore(run: Run, state: dict) -> None:
@@ -1886,8 +1880,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     logger.info("🔧 Using device: %s", runtime.device)
     model, counts = make_model(args, runtime, tokenizer)
     loaders = (args, runtime, tokenizer)
-    accumulation = {"accumulation_steps": args.gradient_accumulation_steps}
-    loader = make_loader(train_rows, *loaders, **accumulation)
+    steps = args.gradient_accumulation_steps
+    loader = make_loader(train_rows, *loaders, accumulation_steps=steps)
     run = Run(
         args, runtime, tokenizer, train_rows, eval_rows, model=model, counts=counts,
         dataset_hash=train_rows.content_hash(), held_out_hash=eval_rows.content_hash(),
@@ -1906,6 +1900,9 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     if args.resume_from:
         resume(run)
     set_warmup(run)
+    if args.adapter_path and run.resumed_from is None:
+        loses = "--learning_rate %g at first loses part of what %s has learned; a tenth loses less"
+        logger.info(loses, args.learning_rate, args.adapter_path)
     check_processes_agree(run)
     table.info(summary(run))
     return run
@@ -1966,11 +1963,9 @@ def set_warmup(run: Run) -> None:
 def refuse_to_overwrite_inputs(run: Run) -> None:
     """Raises ValueError where --overwrite_output_dir would remove what this run reads."""
     args = run.args
-    if not args.overwrite_output_dir:
-        return
     written = [path.resolve() for path in written_by_a_run(run.output_dir)]
     inputs = (args.adapter_path, run.model.base_path, args.dataset_path, args.eval_dataset_path)
-    for used in filter(None, inputs):
+    for used in filter(None, inputs if args.overwrite_output_dir else ()):
         if any(Path(used).resolve().is_relative_to(path) for path in written):
             needed = f"would remove {used}, which this run needs"
             raise ValueError(f"--overwrite_output_dir: {needed}")
@@ -1980,30 +1975,23 @@ def summary(run: Run) -> str:
     """What is about to happen, in a few lines."""
     args, runtime, rows = run.args, run.runtime, run.train_rows
     total, trainable = run.counts
-    stored = sum(p.numel() * p.element_size() for p in run.model.parameters())
     tokens, labels = int(rows.lengths.sum()), int(rows.label_counts.sum())
-    unpadded = 1 - tokens / (len(rows) * args.max_length)
     batch = f"{args.batch_size} x {args.gradient_accumulation_steps} x {runtime.world_size}"
     rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
     name, dtype = run.model.base_name or "random weights", str(runtime.dtype)
-    technique, gigabytes = run.model.modification["modification_type"], stored + 12 * trainable
-    device_memory = ""
-    if runtime.device.type == "cuda":
-        free, on_card = torch.cuda.mem_get_info()
-        device_memory = f"; {free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
+    technique = run.model.modification["modification_type"]
     lines = {
         "Device": f"{runtime.device}, {dtype.removeprefix('torch.')}, "
         f"processes: {runtime.world_size}",
         "Model": f"{name}, {technique}: {trainable / total:.2%} trains",
         "Rows": f"{len(rows):,} to train on, {len(run.eval_rows):,} held out",
-        "Tokens": f"{tokens:,} an epoch, {labels:,} with a label; "
-        f"{unpadded:.0%} padding saved of {args.max_length} a row",
+        "Tokens": f"{tokens:,} an epoch, {labels:,} with a label",
         "Steps": f"{run.total_steps:,} of {batch} rows; {rate}",
-        "Memory": f"{gigabytes / 1e9:.2f} GB for weights, gradients and AdamW; "
-        f"activations come on top{device_memory}",
     }
-    if device_memory and free > on_card / 2:
-        lines |= batch_size_hint(args, tokens / len(rows))
+    if runtime.device.type == "cuda":
+        free, on_card = torch.cuda.mem_get_info()
+        lines["Memory"] = f"{free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
+        lines |= batch_size_hint(args, tokens / len(rows)) if free > on_card / 2 else {}
     return "\n".join(f"   {title + ':':<8} {line}" for title, line in lines.items())
 
 
