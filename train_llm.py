@@ -111,7 +111,6 @@ STOP_SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)  # Windows has but two
 ]
-OVERFITTING = "try a lower --learning_rate or fewer --epochs; best/ holds the best so far"
 FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
 EMOJI = re.compile("[🔧📊🔢] ?")
 GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
@@ -1244,10 +1243,9 @@ def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
         closing.callback(attempt, name, tracker.finish)
 
         def log(values: dict[str, float | str], step: int) -> None:
-            for key, value in values.items():
-                if isinstance(value, str):
-                    values[key] = tracker.Table(columns=[key], data=[[value]])
-            tracker.log(values, step=step)
+            texts = {key: value for key, value in values.items() if isinstance(value, str)}
+            tables = {key: tracker.Table(columns=[key], data=[[texts[key]]]) for key in texts}
+            tracker.log(values | tables, step=step)
 
     run.trackers[name] = log
 
@@ -1255,7 +1253,7 @@ def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
 def report(run: Run, values: dict[str, float | str], step: int) -> None:
     """To all trackers; one that fails is left out from there on."""
     for name, log in list(run.trackers.items()):
-        if not attempt(f"--report_to {name}", log, dict(values), step):
+        if not attempt(f"--report_to {name}", log, values, step):
             del run.trackers[name]
 
 
@@ -1310,12 +1308,12 @@ def write_metrics(run: Run, row: dict[str, Any]) -> None:
     """Appends a row to metrics.jsonl, and reports it."""
     if run.runtime.rank != 0:
         return
+    finite = {name: value for name, value in row.items() if math.isfinite(value)}
     # JSON has no Infinity: the norm of an fp16 step that was left out is null.
-    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    line = json.dumps(dict.fromkeys(row) | finite) + "\n"
     with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-    numbers = {name: value for name, value in row.items() if value is not None and name != "step"}
-    report(run, numbers, row["step"])
+        file.write(line)
+    report(run, finite, row["step"])
 
 
 def save_scratch_base(run: Run) -> None:
@@ -1407,12 +1405,12 @@ def plot_curves(run: Run) -> None:
     titles |= {"lr": "learning rate", "grad_norm": "gradient norm"}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
-        raw, held_out = (rows[k].dropna() if k in rows else None for k in (key, f"eval_{key}"))
-        if raw is not None:
-            smooth = raw.rolling(max(1, len(raw) // 20), min_periods=1).mean()
-            axes.plot(raw, color="#4c72b0", alpha=0.3, marker="" if len(raw) > 1 else "o")
-            axes.plot(smooth, color="#4c72b0", label="training, smoothed")
-        if held_out is not None:
+        curves = rows.reindex(columns=[key, f"eval_{key}"])
+        raw, held_out = (curves[name].dropna() for name in curves)
+        smooth = raw.rolling(max(1, len(raw) // 20), min_periods=1).mean()
+        axes.plot(raw, ".-", color="#4c72b0", alpha=0.3)
+        axes.plot(smooth, color="#4c72b0", label="training, smoothed")
+        if len(held_out):
             axes.plot(held_out, "o-", color="#c44e52", label="held out")
             axes.legend()
         axes.set(xlabel="optimizer step", ylabel=title)
@@ -1774,16 +1772,17 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
     if state.step == 0:
         state.first_loss = loss
         return
-    if state.first_loss is not None and before <= state.first_loss < loss:
-        logger.warning("The held-out loss is above that before the first step: %s", OVERFITTING)
     if state.best_loss is None or loss < state.best_loss:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
     else:
         state.evaluations_without_gain += 1
-        if state.evaluations_without_gain == 2:
-            logger.warning("The held-out loss has not fallen for two evaluations: %s", OVERFITTING)
         patience = run.args.early_stopping_patience
         state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
+    worse = state.first_loss is not None and before <= state.first_loss < loss
+    if worse or state.evaluations_without_gain == 2:
+        trouble = "is above that before the first step" if worse else "rose for two evaluations"
+        advice = "try a lower --learning_rate or fewer --epochs; best/ holds the best so far"
+        logger.warning("The held-out loss %s: %s", trouble, advice)
 
 
 def keep_best(run: Run) -> None:
