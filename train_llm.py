@@ -1313,7 +1313,8 @@ def write_metrics(run: Run, row: dict[str, Any]) -> None:
     line = json.dumps(dict.fromkeys(row) | finite) + "\n"
     with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(line)
-    report(run, finite, row["step"])
+    step = finite.pop("step")
+    report(run, finite, step)
 
 
 def save_scratch_base(run: Run) -> None:
@@ -1407,7 +1408,7 @@ def plot_curves(run: Run) -> None:
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         curves = rows.reindex(columns=[key, f"eval_{key}"])
         raw, held_out = (curves[name].dropna() for name in curves)
-        smooth = raw.rolling(max(1, len(raw) // 20), min_periods=1).mean()
+        smooth = raw.rolling(max(1, len(raw) // 10), min_periods=1).mean()
         axes.plot(raw, ".-", color="#4c72b0", alpha=0.3)
         axes.plot(smooth, color="#4c72b0", label="training, smoothed")
         if len(held_out):
@@ -2036,8 +2037,8 @@ def finish(run: Run, started: float) -> None:
     if state.best_loss is not None:
         before = f"{perplexity(state.first_loss):.2f} before, " if state.first_loss else ""
         after, best = perplexity(state.last_loss), perplexity(state.best_loss)
-        words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at %s"
-        table.info(words, before, after, state.step, best, run.place(state.best_step))
+        words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at step %d"
+        table.info(words, before, after, state.step, best, state.best_step)
     if run.runtime.device.type == "cuda":
         table.info("Peak GPU memory: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)

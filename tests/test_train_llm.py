@@ -22,12 +22,13 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from argparse import Namespace
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 
@@ -1096,7 +1097,7 @@ def test_a_saved_model_with_a_flipped_byte_is_refused_but_its_card_may_be_edited
     assert "adapter_model.safetensors is damaged" in said
 
 
-def failing(*_):
+def failing(*_, **__):
     raise OSError("no such luck")
 
 
@@ -1254,43 +1255,27 @@ def test_report_to_a_package_that_is_not_there_is_refused(
     assert f"pip install {name}" in refused(flags(tmp_path / "out", report_to=name), capsys)
 
 
-def test_wandb_offline_gets_settings_numbers_and_samples(flags, tmp_path, monkeypatch):
+def test_trackers_get_settings_numbers_and_samples_offline(flags, tmp_path):
+    """In what wandb and trackio themselves write."""
     pytest.importorskip("wandb")
-    from wandb.proto.wandb_internal_pb2 import Record
-    from wandb.sdk.internal.datastore import DataStore
-
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    pytest.importorskip("trackio")
+    places = {"WANDB_DIR": str(tmp_path), "TRACKIO_DIR": str(tmp_path), "TRACKIO_PROJECT": "mine"}
     settings = {"max_steps": 2, "num_samples": 1, "max_new_tokens": 2}
-    assert run(flags(tmp_path / "out", report_to="tensorboard,wandb", **settings)) == 0
-    store, found, config = DataStore(), {}, {}
-    store.open_for_scan(str(next(tmp_path.glob("wandb/offline-run-*/*.wandb"))))
-    while data := store.scan_data():
-        record = Record.FromString(data)
-        for item in [*record.history.item]:
-            key = item.key or "/".join(item.nested_key)
-            found.setdefault(key, []).append(json.loads(item.value_json))
-        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-    assert found["loss"] == pytest.approx(training_losses(tmp_path / "out"))
-    assert found["eval_loss"] == pytest.approx([*held_out_losses(tmp_path / "out").values()])
-    assert any(key.startswith("samples") for key in found)
-    assert config["learning_rate"] == 0.01
+    argv = flags(tmp_path / "out", report_to="wandb,trackio,tensorboard", **settings)
+    process = script(argv, WANDB_MODE="offline", **places)
+    assert process.wait(timeout=200) == 0, process.stderr.read()
+    losses = [*training_losses(tmp_path / "out"), *held_out_losses(tmp_path / "out").values()]
+    written = next(tmp_path.glob("wandb/offline-run-*/*.wandb")).read_bytes()
+    assert all(json.dumps(loss).encode() in written for loss in losses)
+    assert b"learning_rate" in written
+    assert len([*tmp_path.glob("wandb/offline-run-*/files/media/table/samples_2_*.json")]) == 1
+    with closing(sqlite3.connect(tmp_path / "mine.db")) as database:
+        rows = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+        config = json.loads(database.execute("select config from configs").fetchone()[0])
+    logged = [row[name] for row in rows for name in ("loss", "eval_loss") if name in row]
+    assert sorted(logged) == sorted(losses)
+    assert any("samples" in row for row in rows) and config["learning_rate"] == 0.01
     assert list((tmp_path / "out" / "tensorboard").iterdir())
-
-
-def test_trackio_gets_the_numbers(flags, tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    from trackio.sqlite_storage import SQLiteStorage
-
-    calls = []
-    monkeypatch.setattr(trackio, "init", lambda **given: calls.append(given))
-    monkeypatch.setattr(trackio, "log", lambda values, step: calls.append((step, values)))
-    monkeypatch.setattr(trackio, "finish", lambda: calls.append("finish"))
-    assert SQLiteStorage
-    assert run(flags(tmp_path, report_to="trackio", max_steps=2, num_samples=1)) == 0
-    assert calls[0]["config"]["learning_rate"] == 0.01 and calls[-1] == "finish"
-    losses = [values["loss"] for _, values in calls[1:-1] if "loss" in values]
-    assert losses == training_losses(tmp_path)
 
 
 def test_a_tracker_that_fails_is_a_warning_and_is_left_out(flags, tmp_path, monkeypatch, capsys):
@@ -1422,6 +1407,33 @@ def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(
     before = snapshot(tmp_path)
     assert run([*argv, *RESUME]) == 0
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("losses", "told"),
+    [
+        ([5.0, 5.5, 5.6], "is above that before the first step"),
+        ([5.0, 4.0, 4.1, 4.2, 4.3], "rose for two evaluations"),
+        ([5.0, 4.0, 4.1, 3.9], None),
+    ],
+)
+def test_a_held_out_loss_that_gets_worse_is_told_once_with_what_to_try(
+    losses, told, flags, tmp_path, monkeypatch, capsys
+):
+    given = iter(losses)
+    monkeypatch.setattr(train_llm, "evaluate", lambda *_: (next(given), 10))
+    assert run(flags(tmp_path, max_steps=len(losses) - 1, eval_interval=1)) == 0
+    lines = re.findall(r"WARNING:train_llm:The held-out loss (.*)", capsys.readouterr().out)
+    assert [line.split(":")[0] for line in lines[:1]] == ([told] if told else [])
+    assert all("--learning_rate" in line and "best/" in line for line in lines)
+
+
+def test_few_held_out_tokens_and_a_full_rate_on_an_adapter_are_told(flags, tmp_path, capsys):
+    assert run(flags(tmp_path / "a", max_steps=1)) == 0
+    assert re.search(r"WARNING:\S+:\d+ tokens are held out: a perpl", capsys.readouterr().out)
+    assert run(flags(tmp_path / "b", max_steps=1, adapter_path=tmp_path / "a")) == 0  # its best/
+    out = capsys.readouterr().out
+    assert f"--learning_rate 0.01 at first loses part of what {tmp_path / 'a' / 'best'}" in out
 
 
 # ---- stopped and resumed ---------------------------------------------------------------------------------------------
