@@ -1572,9 +1572,10 @@ def trained_settings(directory: Path) -> dict:
             raise ValueError(f"base_model_name_or_path is {base!r}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if base and base.startswith(os.pardir) and (directory / base).is_dir():
-        # It lies beside the result, wherever the two are now.
-        settings["base_model_name_or_path"] = os.path.normpath(directory / base)
+    if base and base.startswith(os.pardir):  # from the result, wherever the two are now
+        beside = os.path.normpath(directory / base)
+        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
+        settings["base_model_name_or_path"] = beside if is_beside else base
     return settings
 
 
