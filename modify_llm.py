@@ -1254,7 +1254,7 @@ def write_as_peft(
 ) -> None:
     """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
     write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": getattr(model, "base_name", None)}
+    base = {"base_model_name_or_path": base_reference(model, directory)}
     common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
     write_json(directory / PEFT_CONFIG, config | common)
 
@@ -1742,13 +1742,11 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
 
 
 def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
-    """The base as it was named; one that lies beside the result by its relative path, so that
-    both can move."""
+    """The base as it was named; a local one by its path from the result, so that both can move and
+    what is published names no directory of this machine."""
     name = getattr(model, "base_name", None)
-    if not name or not Path(name).is_dir():
-        return name
-    base, directory = Path(name).resolve(), directory.resolve()
-    return os.path.relpath(base, directory) if base.parent == directory.parent else str(base)
+    local = name and Path(name).is_dir()
+    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
 
 
 def load_trained(
@@ -1807,9 +1805,10 @@ def trained_settings(directory: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     base = str(settings.get("base_model_name_or_path"))
-    if base.startswith(os.pardir) and (directory / base).is_dir():
-        # It lies beside the result, wherever the two are now.
-        settings["base_model_name_or_path"] = os.path.normpath(directory / base)
+    if base.startswith(os.pardir):  # from the result, wherever the two are now
+        beside = os.path.normpath(directory / base)
+        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
+        settings["base_model_name_or_path"] = beside if is_beside else base
     return settings
 
 
@@ -1830,6 +1829,19 @@ def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chose
     logger.warning(message)  # perhaps the same model at another precision
 
 
+def card_metadata(base_name: str, library: str) -> str:
+    """The head of a model card, as the hub reads it; the base and its licence where it has it."""
+    metadata = {"library_name": library} if library else {}
+    if not Path(base_name).exists():
+        metadata["base_model"] = base_name
+        size = base_name.removeprefix("openai-community/").removeprefix("distilbert/")
+        if size in GPT2_SIZES:
+            metadata["license"] = "apache-2.0" if size == "distilgpt2" else "mit"
+    metadata["pipeline_tag"] = "text-generation"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
 def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
     the adapter's tokenizer or else the base's. Raises ValueError."""
@@ -1837,7 +1849,7 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
     if is_plain(technique):
         raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
-    target = Path(merge_to)
+    target, base_name = Path(merge_to), str(model.base_name)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
     has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
@@ -1850,6 +1862,9 @@ def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | 
     write_plain(model.to(model.stored_dtype), target, model.end_tokens)
     for file in tokenizer:
         shutil.copy(file, target)
+    load = "AutoModelForCausalLM.from_pretrained"
+    card = f"# {technique}, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
+    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 

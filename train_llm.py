@@ -11,6 +11,7 @@ A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_st
 """
 
 import argparse
+import difflib
 import errno
 import importlib.util
 import io
@@ -30,7 +31,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
@@ -41,6 +42,7 @@ import filelock
 import torch
 import torch.distributed as dist
 import transformers
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -83,6 +85,7 @@ from modify_llm import (
     boolean,
     final_modify,
     load_trained,
+    names,
     nonempty,
     number_type,
     one_of,
@@ -94,7 +97,6 @@ logger = logging.getLogger(__name__)
 table = logging.getLogger("table")  # lines without a prefix
 SPEAKERS = {"root", __name__, "table", "data_pipeline", "modify_llm"}
 
-QUERY_BLOCK = 128  # queries at a time in a CPU's attention
 CPU_TOKENS = 1536  # of a batch at once: more are not faster, and their activations fill the memory
 PADDING = 0.15  # of a part's tokens: beyond it, another part costs less
 SMALL_PART = 256  # tokens: below it, another part costs more than any padding
@@ -109,6 +111,7 @@ STOP_SIGNALS = [
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
     if hasattr(signal, name)  # Windows has but two
 ]
+FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
 EMOJI = re.compile("[🔧📊🔢] ?")
 GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
 STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
@@ -134,6 +137,12 @@ def temperature(value: object) -> float:
     if 0 < parsed < 0.01:
         raise argparse.ArgumentTypeError(f"{value!r}: expected 0 (greedy), or 0.01 to 100")
     return parsed
+
+
+def trackers(value: str | Iterable[str]) -> list[str]:
+    """A flag's type: trackers, separated by commas."""
+    legal = one_of("tensorboard", "wandb", "trackio")
+    return [legal(name) for name in names(value) if name != "none"]
 
 
 OPTIMISATION_FLAGS = {
@@ -169,18 +178,23 @@ EVALUATION_FLAGS = {
     "save_total_limit": Flag(3, at_least_one, "checkpoints kept; >= 1"),
     "early_stopping_patience": Flag(0, at_least_zero, "evaluations without gain; 0: off"),
     "num_samples": Flag(3, at_least_zero, "held-out prompts answered at each evaluation"),
-    "report_to": Flag("none", one_of("none", "tensorboard"), "none or tensorboard"),
+    "report_to": Flag([], trackers, "tensorboard, wandb, trackio; several with commas (none)"),
     "resume_from": Flag(None, nonempty, "auto, a run directory or a checkpoint (none: start)"),
     "overwrite_output_dir": Flag(False, boolean, "remove the run that the directory holds"),
 }
 RUN_FLAGS = {
     "output_dir": Flag("./outputs", nonempty, "where the run is written"),
+    "config": Flag(
+        None, nonempty, "a run.json, JSON or YAML of flags; the command line stands above it (none)"
+    ),
     "precision": Flag("auto", one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     "device": Flag("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     "demo": Flag(False, boolean, "train a tiny GPT-2, then LoRA on it, on the bundled sample"),
 }
 USE_FLAGS = {
-    "adapter_path": Flag(None, nonempty, "start from, evaluate or prompt what a run saved (none)"),
+    "adapter_path": Flag(
+        None, nonempty, "start from, evaluate or prompt a run, or its best/ or final/ (none)"
+    ),
     "eval_only": Flag(False, boolean, "evaluate on the held-out rows, train nothing"),
     "max_new_tokens": Flag(128, at_least_one, "of an answer; >= 1"),
     "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
@@ -192,14 +206,14 @@ TRAINING_DATA_FLAGS = DATA_FLAGS | {
 }
 FLAGS = TRAINING_DATA_FLAGS | modify_llm.MODEL_FLAGS | OPTIMISATION_FLAGS | EVALUATION_FLAGS
 FLAGS |= RUN_FLAGS | USE_FLAGS
+PATH_FLAGS = {"dataset_path", "eval_dataset_path", "adapter_path", "model_name_or_path", "config"}
+PATH_FLAGS |= {"tokenizer_name_or_path", "resume_from"}
 DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {"prompt": []}
 # What may differ between a run and its continuation; all else must be equal: it is the same run.
 # Paths may, as the contents are compared; so may what cuts the same steps in another way.
-FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, "prompt", "num_workers"}
-FREE_TO_CHANGE |= {"dataset_path", "eval_dataset_path", "model_name_or_path"}
-FREE_TO_CHANGE |= {"tokenizer_name_or_path", "max_eval_samples", "epochs", "max_steps"}
+FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, *PATH_FLAGS, "prompt", "num_workers"}
+FREE_TO_CHANGE |= {"max_eval_samples", "epochs", "max_steps", "gradient_checkpointing", "compile"}
 FREE_TO_CHANGE |= {"batch_size", "gradient_accumulation_steps"}
-FREE_TO_CHANGE |= {"gradient_checkpointing", "compile"}
 
 
 def utf8_text(value: str) -> str:
@@ -232,6 +246,58 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """The flags given on the command line. A bad one ends the process with status 2."""
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].partition("=")[0]
+        parser.error(f"{flag}: no such flag{nearest(flag, [f'--{name}' for name in DEFAULTS])}")
+    return vars(given)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The flags in a run.json, or in a JSON or YAML file of flags. Raises ValueError."""
+    flags, name = {}, ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        for name, value in content.get("settings", content).items():
+            if name not in DEFAULTS:
+                raise ValueError(f"no such flag{nearest(name, DEFAULTS)}")
+            if value is not None:
+                flags[name] = value if name == "prompt" else FLAGS[name].type(value)
+    except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
+        raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise ValueError(f"--config {path}: {name}: {error}") from None
+    of_one_start = {"config", "resume_from", "overwrite_output_dir"}
+    return {name: flags[name] for name in flags.keys() - of_one_start}
+
+
+def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """What stands below the command line: the flags of --config, and below these those of the run
+    that --resume_from continues. Raises ValueError."""
+    stored: dict[str, Any] = {}
+    if "resume_from" in given:
+        run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | given))
+        with suppress(ValueError):  # without one, the checkpoint's own settings are compared
+            stored = read_config(run_dir / "run.json")
+        stored["output_dir"] = str(run_dir)
+    return stored | (read_config(Path(given["config"])) if "config" in given else {})
+
+
+def resumed_directory(args: argparse.Namespace) -> Path:
+    """The directory of the run that --resume_from continues."""
+    path = Path(args.output_dir if args.resume_from == "auto" else args.resume_from)
+    is_checkpoint = re.fullmatch(r"step_\d+", path.resolve().name)
+    return path.resolve().parent.parent if is_checkpoint else path
+
+
 def resolve(given: dict[str, Any]) -> argparse.Namespace:
     """All flags: those given, the others at their defaults. Raises ValueError where they conflict.
 
@@ -239,6 +305,9 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     """
     defaults, adapter_path = dict(DEFAULTS), given.get("adapter_path")
     if adapter_path:
+        results = [str(Path(adapter_path, name)) for name in ("best", "final")]
+        adapter_path = next(filter(os.path.isdir, results), adapter_path)
+        given = given | {"adapter_path": adapter_path}
         saved: dict[str, Any] = {}
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
@@ -267,7 +336,7 @@ def conflict(args: argparse.Namespace) -> str:
     has_rows = args.dataset_path or args.eval_dataset_path
     no_task = not (args.dataset_path or args.demo or args.eval_only or args.prompt)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    tensorboard_missing = not importlib.util.find_spec("tensorboard")
+    missing = ", ".join(name for name in args.report_to if not importlib.util.find_spec(name))
     prefix_dropped = args.gradient_checkpointing and args.modification_type == "prefix"
     ends_above = args.learning_rate is not None and args.min_lr > args.learning_rate
     conflicts = {
@@ -278,11 +347,9 @@ def conflict(args: argparse.Namespace) -> str:
         f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
         "--from_scratch: --adapter_path brings the base that it was trained on":
             args.adapter_path and args.from_scratch,
-        "--resume_from: --demo always starts anew": args.demo and args.resume_from,
-        "--adapter_path: --demo trains a base of its own": args.demo and args.adapter_path,
-        "--demo: runs in a single process, without torchrun": args.demo and processes > 1,
-        "--report_to tensorboard: needs the package: pip install tensorboard":
-            args.report_to == "tensorboard" and tensorboard_missing,
+        "--demo: starts anew, without --resume_from, --adapter_path and torchrun":
+            args.demo and (args.resume_from or args.adapter_path or processes > 1),
+        f"--report_to {missing}: needs the package: pip install {missing}": missing,
         "--overwrite_output_dir: would remove the run that --resume_from continues":
             args.resume_from and args.overwrite_output_dir,
     }  # fmt: skip
@@ -291,27 +358,25 @@ def conflict(args: argparse.Namespace) -> str:
 
 def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given and changes nothing."""
+    idle: dict[str, str] = {}
     if args.demo:
-        read = {"demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed"}
-        return [f"--{name}: without effect, --demo has its own" for name in sorted({*given} - read)]
-    lines = [] if args.adapter_path else modify_llm.idle_flags(given, args)
-    if uses_only(args):
-        idle = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS}
-        idle |= set() if args.adapter_path else {"modification_type"}
-        idle |= set() if args.eval_only else {"eval_dataset_path", "eval_fraction", "batch_size"}
-        lines += [f"--{name}: without effect, nothing is trained" for name in {*given} & idle]
-    plain = args.adapter_path and modify_llm.is_plain(args.modification_type)
-    idle_beside = {
-        "eval_fraction": (" beside --eval_dataset_path", args.eval_dataset_path),
-        "model_name_or_path": (", --adapter_path holds a whole model", plain),
-        "warmup_steps": (", --scheduler cosine has no warm-up", args.scheduler == "cosine"),
-        "lora_plus_ratio": (", only lora has a B", args.modification_type != "lora"),
-        "min_lr": (", --scheduler constant does not decay", args.scheduler == "constant"),
-    }
-    for name in idle_beside.keys() & given.keys():
-        reason, holds = idle_beside[name]
-        lines += [f"--{name}: without effect{reason}"] if holds else []
-    return sorted(lines)
+        used = {"demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed"}
+        idle = dict.fromkeys(DEFAULTS.keys() - used, ", --demo has its own")
+    elif uses_only(args):
+        unused = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS}
+        unused |= set() if args.adapter_path else {"modification_type"}
+        unused |= set() if args.eval_only else {"eval_dataset_path", "eval_fraction", "batch_size"}
+        idle = dict.fromkeys(unused, ", nothing is trained")
+    elif args.scheduler == "cosine":
+        idle["warmup_steps"] = ", --scheduler cosine has no warm-up"
+    elif args.scheduler == "constant":
+        idle["min_lr"] = ", --scheduler constant does not decay"
+    if args.modification_type != "lora":
+        idle["lora_plus_ratio"] = ", only lora has a B"
+    if args.eval_dataset_path:
+        idle["eval_fraction"] = " beside --eval_dataset_path"
+    lines = [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
+    return lines + ([] if args.adapter_path or args.demo else modify_llm.idle_flags(given, args))
 
 
 # ---- where it runs -------------------------------------------------------------------------------
@@ -392,14 +457,12 @@ def choose_device(wanted: str, processes: int) -> torch.device:
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     """--precision as a dtype. Raises ValueError for one that the device does not have."""
-    bf16, cuda = bf16_in_hardware(device), device.type == "cuda"
+    able = {"bf16": bf16_in_hardware(device), "fp16": device.type == "cuda", "fp32": True}
     if precision == "auto":
-        precision = "bf16" if bf16 else "fp16" if cuda else "fp32"
-    if precision == "bf16" and not bf16:
-        raise ValueError(f"--precision bf16: this {device.type} has none; auto takes what there is")
-    if precision == "fp16" and not cuda:
-        needs = f"needs a CUDA GPU, this is {device.type}; auto takes what there is"
-        raise ValueError(f"--precision fp16: {needs}")
+        precision = next(name for name in able if able[name])
+    if not able[precision]:
+        lacks = f"this {device.type} does not have it; auto takes what there is"
+        raise ValueError(f"--precision {precision}: {lacks}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
@@ -472,10 +535,10 @@ def for_terminal(line: str) -> str:
 
 @contextmanager
 def logging_to_screen(rank: int) -> Iterator[None]:
-    """Process 0 alone speaks. Afterwards logging and streams are the caller's again."""
-    closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]  # as by `>&-`
-    for name in closed:
-        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    """Process 0 alone speaks. Afterwards logging is the caller's again."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     root, bars = logging.getLogger(), is_progress_bar_enabled()
     before = root.handlers[:], root.level
     root.handlers = [LogHandler() if rank == 0 else logging.NullHandler()]
@@ -488,8 +551,6 @@ def logging_to_screen(rank: int) -> Iterator[None]:
         root.setLevel(level)
         if bars:
             enable_progress_bar()
-        for name in closed:
-            setattr(sys, name, None)
 
 
 @contextmanager
@@ -514,62 +575,6 @@ def log_file(path: Path) -> Iterator[None]:
 # ---- attention -----------------------------------------------------------------------------------
 
 
-class BlockAttention(torch.autograd.Function):
-    """Causal attention a block of queries at a time, for CPUs: in bf16 two to three times as fast
-    as PyTorch's own kernel on short rows. The plain version, to which a test holds it equal:
-
-        scores = scaling * query @ key.transpose(-1, -2)
-        later = torch.ones_like(scores, dtype=torch.bool).triu(keys - queries + 1)
-        scores.masked_fill(later, -math.inf).softmax(-1) @ value
-
-    query (n, queries, head size), key and value (n, keys, head size); the queries stand at the end
-    of the keys, of which there are more where a prefix or a cache comes first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        output, weights = torch.empty_like(query), []
-        for block, seen in query_blocks(query, key):
-            q, k, v = query[:, block], key[:, :seen], value[:, :seen]
-            length = q.shape[1]
-            mask = q.new_full((length, seen), -math.inf).triu_(seen - length + 1)
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
-            weights.append(scores.softmax(-1))  # (n, length, seen)
-            output[:, block] = torch.bmm(weights[-1], v)
-        ctx.save_for_backward(query, key, value, *weights)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value, *weights), scaling = ctx.saved_tensors, ctx.scaling
-        query_grad = torch.empty_like(query)
-        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
-        for p, (block, seen) in zip(weights, query_blocks(query, key), strict=True):
-            q, k, v, output_grad = query[:, block], key[:, :seen], value[:, :seen], grad[:, block]
-            value_grad[:, :seen].baddbmm_(p.transpose(1, 2), output_grad)
-            p_grad = torch.bmm(output_grad, v.transpose(1, 2))
-            scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
-            query_grad[:, block] = torch.bmm(scores_grad, k).mul_(scaling)
-            key_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), q, alpha=scaling)
-        return query_grad, key_grad, value_grad, None
-
-
-def query_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
-    """(a block of queries, the number of keys up to its end)"""
-    queries, keys = query.shape[1], key.shape[1]
-    for start in range(0, queries, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, queries)
-        yield slice(start, end), keys - queries + end
-
-
-@torch.compiler.disable  # its loop over blocks would be compiled anew for each width
-def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """BlockAttention of (batch, heads, length, head size)."""
-    flat = (x.flatten(0, 1) for x in (query, key, value))
-    return BlockAttention.apply(*flat, scaling).view(query.shape)
-
-
 def causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, scaling: float, dropout: float = 0.0, **_: Any,
@@ -577,8 +582,6 @@ def causal_attention(
     """Attention as transformers calls it: query, key, value (batch, heads, length, head size) to
     (batch, length, heads, head size). The queries stand at the end of the keys."""
     queries, keys = query.shape[2], key.shape[2]
-    if query.device.type == "cpu" and not dropout:
-        return block_attention(query, key, value, scaling).transpose(1, 2), None
     # PyTorch's own `is_causal` has the queries at the start of the keys.
     bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
     return sdpa_attention_forward(module, query, key, value, bias, dropout, scaling)
@@ -694,16 +697,15 @@ class SummedLoss(nn.Module):
 
 def cut_rows(lengths: list[int], max_tokens: float) -> list[list[int]]:
     """Row numbers in parts, from long to short rows: a new part where the tokens would pass
-    `max_tokens`, or where padding to the longest row would pass 15%."""
+    `max_tokens`, or where padding to the longest row would pass 15% (as in small sets)."""
     parts: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if parts:
-            rows = [*parts[-1], row]
-            padded, tokens = len(rows) * lengths[rows[0]], sum(lengths[r] for r in rows)
-            if padded <= max_tokens and padded <= max(SMALL_PART, (1 + PADDING) * tokens):
-                parts[-1] = rows
-                continue
-        parts.append([row])
+        rows = [*parts[-1], row] if parts else [row]
+        padded, tokens = len(rows) * lengths[rows[0]], sum(lengths[r] for r in rows)
+        if parts and padded <= min(max_tokens, max(SMALL_PART, (1 + PADDING) * tokens)):
+            parts[-1] = rows
+        else:
+            parts.append([row])
     return parts
 
 
@@ -816,7 +818,7 @@ class Run:
     signal: int | None = None  # what asked this process to stop
     signal_time: float = 0.0  # seconds, of time.monotonic
     stopping: bool = False  # what all processes agreed on after a step
-    writer: Any = None  # tensorboard's
+    trackers: dict[str, Callable] = field(default_factory=dict)  # see start_tracker
 
     @property
     def output_dir(self) -> Path:
@@ -829,6 +831,14 @@ class Run:
     @property
     def rows_per_step(self) -> int:
         return self.loader.batch_sampler.global_size
+
+    def epoch_of(self, step: int) -> int:
+        return max(0, step - 1) // self.steps_per_epoch
+
+    def place(self, step: int) -> str:
+        """A step of the run as the log names it: by its epoch, and the step of this epoch."""
+        steps, epoch = self.steps_per_epoch, self.epoch_of(step)
+        return f"Epoch {epoch} | Step {step - epoch * steps:{max(4, len(str(steps)))}}/{steps}"
 
     def told_to_stop(self) -> bool:
         """A single process at any moment; several after a step, when all have heard of it."""
@@ -851,9 +861,10 @@ def load_rows(
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
 
     def labelled(flag: str) -> AlpacaDataset:
-        path, settings = getattr(args, flag), {"text_format": args.text_format}
-        settings["max_length"] = args.max_length
-        dataset = load_dataset(path, tokenizer, flag=flag, **settings)
+        path, length = getattr(args, flag), args.max_length
+        dataset = load_dataset(
+            path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
+        )
         keep = dataset.label_counts > 0
         if not keep.any():
             raise ValueError(f"--{flag} {path}: no row is left to learn from")
@@ -876,7 +887,10 @@ def load_rows(
     if args.early_stopping_patience and not len(held_out):
         needs = f"needs held-out rows, --eval_fraction {args.eval_fraction} leaves none"
         raise ValueError(f"--early_stopping_patience: {needs}")
-    return train.first(args.max_samples), held_out.first(limit)
+    held_out = held_out.first(limit)
+    if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
+        logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
+    return train.first(args.max_samples), held_out
 
 
 def make_loader(
@@ -1129,8 +1143,7 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
     signs = ["run.json", "metrics.jsonl", "checkpoints", "best", "final"]
     signs += ["base"] if args.from_scratch else []
     holds_run = any((output_dir / name).exists() for name in signs)
-    root = Path(args.resume_from or os.devnull).resolve()
-    continued = args.resume_from == "auto" or output_dir.resolve() in (root, root.parent.parent)
+    continued = args.resume_from and resumed_directory(args).resolve() == output_dir.resolve()
     if holds_run and not continued and not args.overwrite_output_dir:
         ways_out = "--resume_from auto, or --overwrite_output_dir"
         raise ValueError(f"--output_dir {output_dir}: holds a run; {ways_out}")
@@ -1224,12 +1237,49 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def attempt(what: str, work: Callable[..., object], *args: object) -> None:
+def attempt(what: str, work: Callable[..., object], *args: object) -> bool:
     """Does what a run can do without: where it fails, a warning says so and the run goes on."""
     try:
         work(*args)
+        return True
     except Exception as error:
         logger.warning("%s: %s; the run goes on without", what, modify_llm.first_line(error))
+        return False
+
+
+def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
+    """Adds a function to run.trackers that takes numbers and texts by name, and their step."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(run.output_dir / name, purge_step=run.progress.step + 1)
+        closing.callback(attempt, name, writer.close)
+        writer.add_text("settings", f"```\n{yaml.safe_dump(vars(run.args))}```")
+
+        def log(values: dict[str, float | str], step: int) -> None:
+            for key, value in values.items():
+                add = writer.add_text if isinstance(value, str) else writer.add_scalar
+                add(key, value, step)
+
+    else:
+        tracker = importlib.import_module(name)  # trackio is called as wandb is
+        project = os.environ.get(f"{name.upper()}_PROJECT", "train_llm")
+        tracker.init(project=project, config=vars(run.args))
+        closing.callback(attempt, name, tracker.finish)
+
+        def log(values: dict[str, float | str], step: int) -> None:
+            texts = {key: value for key, value in values.items() if isinstance(value, str)}
+            tables = {key: tracker.Table(columns=[key], data=[[texts[key]]]) for key in texts}
+            tracker.log(values | tables, step=step)
+
+    run.trackers[name] = log
+
+
+def report(run: Run, values: dict[str, float | str], step: int) -> None:
+    """To all trackers; one that fails is left out from there on."""
+    for name, log in list(run.trackers.items()):
+        if not attempt(f"--report_to {name}", log, values, step):
+            del run.trackers[name]
 
 
 def start_records(run: Run, closing: ExitStack) -> None:
@@ -1246,13 +1296,8 @@ def start_records(run: Run, closing: ExitStack) -> None:
     cut_metrics(output_dir / "metrics.jsonl", resumed)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     closing.enter_context(log_file(log))
-    if args.report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        run.writer = SummaryWriter(output_dir / "tensorboard", purge_step=run.progress.step + 1)
-        lines = (f"    {name}: {value}" for name, value in vars(args).items())
-        run.writer.add_text("settings", "\n".join(lines))
-        closing.callback(run.writer.close)
+    for name in args.report_to:
+        attempt(f"--report_to {name}", start_tracker, run, name, closing)
     total, trainable = run.counts
     modify_llm.write_json(output_dir / "run.json", {
         "settings": vars(args),
@@ -1285,16 +1330,16 @@ def cut_metrics(path: Path, progress: Progress | None) -> None:
 
 
 def write_metrics(run: Run, row: dict[str, Any]) -> None:
-    """Appends a row to metrics.jsonl and to tensorboard."""
+    """Appends a row to metrics.jsonl, and reports it."""
     if run.runtime.rank != 0:
         return
+    finite = {name: value for name, value in row.items() if math.isfinite(value)}
     # JSON has no Infinity: the norm of an fp16 step that was left out is null.
-    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    line = json.dumps(dict.fromkeys(row) | finite) + "\n"
     with open(run.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
-    for name in row.keys() - {"step", "epoch"} if run.writer else ():
-        if row[name] is not None:
-            run.writer.add_scalar(name, row[name], row["step"])
+        file.write(line)
+    step = finite.pop("step")
+    report(run, finite, step)
 
 
 def save_scratch_base(run: Run) -> None:
@@ -1323,33 +1368,30 @@ def write_card(run: Run, directory: Path) -> None:
 
 def model_card(run: Run) -> str:
     """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
-    args, state, base = run.args, run.progress, run.model.base_name or "random weights"
+    args, state, base = run.args, run.progress, run.model.base_name or "base"
     (total, trainable), technique = run.counts, run.model.modification["modification_type"]
-    load = [f'model = AutoModelForCausalLM.from_pretrained("{base}")']
-    load += ['model = PeftModel.from_pretrained(model, "DIR")  # peft']
+    name = f"{Path(base).name} (a local model)" if Path(base).exists() else base
     library = "peft"
+    load = [f'model = AutoModelForCausalLM.from_pretrained("{"BASE" if name != base else base}")']
+    load += ['model = PeftModel.from_pretrained(model, "DIR")  # peft']
     if modify_llm.is_plain(technique):
         load = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers']
         library = "transformers"
     elif TECHNIQUES[technique].save is modify_llm.save_state:  # a format of ours alone
         load, library = [], ""
-    settings = ["learning_rate", "scheduler", "warmup_steps", "weight_decay", "max_grad_norm"]
-    settings += ["batch_size", "gradient_accumulation_steps", "max_length", "seed"]
-    settings += TECHNIQUES[technique].flags
+    settings = [*OPTIMISATION_FLAGS, "batch_size", "max_length", *TECHNIQUES[technique].flags]
     chosen = vars(args) | run.model.modification
     losses = [loss for loss in (state.first_loss, state.last_loss) if loss is not None]
     results = " -> ".join(f"{perplexity(loss):.2f}" for loss in losses) or "not evaluated"
     dataset = f"{len(run.train_rows):,} rows of {Path(args.dataset_path).name}"
-    return "\n".join([
-        "---", f"base_model: {json.dumps(base)}",
-        *([f"library_name: {library}"] if library else []), "---",
-        f"# {technique} on {base}", "",
+    return modify_llm.card_metadata(base, library) + "\n".join([
+        f"# {technique} on {name}", "",
         f"- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
         f"{state.step:,} steps",
         f"- Data: {dataset}, format {args.text_format!r}",
         f"- Held-out perplexity, {len(run.eval_rows):,} rows: {results}",
         "", "| setting | value |", "| --- | --- |",
-        *(f"| {name} | {chosen[name]} |" for name in settings),
+        *(f"| {setting} | {chosen[setting]} |" for setting in settings),
         "", "```python", *load,
         'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```", "",
         'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
@@ -1380,27 +1422,25 @@ def write_predictions(run: Run) -> None:
 
 def plot_curves(run: Run) -> None:
     """training_curves.png: loss, perplexity, learning rate and gradient norm over the steps."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    lines = (run.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = pd.read_json(run.output_dir / "metrics.jsonl", lines=True).set_index("step")
     titles = {"loss": "loss per token", "perplexity": "perplexity"}
     titles |= {"lr": "learning rate", "grad_norm": "gradient norm"}
     figure = Figure(figsize=(11, 7), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
-        training, held_out = (
-            [(r["step"], r[k]) for r in rows if r.get(k) is not None] for k in (key, f"eval_{key}")
-        )
-        if training:  # a single point is no line
-            style = "o-" if len(training) == 1 else "-"
-            axes.plot(*zip(*training, strict=True), style, color="#4c72b0", label="training")
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o-", color="#c44e52", label="held out")
+        curves = rows.reindex(columns=[key, f"eval_{key}"])
+        raw, held_out = (curves[name].dropna() for name in curves)
+        smooth = raw.rolling(max(1, len(raw) // 10), min_periods=1).mean()
+        axes.plot(raw, ".-", color="#4c72b0", alpha=0.3)
+        axes.plot(smooth, color="#4c72b0", label="training, smoothed")
+        if len(held_out):
+            axes.plot(held_out, "o-", color="#c44e52", label="held out")
             axes.legend()
         axes.set(xlabel="optimizer step", ylabel=title)
+        axes.set_yscale("log" if key == "perplexity" else "linear")
         axes.grid(alpha=0.3)
-        if key == "perplexity":
-            axes.set_yscale("log")
     figure.savefig(run.output_dir / "training_curves.png", dpi=110)
 
 
@@ -1503,10 +1543,9 @@ def resume(run: Run) -> None:
 
     Raises ValueError for a checkpoint of another run, or a bad one that was asked for by its path.
     """
-    wanted = run.args.resume_from
-    root = run.output_dir if wanted == "auto" else Path(wanted)
-    by_path = re.fullmatch(r"step_\d+", root.resolve().name)
-    for path in [root] if by_path else checkpoints(root):
+    wanted, root = run.args.resume_from, resumed_directory(run.args)
+    by_path = wanted != "auto" and re.fullmatch(r"step_\d+", Path(wanted).resolve().name)
+    for path in [Path(wanted)] if by_path else checkpoints(root):
         try:
             state = read_checkpoint(path)
             if not (other_run := difference(run, state)):
@@ -1518,8 +1557,7 @@ def resume(run: Run) -> None:
             logger.warning("Checkpoint skipped: %s: %s", path, reason)
             continue
         if other_run:
-            best = (root.parent.parent if by_path else root) / "best"
-            new_run = f"--adapter_path {best} starts a new run from its weights"
+            new_run = f"--adapter_path {root / 'best'} starts a new run from its weights"
             raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)
@@ -1558,8 +1596,6 @@ def difference(run: Run, state: dict) -> str:
         if name not in FREE_TO_CHANGE and before != now:
             return f"was trained with --{name} {before}, not {now}"
     rows, steps = state.get("rows_per_step"), state.get("total_steps", 0)
-    if rows is None:
-        return "was written by an earlier version of this script"
     if rows != run.rows_per_step:
         product = "--batch_size x --gradient_accumulation_steps x processes"
         return f"took {rows} rows a step ({product}), not {run.rows_per_step}"
@@ -1591,16 +1627,15 @@ def changes(run: Run, state: dict) -> list[str]:
 
 def check_shapes(run: Run, state: dict) -> None:
     """Raises ValueError unless a checkpoint holds the tensors that this run trains, and no more."""
-    shapes = {name: parameter.shape for name, parameter in run.trainable.items()}
-    moments = {}
-    for name, shape in shapes.items() if state["progress"].step else ():
-        moments |= {f"{name}.step": (), f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
-    for group, expected in (("trainable", shapes), ("optimizer", moments)):
-        found = {name: tensor.shape for name, tensor in state[group].items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if found.get(name) != expected.get(name):
-                shape, this_run = found.get(name), expected.get(name)
-                raise ValueError(f"{group}.safetensors: {name} is {shape}, this run's {this_run}")
+    expected = {name: parameter.shape for name, parameter in run.trainable.items()}
+    for name, shape in [*expected.items()] if state["progress"].step else ():
+        moments = {f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
+        expected |= {f"{name}.step": ()} | moments
+    tensors = state["trainable"] | state["optimizer"]
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{name} is {found.get(name)}, this run's {expected.get(name)}")
 
 
 def restore(run: Run, state: dict) -> None:
@@ -1657,14 +1692,14 @@ def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
     return args.min_lr + (peak - args.min_lr) * share
 
 
-def windows(run: Run) -> Iterator[tuple[int, int, list[dict[str, Tensor]]]]:
-    """(epoch, step of the epoch, its micro-batches) of each optimizer step from the run's on."""
+def windows(run: Run) -> Iterator[list[dict[str, Tensor]]]:
+    """The micro-batches of each optimizer step from the run's on."""
     epoch, first_step = divmod(run.progress.step, run.steps_per_epoch)
     while True:
         run.loader.batch_sampler.set_epoch(epoch, first_step)
         batches = iter(run.loader)
-        for step in range(first_step, run.steps_per_epoch):
-            yield epoch, step, list(itertools.islice(batches, run.args.gradient_accumulation_steps))
+        for _ in range(first_step, run.steps_per_epoch):
+            yield list(itertools.islice(batches, run.args.gradient_accumulation_steps))
         epoch, first_step = epoch + 1, 0
 
 
@@ -1721,20 +1756,19 @@ def train_step(
     return rate, grad_norm
 
 
-def log_training(run: Run, epoch: int, step: int, rate: float, norm: float, speed: float) -> float:
-    """The row and the line of the steps since the last one: returns their loss. `step` is the
-    epoch's, from 1."""
-    state, steps = run.progress, run.steps_per_epoch
+def log_training(run: Run, rate: float, norm: float, speed: float) -> float:
+    """The row and the line of the steps since the last one: returns their loss."""
+    state = run.progress
     loss = state.loss_sum / max(1, state.target_count)
-    row = {"step": state.step, "epoch": epoch, "loss": loss, "perplexity": perplexity(loss)}
+    row = {"step": state.step, "epoch": run.epoch_of(state.step)}
+    row |= {"loss": loss, "perplexity": perplexity(loss)}
     row |= {"lr": rate, "grad_norm": norm, "tokens_per_second": speed}
     if run.runtime.device.type == "cuda":
         row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     write_metrics(run, row)
     table.info(
-        "Epoch %d | Step %*d/%d | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
-        epoch, max(4, len(str(steps))), step, steps, loss, perplexity(loss), rate, norm,
-        f"{speed:,.0f}",
+        "%s | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
+        run.place(state.step), loss, perplexity(loss), rate, norm, f"{speed:,.0f}",
     )  # fmt: skip
     state.loss_sum, state.target_count = 0.0, 0
     return loss
@@ -1752,14 +1786,13 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
         return
     if not math.isfinite(loss):
         raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
-    epoch = max(0, state.step - 1) // run.steps_per_epoch
-    row = {"step": state.step, "epoch": epoch, "eval_loss": loss}
+    row = {"step": state.step, "epoch": run.epoch_of(state.step), "eval_loss": loss}
     write_metrics(run, row | {"eval_perplexity": perplexity(loss), "eval_tokens": tokens})
     table.info(
-        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
-        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
+        "%s | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
+        run.place(state.step), loss, perplexity(loss), f"{tokens:,}",
     )  # fmt: skip
-    state.last_loss = loss
+    before, state.last_loss = state.last_loss, loss
     if state.step == 0:
         state.first_loss = loss
         return
@@ -1769,6 +1802,11 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
         state.evaluations_without_gain += 1
         patience = run.args.early_stopping_patience
         state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
+    worse = state.first_loss is not None and before <= state.first_loss < loss
+    if worse or state.evaluations_without_gain == 2:
+        trouble = "is above that before the first step" if worse else "rose for two evaluations"
+        advice = "try a lower --learning_rate or fewer --epochs; best/ holds the best so far"
+        logger.warning("The held-out loss %s: %s", trouble, advice)
 
 
 def keep_best(run: Run) -> None:
@@ -1781,12 +1819,14 @@ def keep_best(run: Run) -> None:
 def show_samples(run: Run) -> None:
     """Logs what the model answers to a few held-out prompts."""
     pairs = held_out_prompts(run) if run.runtime.rank == 0 and run.progress.step else []
+    samples = []
     for number, (prompt, _) in enumerate(pairs):
         answer, _ = generate_text(prompt, run.model, run.tokenizer, run.args, run.runtime, number)
         text = run.tokenizer.decode(prompt)
         logger.info("Sample: %.160r -> %.160r", text[-60:], answer)
-        if run.writer:
-            run.writer.add_text("samples", f"**{text}** {answer}", run.progress.step)
+        samples.append(f"**{text}** {answer}")
+    if samples:
+        report(run, {"samples": "\n\n".join(samples)}, run.progress.step)
 
 
 def train(run: Run) -> None:
@@ -1820,7 +1860,7 @@ def train(run: Run) -> None:
         if ended:
             break
 
-        epoch, step_of_epoch, window = next(steps)
+        window = next(steps)
         tokens += sum(int(batch["attention_mask"].sum()) for batch in window)
         rate, norm = train_step(run, wrapped, window)
         bar.update()
@@ -1828,7 +1868,7 @@ def train(run: Run) -> None:
         last, interval = state.step >= run.total_steps, args.eval_interval
         if state.step % args.log_interval == 0 or last:
             speed = runtime.sum_over_ranks(tokens)[0] / (time.perf_counter() - clock)
-            loss = log_training(run, epoch, step_of_epoch + 1, rate, norm, speed)
+            loss = log_training(run, rate, norm, speed)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
             clock, tokens = time.perf_counter(), 0
         at_interval = state.step % (interval or run.steps_per_epoch) == 0
@@ -1863,8 +1903,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     logger.info("🔧 Using device: %s", runtime.device)
     model, counts = make_model(args, runtime, tokenizer)
     loaders = (args, runtime, tokenizer)
-    accumulation = {"accumulation_steps": args.gradient_accumulation_steps}
-    loader = make_loader(train_rows, *loaders, **accumulation)
+    steps = args.gradient_accumulation_steps
+    loader = make_loader(train_rows, *loaders, accumulation_steps=steps)
     run = Run(
         args, runtime, tokenizer, train_rows, eval_rows, model=model, counts=counts,
         dataset_hash=train_rows.content_hash(), held_out_hash=eval_rows.content_hash(),
@@ -1883,6 +1923,9 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     if args.resume_from:
         resume(run)
     set_warmup(run)
+    if args.adapter_path and run.resumed_from is None:
+        loses = "--learning_rate %g at first loses part of what %s has learned; a tenth loses less"
+        logger.info(loses, args.learning_rate, args.adapter_path)
     check_processes_agree(run)
     table.info(summary(run))
     return run
@@ -1911,18 +1954,21 @@ def make_model(
 def check_processes_agree(run: Run) -> None:
     """Raises ValueError, on every process, where one is about to do other work than process 0: on
     a machine that does not see the shared directory, with another card, with other rows."""
-    if run.runtime.world_size == 1:
-        return
-    facts = {f"--{name}": v for name, v in vars(run.args).items() if name not in FREE_TO_CHANGE}
-    facts |= {"step": run.progress.step, "precision": str(run.runtime.dtype)}
-    facts |= {"steps in all": run.total_steps, "training rows (sha256)": run.dataset_hash}
-    facts |= {"held-out rows (sha256)": run.held_out_hash}
-    facts |= {"base model (sha256)": run.model.base_fingerprint, "final/ there": finished(run)}
+    settings = vars(run.args)
+    facts = {f"--{name}": settings[name] for name in settings if name not in FREE_TO_CHANGE} | {
+        "step": run.progress.step,
+        "precision": str(run.runtime.dtype),
+        "steps in all": run.total_steps,
+        "training rows (sha256)": run.dataset_hash,
+        "held-out rows (sha256)": run.held_out_hash,
+        "base model (sha256)": run.model.base_fingerprint,
+        "final/ there": finished(run),
+    }
     first, *others = gather(facts, run.runtime)
     for rank, other in enumerate(others, 1):
         for name in first:
-            if first[name] != other.get(name):
-                differs = f"{name} is {other.get(name)}, that of process 0 {first[name]}"
+            if first[name] != other[name]:
+                differs = f"{name} is {other[name]}, that of process 0 {first[name]}"
                 same = "all need the same files, a shared --output_dir and the same kind of device"
                 raise ValueError(f"process {rank}: {differs}; {same}")
 
@@ -1941,11 +1987,9 @@ def set_warmup(run: Run) -> None:
 def refuse_to_overwrite_inputs(run: Run) -> None:
     """Raises ValueError where --overwrite_output_dir would remove what this run reads."""
     args = run.args
-    if not args.overwrite_output_dir:
-        return
     written = [path.resolve() for path in written_by_a_run(run.output_dir)]
     inputs = (args.adapter_path, run.model.base_path, args.dataset_path, args.eval_dataset_path)
-    for used in filter(None, inputs):
+    for used in filter(None, inputs if args.overwrite_output_dir else ()):
         if any(Path(used).resolve().is_relative_to(path) for path in written):
             needed = f"would remove {used}, which this run needs"
             raise ValueError(f"--overwrite_output_dir: {needed}")
@@ -1955,30 +1999,23 @@ def summary(run: Run) -> str:
     """What is about to happen, in a few lines."""
     args, runtime, rows = run.args, run.runtime, run.train_rows
     total, trainable = run.counts
-    stored = sum(p.numel() * p.element_size() for p in run.model.parameters())
     tokens, labels = int(rows.lengths.sum()), int(rows.label_counts.sum())
-    unpadded = 1 - tokens / (len(rows) * args.max_length)
     batch = f"{args.batch_size} x {args.gradient_accumulation_steps} x {runtime.world_size}"
     rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
     name, dtype = run.model.base_name or "random weights", str(runtime.dtype)
-    technique, gigabytes = run.model.modification["modification_type"], stored + 12 * trainable
-    device_memory = ""
-    if runtime.device.type == "cuda":
-        free, on_card = torch.cuda.mem_get_info()
-        device_memory = f"; {free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
+    technique = run.model.modification["modification_type"]
     lines = {
         "Device": f"{runtime.device}, {dtype.removeprefix('torch.')}, "
         f"processes: {runtime.world_size}",
         "Model": f"{name}, {technique}: {trainable / total:.2%} trains",
         "Rows": f"{len(rows):,} to train on, {len(run.eval_rows):,} held out",
-        "Tokens": f"{tokens:,} an epoch, {labels:,} with a label; "
-        f"{unpadded:.0%} padding saved of {args.max_length} a row",
+        "Tokens": f"{tokens:,} an epoch, {labels:,} with a label",
         "Steps": f"{run.total_steps:,} of {batch} rows; {rate}",
-        "Memory": f"{gigabytes / 1e9:.2f} GB for weights, gradients and AdamW; "
-        f"activations come on top{device_memory}",
     }
-    if device_memory and free > on_card / 2:
-        lines |= batch_size_hint(args, tokens / len(rows))
+    if runtime.device.type == "cuda":
+        free, on_card = torch.cuda.mem_get_info()
+        lines["Memory"] = f"{free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
+        lines |= batch_size_hint(args, tokens / len(rows)) if free > on_card / 2 else {}
     return "\n".join(f"   {title + ':':<8} {line}" for title, line in lines.items())
 
 
@@ -1988,12 +2025,7 @@ def batch_size_hint(args: argparse.Namespace, tokens_per_row: float) -> dict[str
     if tokens >= GPU_TOKENS:
         return {}
     size = args.batch_size * 2 ** math.ceil(math.log2(GPU_TOKENS / tokens))
-    steps = args.gradient_accumulation_steps
-    same_rows = math.gcd(steps, size // args.batch_size)
-    try_it = f"--batch_size {size}"
-    if same_rows > 1:
-        size, steps = args.batch_size * same_rows, steps // same_rows
-        try_it = f"--batch_size {size} --gradient_accumulation_steps {steps} (the same steps)"
+    try_it = f"--batch_size {size}, with fewer --gradient_accumulation_steps for the same steps"
     return {"Hint": f"{tokens:,.0f} tokens a micro-batch leave a GPU waiting; try {try_it}"}
 
 
@@ -2153,11 +2185,11 @@ def main(argv: list[str] | None = None) -> int:
     In another program, KeyboardInterrupt is raised: it is not for this function to swallow.
     """
     parser = build_parser()
-    given = vars(parser.parse_args(argv))
+    given = parse_flags(parser, argv)
     try:
-        args = resolve(given)
+        args = resolve(stored_flags(given) | given)
     except ValueError as error:
-        parser.error(str(error))
+        parser.error(in_one_line(error, given))
     rank, status = int(os.environ.get("RANK", 0)), 1
     with logging_to_screen(rank):
         for line in idle_flags(given, args):
@@ -2174,7 +2206,7 @@ def main(argv: list[str] | None = None) -> int:
             status = 130
         except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
             process = f"process {rank}: " if rank else ""
-            print(f"train_llm.py: error: {process}{in_one_line(error)}", file=sys.stderr)
+            print(f"train_llm.py: error: {process}{in_one_line(error, given)}", file=sys.stderr)
             # 2: the input's or the flags' fault
             status = 1 if isinstance(error, RuntimeError | MemoryError) else 2
         finally:
@@ -2182,9 +2214,14 @@ def main(argv: list[str] | None = None) -> int:
     return status
 
 
-def in_one_line(error: Exception) -> str:
-    """What went wrong, and what to do where memory was short."""
+def in_one_line(error: Exception, given: dict[str, Any]) -> str:
+    """What went wrong, and what to do where memory was short or a path misspelt."""
     reason = modify_llm.first_line(error)
+    for path in [given[name] for name in PATH_FLAGS & given.keys()]:
+        directory, name = os.path.split(path)
+        beside = directory or os.curdir
+        if path in reason and not os.path.exists(path) and os.path.isdir(beside):
+            reason += nearest(name, os.listdir(beside))
     no_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     if no_memory or re.search(OUT_OF_MEMORY, reason):
         hint = "lower --batch_size (and raise --gradient_accumulation_steps) or --max_length"
