@@ -1066,7 +1066,8 @@ def generate_answers(
     settings = {name: getattr(args, name) for name in BEAM_SETTINGS}
     settings |= {"do_sample": False, "eos_token_id": eos, "pad_token_id": eos}
     answers: dict[int, tuple[str, bool]] = {}
-    size, quiet = max(1, ANSWERS_AT_ONCE // args.num_beams), True if streamer else None
+    size = max(1, ANSWERS_AT_ONCE // args.num_beams)
+    quiet = True if streamer or not prompts else None
     bar = tqdm(total=sum(limits), desc="answering", unit="tok", leave=False, disable=quiet)
     left = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     while left:
@@ -1178,6 +1179,7 @@ def chat(
             ids = prompt_ids(prompt, model, tokenizer, args.text_format)
             generate_answers([ids], model, tokenizer, args, runtime, streamer)
         except EOFError:
+            print()
             return
         except KeyboardInterrupt:
             print()
