@@ -1026,7 +1026,8 @@ def prompt_ids(
         if len(ids) + prefix_length(model) >= (positions := model.config.n_positions):
             raise ValueError(f"{len(ids)} tokens leave no room in {positions} positions")
     except ValueError as error:
-        raise ValueError(f"prompt {str(prompt)[:40]!r}...: {error}") from None
+        where = "--prompt, --prompts_file or --chat"
+        raise ValueError(f"{where}: {str(prompt)[:40]!r}...: {error}") from None
     return ids or [tokenizer.eos_token_id]
 
 
@@ -1097,10 +1098,17 @@ def generate_answers(
 def processors(
     args: argparse.Namespace, prompts: Tensor, seeds: list[int], bar: tqdm
 ) -> LogitsProcessorList:
-    """What changes the logits before the largest is taken. The repetition penalty is for what the
-    answer itself has said: its prompt and the padding do not count."""
+    """What changes the logits before the largest is taken. The repetition penalty (Keskar et al.,
+    2019, section 4.1) is for what the answer itself has said, not for its prompt or the padding."""
     penalty, width = args.repetition_penalty, prompts.shape[1]
-    chain = [RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)]
+
+    def centred(_ids: Tensor, logits: Tensor) -> Tensor:
+        # The penalty divides positive logits; GPT-2's lie around -100, where it would be a ban.
+        # The median, since some may be -inf. Beam search has log-probabilities to add up.
+        beams = args.num_beams > 1
+        return logits if beams else logits - logits.median(1, keepdim=True).values
+
+    chain = [centred, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)]
     generators = [torch.Generator(prompts.device).manual_seed(seed) for seed in seeds]
     if args.temperature:
         chain += [TemperatureLogitsWarper(args.temperature), TopPLogitsWarper(args.top_p)]
@@ -1119,7 +1127,7 @@ def answer_prompts(
     """Prints the answer to each --prompt, writes those to --prompts_file, and chats."""
     if runtime.rank != 0:
         return
-    prompts = [*args.prompt, *read_prompts(args.prompts_file)]
+    prompts = read_prompts(args)
     encoded = [prompt_ids(prompt, model, tokenizer, args.text_format) for prompt in prompts]
     rows = []
     answers = generate_answers(encoded, model, tokenizer, args, runtime)
@@ -1137,13 +1145,15 @@ def answer_prompts(
         chat(args, runtime, model, tokenizer)
 
 
-def read_prompts(path: str | None) -> list[Any]:
-    """The prompts of a file: its rows of fields, or its lines."""
+def read_prompts(args: argparse.Namespace) -> list[Any]:
+    """Each --prompt, and the rows of fields, or else the lines, of --prompts_file."""
+    path = args.prompts_file
     if not path:
-        return []
+        return args.prompt
     if data_pipeline.file_kind(path):
-        return list(itertools.chain.from_iterable(data_pipeline.read_records(path)))
-    return list(filter(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines()))
+        return list(itertools.chain(args.prompt, *data_pipeline.read_records(path)))
+    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    return [*args.prompt, *filter(str.strip, lines)]
 
 
 class ScreenStreamer(TextStreamer):
@@ -2053,8 +2063,8 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
         total_steps=args.max_steps or args.epochs * loader.batch_sampler.steps,
     )  # fmt: skip
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
-    for text in args.prompt:  # raises for one that cannot be put, before the run and not after it
-        prompt_ids(text, model, tokenizer, args.text_format)
+    for prompt in read_prompts(args):  # raises for one that cannot be put, before the run
+        prompt_ids(prompt, model, tokenizer, args.text_format)
     refuse_to_overwrite_inputs(run)
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:

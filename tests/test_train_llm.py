@@ -2463,7 +2463,7 @@ def answer_settings(**changes):
     return argparse.Namespace(**train_llm.DEFAULTS | {"max_new_tokens": 12} | changes)
 
 
-PROMPTS = [[65, 66, 67], [70] * 30, [80, 81], list(range(65, 82)), [90] * 85]  # 96 positions
+PROMPTS = [[65, 66, 67], [70] * 30, [80, 81], list(range(65, 82)), [90] * 117]  # 128 positions
 
 
 @pytest.mark.parametrize("technique", TECHNIQUES)
@@ -2471,7 +2471,7 @@ def test_answers_in_a_batch_are_those_that_transformers_gives_to_each_prompt_alo
     technique, bytes_tokenizer
 ):
     model, expected = technique_model(technique, small_gpt2(initializer_range=0.5)).eval(), []
-    room = 96 - train_llm.prefix_length(model)
+    room = model.config.n_positions - train_llm.prefix_length(model)
     settings = {"do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
     for prompt in PROMPTS:
         limit = {"max_new_tokens": min(12, room - len(prompt))}
@@ -2495,6 +2495,18 @@ def test_an_answer_does_not_depend_on_those_beside_it(settings, bytes_tokenizer)
         alone = train_llm.generate_answers([prompt], model, bytes_tokenizer, args, CPU)
         assert alone == [together[number]]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_repetition_penalty_knows_no_offset_of_the_logits(bytes_tokenizer):
+    """Real GPT-2's logits lie around -100: each repeated token would be banned."""
+    model, answers = small_gpt2(initializer_range=0.5), []
+    for offset in (0.0, -100.0):
+        head = model.lm_head.forward
+        model.lm_head.forward = lambda hidden, head=head, offset=offset: head(hidden) + offset
+        answers += train_llm.generate_answers(
+            PROMPTS[:2], model, bytes_tokenizer, answer_settings(), CPU
+        )
+    assert answers[:2] == answers[2:]
 
 
 def test_noise_draws_tokens_by_their_probabilities():
