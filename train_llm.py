@@ -1034,8 +1034,10 @@ def prompt_ids(
 @contextmanager
 def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iterator[None]:
     """Inside, the model generates by these settings alone, whatever its base's
-    generation_config.json says."""
+    generation_config.json says, and with a mask, which padding on the left needs."""
     training, before = model.training, model.generation_config
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")
     model.eval()
     model.generation_config = GenerationConfig(**settings)
     try:
@@ -1043,6 +1045,7 @@ def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iter
             yield
     finally:
         model.generation_config = before
+        model.set_attn_implementation(attention)
         model.train(training)
 
 
