@@ -2535,7 +2535,7 @@ def test_a_conversation_is_read_whole_in_the_format_of_turns_and_ctrl_c_ends_an_
 
     monkeypatch.setattr("builtins.input", typing)
     monkeypatch.setattr(train_llm, "generate_answers", answer)
-    model = small_gpt2(n_positions=350)
+    model = small_gpt2(n_positions=312)
     args = answer_settings(text_format="messages", max_new_tokens=100)
     train_llm.chat(args, CPU, model, bytes_tokenizer)
     turns = {"messages": [
