@@ -5,6 +5,7 @@ killed or damaged goes on as if nothing had been, and whatever is wrong ends in 
     python -m pytest tests/test_train_llm.py -k "not demo and not torchrun"
 """
 
+import argparse
 import copy
 import errno
 import gc
@@ -586,6 +587,16 @@ def test_two_steps_are_those_of_pytorchs_adamw_on_its_own_smoothed_cross_entropy
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-4, atol=2e-5)
 
 
+def plain_right(model, dataset):
+    """The number of labelled tokens that are the likeliest by transformers' own logits."""
+    right = 0
+    with torch.no_grad():
+        for row in dataset:
+            likeliest, labels = model(row["input_ids"][None]).logits[0].argmax(-1), row["labels"]
+            right += int((likeliest[:-1] == labels[1:]).sum())
+    return right
+
+
 def total_norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors.values()))
 
@@ -832,6 +843,7 @@ def test_evaluation_is_the_plain_loss_row_by_row_whatever_the_batch_size_and_pad
     model = technique_model("lora")
     dataset = data_pipeline.load_dataset(rows, bytes_tokenizer, text_format=FORMAT, max_length=96)
     expected, tokens = plain_loss(model, dataset)
+    right = plain_right(model, dataset)
     for batch_size, padding, grouped in (
         (1, "longest", False),
         (7, "longest", True),
@@ -841,8 +853,8 @@ def test_evaluation_is_the_plain_loss_row_by_row_whatever_the_batch_size_and_pad
             dataset, tokenizer=bytes_tokenizer, batch_size=batch_size, padding=padding, group_by_length=grouped,
             max_length=96, num_workers=0, shuffle=False,
         )  # fmt: skip
-        loss, count = evaluate(SummedLoss(model), loader, CPU)
-        assert count == tokens
+        loss, count, accuracy = evaluate(SummedLoss(model), loader, CPU)
+        assert (count, accuracy) == (tokens, pytest.approx(right / tokens))
         assert loss == pytest.approx(expected, abs=1e-5)
 
 
@@ -858,7 +870,7 @@ def test_evaluation_in_bf16_takes_the_logits_in_fp32(rows, bytes_tokenizer):
         dataset, tokenizer=bytes_tokenizer, num_workers=0, max_length=96, shuffle=False
     )
     bf16 = train_llm.Runtime(torch.device("cpu"), torch.bfloat16)
-    loss, _ = evaluate(SummedLoss(model), loader, bf16)
+    loss, _, _ = evaluate(SummedLoss(model), loader, bf16)
     assert loss == pytest.approx(expected, abs=2e-3)
 
 
@@ -1097,7 +1109,14 @@ def test_metrics_rows_have_these_keys_and_perplexity_is_exp_of_loss(finished):
         assert row["perplexity"] == pytest.approx(math.exp(row["loss"]))
         assert row["grad_norm"] > 0 and row["tokens_per_second"] > 0
     for row in held_out:
-        assert list(row) == ["step", "epoch", "eval_loss", "eval_perplexity", "eval_tokens"]
+        assert list(row) == [
+            "step",
+            "epoch",
+            "eval_loss",
+            "eval_perplexity",
+            "eval_accuracy",
+            "eval_tokens",
+        ]
         assert row["eval_perplexity"] == pytest.approx(math.exp(row["eval_loss"]))
 
 
@@ -2671,10 +2690,132 @@ def test_equal_prompts_at_a_temperature_get_different_answers_and_the_same_again
 def test_an_answers_indentation_stays_and_half_a_character_goes(finished, monkeypatch, capsys):
     asked = [f"--adapter_path={finished[0] / 'final'}", "--prompt=a", "--device=cpu"]
     said = [("\n    return x\n", True), (" Paris", True)]
-    monkeypatch.setattr(train_llm, "generate_text", lambda *_: said.pop(0))
+    monkeypatch.setattr(train_llm, "generate_answers", lambda *_: said)
     assert run([*asked, "--prompt=b"]) == 0
     assert "Answer:     return x\n" in (out := capsys.readouterr().out)
     assert "Answer: Paris\n" in out
+
+
+def answer_settings(**changes):
+    return argparse.Namespace(**train_llm.DEFAULTS | {"max_new_tokens": 12} | changes)
+
+
+PROMPTS = [[65, 66, 67], [70] * 30, [80, 81], list(range(65, 82)), [90] * 117]  # 128 positions
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_answers_in_a_batch_are_those_that_transformers_gives_to_each_prompt_alone(
+    technique, bytes_tokenizer
+):
+    model, expected = technique_model(technique, small_gpt2(initializer_range=0.5)).eval(), []
+    room = model.config.n_positions - train_llm.prefix_length(model)
+    settings = {"do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
+    for prompt in PROMPTS:
+        limit = {"max_new_tokens": min(12, room - len(prompt))}
+        ids = model.generate(torch.tensor([prompt]), **settings, **limit)[0, len(prompt) :].tolist()
+        cut = ids[: ids.index(EOS)] if EOS in ids else ids
+        expected.append((bytes_tokenizer.decode(cut).removesuffix("\ufffd"), EOS in ids))
+    args = answer_settings(repetition_penalty=1.0)
+    assert train_llm.generate_answers(PROMPTS, model, bytes_tokenizer, args, CPU) == expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1.0}, {"repetition_penalty": 1.3}, {"num_beams": 3, "length_penalty": 0.5}],
+)
+def test_an_answer_does_not_depend_on_those_beside_it(settings, bytes_tokenizer):
+    model, state = technique_model("prefix").eval(), torch.get_rng_state()
+    args = answer_settings(**settings)
+    with train_llm.attention_without_mask(model):  # as samples are drawn in training
+        together = train_llm.generate_answers(PROMPTS, model, bytes_tokenizer, args, CPU)
+    for number, prompt in enumerate(PROMPTS):
+        args.seed = train_llm.DEFAULTS["seed"] + number
+        alone = train_llm.generate_answers([prompt], model, bytes_tokenizer, args, CPU)
+        assert alone == [together[number]]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_repetition_penalty_knows_no_offset_of_the_logits(bytes_tokenizer):
+    """Real GPT-2's logits lie around -100: each repeated token would be banned."""
+    model, answers = small_gpt2(initializer_range=0.5), []
+    for offset in (0.0, -100.0):
+        head = model.lm_head.forward
+        model.lm_head.forward = lambda hidden, head=head, offset=offset: head(hidden) + offset
+        answers += train_llm.generate_answers(
+            PROMPTS[:2], model, bytes_tokenizer, answer_settings(), CPU
+        )
+    assert answers[:2] == answers[2:]
+
+
+def test_noise_draws_tokens_by_their_probabilities():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(4000, 3)
+    generator = torch.Generator().manual_seed(0)
+    drawn = train_llm.drawn_by_row(logits, [generator] * len(logits)).argmax(1)
+    assert drawn.bincount() / 4000 == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
+
+
+def test_a_conversation_is_read_whole_in_the_format_of_turns_and_ctrl_c_ends_an_answer(
+    monkeypatch, capsys, bytes_tokenizer
+):
+    typed, asked = ["one", "two", "three"], []
+
+    def answer(prompts, _model, _tokenizer, _args, _runtime, streamer):
+        asked.append(bytes_tokenizer.decode(prompts[0]))
+        streamer.on_finalized_text(f" answer {len(asked)}")
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    def typing(_):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    monkeypatch.setattr("builtins.input", typing)
+    monkeypatch.setattr(train_llm, "generate_answers", answer)
+    model = small_gpt2(n_positions=312)
+    args = answer_settings(text_format="messages", max_new_tokens=100)
+    train_llm.chat(args, CPU, model, bytes_tokenizer)
+    turns = {"messages": [
+        {"role": "user", "content": "one"}, {"role": "assistant", "content": "answer 1"},
+        {"role": "user", "content": "two"},
+    ]}  # fmt: skip
+    expected = data_pipeline.encode_prompt(turns, "messages", bytes_tokenizer)
+    assert asked[1] == bytes_tokenizer.decode(expected)
+    # 100 tokens stay free for the answer: the oldest turns make room
+    assert "three" in asked[2] and "answer 1" not in asked[2]
+    assert "answer 3" in capsys.readouterr().out
+
+
+def test_the_scores_of_an_evaluations_answers_are_sacrebleus(flags, tmp_path, capsys):
+    sacrebleu = pytest.importorskip("sacrebleu")
+    argv = flags(tmp_path, num_samples=4, eval_answers=4, eval_interval=3, max_new_tokens=5)
+    assert run(argv) == 0
+    text = (tmp_path / "predictions.jsonl").read_text()
+    predictions = [json.loads(line) for line in text.splitlines()]
+    answers = [row["tuned"] for row in predictions]
+    references = [[row["reference"] for row in predictions]]
+    scored = [row for row in metrics(tmp_path) if "eval_chrf" in row]
+    assert [row["step"] for row in scored] == [3, 6]
+    assert scored[-1] == {
+        "step": 6, "epoch": 0, "eval_chrf": sacrebleu.corpus_chrf(answers, references).score,
+        "eval_bleu": sacrebleu.corpus_bleu(answers, references).score,
+        "eval_stopped": sum(row["stopped"] for row in predictions) / 4,
+        "eval_answer_length": sum(len(text.encode()) for text in answers) / 4,
+        "eval_reference_length": sum(len(text) for text in references[0]) / 4,
+    }  # fmt: skip
+    line = f"Held-out answers: chrF {scored[-1]['eval_chrf']:.1f}, BLEU"
+    assert line in (tmp_path / "final" / "README.md").read_text()
+    assert capsys.readouterr().out.count(line) >= 2  # at the evaluation, and at the end
+
+
+def test_eval_answers_without_sacrebleu_are_refused(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    find_spec = train_llm.importlib.util.find_spec
+    monkeypatch.setattr(
+        train_llm.importlib.util, "find_spec", lambda n: None if n == "sacrebleu" else find_spec(n)
+    )
+    said = refused(flags(tmp_path / "out", eval_answers=2), capsys)
+    assert "--eval_answers" in said and "pip install sacrebleu" in said
 
 
 # ---- failures at run time --------------------------------------------------------------------------------------------
@@ -2840,7 +2981,8 @@ BAD_NUMBERS = {
     "label_smoothing": ["-0.1", "1", "nan"], "adam_beta1": ["-0.1", "1", "nan"], "adam_beta2": ["-0.1", "1", "nan"],
     "adam_epsilon": ["0", "-1", "nan", "inf"], "min_lr": ["-1", "nan", "inf"], "log_interval": ["0"], "eval_interval": ["-1"], "save_interval": ["-1"],
     "save_total_limit": ["0"], "early_stopping_patience": ["-1"], "max_new_tokens": ["0"],
-    "temperature": ["-1", "nan", "inf"], "num_samples": ["-1"],
+    "temperature": ["-1", "nan", "inf"], "num_samples": ["-1"], "top_p": ["0", "1.1"],
+    "repetition_penalty": ["0.9", "nan"], "num_beams": ["0"], "no_repeat_ngram_size": ["-1"], "eval_answers": ["-1"],
 }  # fmt: skip
 
 
@@ -3146,6 +3288,31 @@ def test_prompts_are_answered_in_the_runs_own_format_up_to_the_end_of_text(learn
     assert re.findall(r"^Prompt: (.*)\nAnswer: (.*)$", out, re.M) == [
         ("grass", "green"),
         ("sky", "blue"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        ("asked.txt", "grass\n\nsky\n", ["grass", "sky"]),
+        (
+            "asked.jsonl",
+            '{"question": "grass"}\n{"question": "sky"}\n',
+            [{"question": "grass"}, {"question": "sky"}],
+        ),
+        ("asked.csv", "question\ngrass\nsky\n", [{"question": "grass"}, {"question": "sky"}]),
+    ],
+)
+def test_a_file_of_prompts_is_answered_in_its_order_beside_it(
+    name, content, prompts, learned, tmp_path
+):
+    (tmp_path / name).write_text(content)
+    argv = ["--adapter_path", str(learned[0] / "best"), "--prompts_file", str(tmp_path / name)]
+    assert run(argv) == 0
+    rows_ = [json.loads(line) for line in (tmp_path / "asked.answers.jsonl").open()]
+    assert rows_ == [
+        {"prompt": prompt, "answer": answer, "stopped": True}
+        for prompt, answer in zip(prompts, ["green", "blue"], strict=True)
     ]
 
 
