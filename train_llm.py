@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -47,13 +48,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     GenerationConfig,
     GPT2LMHeadModel,
+    LogitsProcessorList,
     PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import (
@@ -110,6 +117,8 @@ STOP_SIGNALS = [
     if hasattr(signal, name)  # Windows has but two
 ]
 EMOJI = re.compile("[🔧📊🔢] ?")
+ANSWERS_AT_ONCE = 32  # sequences; a beam each
+BEAM_SETTINGS = ("num_beams", "length_penalty", "no_repeat_ngram_size")
 GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
 STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
 # What a file system says that has no locks, or cannot sync a directory
@@ -136,6 +145,7 @@ def temperature(value: object) -> float:
     return parsed
 
 
+share = number_type(float, sys.float_info.min, math.nextafter(1, 2))
 OPTIMISATION_FLAGS = {
     "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
     "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
@@ -166,6 +176,7 @@ EVALUATION_FLAGS = {
     "save_total_limit": Flag(3, at_least_one, "checkpoints kept; >= 1"),
     "early_stopping_patience": Flag(0, at_least_zero, "evaluations without gain; 0: off"),
     "num_samples": Flag(3, at_least_zero, "held-out prompts answered at each evaluation"),
+    "eval_answers": Flag(0, at_least_zero, "scored by chrF and BLEU at each evaluation"),
     "report_to": Flag("none", one_of("none", "tensorboard"), "none or tensorboard"),
     "resume_from": Flag(None, nonempty, "auto, a run directory or a checkpoint (none: start)"),
     "overwrite_output_dir": Flag(False, boolean, "remove the run that the directory holds"),
@@ -181,7 +192,18 @@ USE_FLAGS = {
     "eval_only": Flag(False, boolean, "evaluate on the held-out rows, train nothing"),
     "max_new_tokens": Flag(128, at_least_one, "of an answer; >= 1"),
     "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
-}
+    "top_p": Flag(0.95, share, "sample from the likeliest tokens of this probability; > 0, <= 1"),
+    "repetition_penalty": Flag(1.2, number_type(float, 1), "on an answer's own tokens; 1: off"),
+    "no_repeat_ngram_size": Flag(0, at_least_zero, "no run of so many tokens twice; 0: off"),
+    "num_beams": Flag(1, at_least_one, "of beam search; 1: off"),
+    "length_penalty": Flag(1.0, number_type(float, -100), "of beam search; > 0: longer answers"),
+    "prompts_file": Flag(
+        None, nonempty,
+        "a prompt a line, or rows of fields (.jsonl, .json, .csv); answers go beside it, to "
+        "NAME.answers.jsonl (none)",
+    ),
+    "chat": Flag(False, boolean, "talk to the model; Ctrl-C ends an answer, Ctrl-D the chat"),
+}  # fmt: skip
 TRAINING_DATA_FLAGS = DATA_FLAGS | {
     "text_format": DATA_FLAGS["text_format"]._replace(default="alpaca"),
     "eval_fraction": DATA_FLAGS["eval_fraction"]._replace(default=0.05),
@@ -256,13 +278,14 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
 
 def uses_only(args: argparse.Namespace) -> bool:
     """Whether a model is evaluated or prompted, and nothing is trained."""
-    return args.eval_only or bool(args.prompt and not args.dataset_path)
+    asked = args.prompt or args.prompts_file or args.chat
+    return args.eval_only or bool(asked and not args.dataset_path)
 
 
 def conflict(args: argparse.Namespace) -> str:
     """The first conflict between several flags; "" where there is none."""
     has_rows = args.dataset_path or args.eval_dataset_path
-    no_task = not (args.dataset_path or args.demo or args.eval_only or args.prompt)
+    no_task = not (args.dataset_path or args.demo or uses_only(args))
     processes = int(os.environ.get("WORLD_SIZE", 1))
     tensorboard_missing = not importlib.util.find_spec("tensorboard")
     prefix_dropped = args.gradient_checkpointing and args.modification_type == "prefix"
@@ -273,6 +296,13 @@ def conflict(args: argparse.Namespace) -> str:
             args.eval_only and not has_rows,
         "--dataset_path: needed to train (or --demo)": no_task,
         f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
+        f"--prompts_file {args.prompts_file}: no such file":
+            args.prompts_file and not Path(args.prompts_file).is_file(),
+        "--chat: with --adapter_path, after training": args.chat and not uses_only(args),
+        "--num_beams: neither draws (--temperature) nor streams (--chat)":
+            args.num_beams > 1 and (args.temperature or args.chat),
+        "--eval_answers: needs the package: pip install sacrebleu":
+            args.eval_answers and not importlib.util.find_spec("sacrebleu"),
         "--from_scratch: --adapter_path brings the base that it was trained on":
             args.adapter_path and args.from_scratch,
         "--resume_from: --demo always starts anew": args.demo and args.resume_from,
@@ -302,6 +332,8 @@ def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
         "eval_fraction": (" beside --eval_dataset_path", args.eval_dataset_path),
         "model_name_or_path": (", --adapter_path holds a whole model", plain),
         "warmup_steps": (", --scheduler cosine has no warm-up", args.scheduler == "cosine"),
+        "top_p": (", --temperature 0 takes the likeliest token", not args.temperature),
+        "length_penalty": (", it is for --num_beams", args.num_beams == 1),
         "min_lr": (", --scheduler constant does not decay", args.scheduler == "constant"),
     }
     for name in idle_beside.keys() & given.keys():
@@ -608,7 +640,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     A chunk of rows at a time: logits, fp32 log-sum-exp, and, while they are at hand, the gradient
     softmax - one-hot multiplied on to `hidden` and `weight`. The loss is a sum, so the backward
-    pass only scales what is ready.
+    pass only scales what is ready. correct, where given, is raised by the number of targets whose
+    logit is the largest.
 
     With label smoothing the gradient is that of F.cross_entropy's `label_smoothing` (Szegedy et
     al., 2016, section 7; microsoft/LoRA's model.py), for which the target of a row of logits is
@@ -619,7 +652,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_grad: bool,
-        label_smoothing: float = 0.0,
+        label_smoothing: float = 0.0, correct: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         # hidden (rows, hidden size), weight (vocabulary, hidden size), targets (rows,)
         weight, (hidden_needs, weight_needs, *_) = weight.to(hidden.dtype), ctx.needs_input_grad
@@ -640,6 +673,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 softmax = exact.softmax(1)
                 log_sum_exp = largest - softmax.amax(1, keepdim=True).log()
                 loss += (log_sum_exp - at_target).sum()
+                if correct is not None:
+                    correct += (at_target == largest).sum()
                 if hidden_grad is not None or weight_grad is not None:
                     softmax.scatter_(1, target, label_smoothing - 1, reduce="add")
                     if label_smoothing:
@@ -658,7 +693,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             # Of one dimension, the factor is fp32 in the product; of none it would be rounded.
             hidden_grad = (hidden_grad * scale.view(1)).to(hidden_grad.dtype)
-        return hidden_grad, None if weight_grad is None else weight_grad * scale, None, None, None
+        weight_grad = None if weight_grad is None else weight_grad * scale
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class SummedLoss(nn.Module):
@@ -669,8 +705,10 @@ class SummedLoss(nn.Module):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
-    def forward(self, input_ids: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        """See loss_inputs for the arguments."""
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, correct: Tensor | None = None
+    ) -> Tensor:
+        """See loss_inputs for the arguments; correct: ChunkedCrossEntropy's."""
         transformer, device = self.model.transformer, input_ids.device.type
         # Embeddings, not ids: transformers would look for padding among ids, and wait for a GPU.
         # In fp32, so that this is the dtype of the residual stream whatever is frozen.
@@ -684,7 +722,7 @@ class SummedLoss(nn.Module):
         with torch.autocast(device, enabled=False):
             weight = self.model.lm_head.weight
             return ChunkedCrossEntropy.apply(
-                hidden, weight, targets, torch.is_grad_enabled(), self.label_smoothing
+                hidden, weight, targets, torch.is_grad_enabled(), self.label_smoothing, correct
             )
 
 
@@ -742,14 +780,16 @@ def to_device(tensor: Tensor, runtime: Runtime) -> Tensor:
 def evaluate(
     summed_loss: SummedLoss, loader: DataLoader, runtime: Runtime,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, int]:  # fmt: skip
-    """(mean loss over the labelled tokens of all held-out rows, their number), over all processes.
+) -> tuple[float, int, float]:  # fmt: skip
+    """(mean loss over the labelled tokens of all held-out rows, their number, the share of them
+    that is the likeliest next token), over all processes.
 
     stop: asked before each batch; once it says so, the rest is left out.
     """
     training = summed_loss.training
     summed_loss.eval()
     losses, tokens = [torch.zeros((), device=runtime.device)], 0
+    correct = torch.zeros((), dtype=torch.long, device=runtime.device)
     quiet = None if runtime.rank == 0 else True
     with attention_without_mask(summed_loss.model):
         for batch in tqdm(loader, desc="evaluating", leave=False, disable=quiet):
@@ -757,12 +797,12 @@ def evaluate(
                 break
             for inputs in loss_inputs(batch, runtime):
                 with runtime.autocast():
-                    losses.append(summed_loss(**inputs))
+                    losses.append(summed_loss(**inputs, correct=correct))
                 tokens += len(inputs["targets"])
     summed_loss.train(training)
     summed = torch.stack(losses).cpu().double().sum().item()
-    total, count = runtime.sum_over_ranks(summed, tokens)
-    return total / max(1, count), int(count)
+    total, count, right = runtime.sum_over_ranks(summed, tokens, correct.item())
+    return total / max(1, count), int(count), right / max(1, count)
 
 
 def perplexity(loss: float) -> float:
@@ -813,6 +853,7 @@ class Run:
     signal_time: float = 0.0  # seconds, of time.monotonic
     stopping: bool = False  # what all processes agreed on after a step
     writer: Any = None  # tensorboard's
+    scores: dict[str, float] = field(default_factory=dict)  # of the latest --eval_answers
 
     @property
     def output_dir(self) -> Path:
@@ -961,24 +1002,22 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def prompt_fields(text: str, text_format: str) -> dict[str, Any]:
-    """The fields of a row that a --prompt gives: the text is the only one before the response.
+def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
+    """The fields of a row that a prompt gives: a text is the only one before the response.
 
-    For formats with several, and for turns, it may be a JSON object of them; null is empty.
-    Raises ValueError for a field that is missing.
+    For formats with several, and for turns, it may be a dict or JSON object of them; null is
+    empty. Raises ValueError for a field that is missing.
     """
-    given = {}
-    if text.lstrip().startswith("{"):
+    given, text = (prompt, "") if isinstance(prompt, dict) else ({}, str(prompt))
+    if text.lstrip().startswith("{") and text_format != "output":
         with suppress(ValueError, RecursionError):
             given = json.loads(text)
-    if text_format == "output":
-        return {"output": text}
     if text_format == "messages":
         is_turns = given.keys() & {"messages", "conversations"}
         return given if is_turns else {"messages": [{"role": "user", "content": text}]}
     columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
-    if text_format == "alpaca":
-        before_response = data_pipeline.PROMPT_WITH_INPUT
+    prompts = {"alpaca": data_pipeline.PROMPT_WITH_INPUT, "output": "{output}"}
+    before_response = prompts.get(text_format, before_response)
     read = [name for name in columns if f"{{{name}}}" in before_response]
     required = [name for name in read if name != "input"] or read  # an input may be empty
     fields = {name: "" if value is None else str(value) for name, value in given.items()}
@@ -991,82 +1030,218 @@ def prompt_fields(text: str, text_format: str) -> dict[str, Any]:
 
 
 def prompt_ids(
-    text: str, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, text_format: str
+    prompt: Any, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, text_format: str
 ) -> list[int]:
-    """The tokens of a --prompt in the run's own format. Raises ValueError for one too long."""
+    """The tokens of a prompt in the run's own format. Raises ValueError for one too long."""
     try:
-        fields = prompt_fields(text, text_format)
+        fields = prompt_fields(prompt, text_format)
         ids = data_pipeline.encode_prompt(fields, text_format, tokenizer)
         if len(ids) + prefix_length(model) >= (positions := model.config.n_positions):
             raise ValueError(f"{len(ids)} tokens leave no room in {positions} positions")
     except ValueError as error:
-        raise ValueError(f"--prompt {text[:20]!r}...: {error}") from None
+        raise ValueError(f"prompt {str(prompt)[:40]!r}...: {error}") from None
     return ids or [tokenizer.eos_token_id]
 
 
 @contextmanager
-def answering(model: GPT2LMHeadModel, runtime: Runtime, seed: int, **settings: Any) -> Iterator:
+def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iterator[None]:
     """Inside, the model generates by these settings alone, whatever its base's
-    generation_config.json says, and draws nothing from the training's random state."""
-    training, before, states = model.training, model.generation_config, random_states(runtime)
+    generation_config.json says."""
+    training, before = model.training, model.generation_config
     model.eval()
     model.generation_config = GenerationConfig(**settings)
-    torch.manual_seed(seed)
     try:
         with torch.no_grad(), runtime.autocast():
             yield
     finally:
-        set_random_states(states)
         model.generation_config = before
         model.train(training)
 
 
-def generate_text(
-    prompt_ids: list[int], model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace, runtime: Runtime, number: int = 0,
-) -> tuple[str, bool]:  # fmt: skip
-    """(the model's answer, whether it stopped by itself). number: of the prompt among those of
-    the same moment, so that equal prompts draw different answers."""
-    eos = tokenizer.eos_token_id
-    room = model.config.n_positions - prefix_length(model) - len(prompt_ids)
-    ids = torch.tensor([prompt_ids], device=runtime.device)
-    settings = {"max_new_tokens": min(args.max_new_tokens, room), "do_sample": False}
+def drawn_by_row(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """Logits (rows, vocabulary) whose largest is a draw from the softmax of those given: Gumbel
+    noise is added (Maddison et al., 2014, section 2). Each row has its own generator, so that an
+    answer does not depend on those beside it, and training's random state is left alone."""
+    noise = torch.empty_like(logits)
+    for row, generator in zip(noise, generators, strict=True):
+        row.exponential_(generator=generator)
+    return logits - noise.log()
+
+
+def generate_answers(
+    prompts: list[list[int]], model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace, runtime: Runtime, streamer: TextStreamer | None = None,
+) -> list[tuple[str, bool]]:  # fmt: skip
+    """(answer, whether it stopped by itself) for the ids of each prompt, in batches of about one
+    length. Equal prompts draw different answers. streamer: shows the answer to a single one."""
+    room, eos = model.config.n_positions - prefix_length(model), tokenizer.eos_token_id
+    limits = [min(args.max_new_tokens, room - len(ids)) for ids in prompts]
+    settings = {name: getattr(args, name) for name in BEAM_SETTINGS}
+    settings |= {"do_sample": False, "eos_token_id": eos, "pad_token_id": eos}
+    answers: dict[int, tuple[str, bool]] = {}
+    size, quiet = max(1, ANSWERS_AT_ONCE // args.num_beams), True if streamer else None
+    bar = tqdm(total=sum(limits), desc="answering", unit="tok", leave=False, disable=quiet)
+    left = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    while left:
+        limit = limits[left[0]]
+        batch = [i for i in left[:size] if limits[i] == limit]
+        left = left[len(batch) :]
+        rows = [torch.tensor(prompts[i], device=runtime.device) for i in batch]
+        ids = pad_sequence(rows, batch_first=True, padding_value=eos, padding_side="left")
+        ones = [torch.ones_like(row) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side="left")
+        with answering(model, runtime, **settings, max_new_tokens=limit):
+            output = model.generate(
+                ids, attention_mask=mask, streamer=streamer,
+                logits_processor=processors(args, ids, [args.seed + i for i in batch], bar),
+            )  # fmt: skip
+        output = output[:, ids.shape[1] :].tolist()
+        bar.update(len(batch) * (limit - len(output[0])))  # what early ends have saved
+        for i, answer in zip(batch, output, strict=True):
+            stopped = eos in answer
+            text = tokenizer.decode(answer[: answer.index(eos)] if stopped else answer)
+            # a character may be cut in half
+            answers[i] = (text if stopped else text.removesuffix("\ufffd"), stopped)
+    bar.close()
+    return [answers[i] for i in range(len(prompts))]
+
+
+def processors(
+    args: argparse.Namespace, prompts: Tensor, seeds: list[int], bar: tqdm
+) -> LogitsProcessorList:
+    """What changes the logits before the largest is taken. The repetition penalty is for what the
+    answer itself has said: its prompt and the padding do not count."""
+    penalty, width = args.repetition_penalty, prompts.shape[1]
+    chain = [RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)]
+    generators = [torch.Generator(prompts.device).manual_seed(seed) for seed in seeds]
     if args.temperature:
-        settings |= {"do_sample": True, "temperature": args.temperature, "top_k": 0}
-    settings |= {"eos_token_id": eos, "pad_token_id": eos}
-    with answering(model, runtime, args.seed + number, **settings):
-        output = model.generate(ids, attention_mask=torch.ones_like(ids))
-    output = output[0, len(prompt_ids) :].tolist()
-    if eos in output:
-        return tokenizer.decode(output[: output.index(eos)]), True
-    return tokenizer.decode(output).removesuffix("\ufffd"), False  # a character cut in half
+        chain += [TemperatureLogitsWarper(args.temperature), TopPLogitsWarper(args.top_p)]
+
+    def draw(_ids: Tensor, logits: Tensor) -> Tensor:
+        bar.update(len(seeds))
+        return drawn_by_row(logits, generators) if args.temperature else logits
+
+    return LogitsProcessorList([*chain, draw])
 
 
 def answer_prompts(
     args: argparse.Namespace, runtime: Runtime, model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:  # fmt: skip
-    """Prints the answer to each --prompt."""
-    for number, text in enumerate(args.prompt if runtime.rank == 0 else []):
-        ids = prompt_ids(text, model, tokenizer, args.text_format)
-        answer, stopped = generate_text(ids, model, tokenizer, args, runtime, number)
+    """Prints the answer to each --prompt, writes those to --prompts_file, and chats."""
+    if runtime.rank != 0:
+        return
+    prompts = [*args.prompt, *read_prompts(args.prompts_file)]
+    encoded = [prompt_ids(prompt, model, tokenizer, args.text_format) for prompt in prompts]
+    rows = []
+    answers = generate_answers(encoded, model, tokenizer, args, runtime)
+    for prompt, (answer, stopped) in zip(prompts, answers, strict=True):
         answer = re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip())  # indentation stays
-        table.info("Prompt: %s\nAnswer: %s%s", text, answer, "" if stopped else " [...]")
+        rows.append({"prompt": prompt, "answer": answer, "stopped": stopped})
+    for row in rows[: len(args.prompt)]:
+        end = "" if row["stopped"] else " [...]"
+        table.info("Prompt: %s\nAnswer: %s%s", row["prompt"], row["answer"], end)
+    if args.prompts_file:
+        path = Path(args.prompts_file).with_suffix(".answers.jsonl")
+        write_rows(path, rows[len(args.prompt) :])
+        table.info("Answers written to %s", path)
+    if args.chat:
+        chat(args, runtime, model, tokenizer)
 
 
-def held_out_prompts(run: Run) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, reference ids) of the first held-out rows; a text without a prompt lends its
-    first eight tokens."""
-    pairs, rows, prompt_lengths = [], run.eval_rows, run.eval_rows.prompt_lengths
-    for row in range(min(run.args.num_samples, len(rows))):
+def read_prompts(path: str | None) -> list[Any]:
+    """The prompts of a file: its rows of fields, or its lines."""
+    if not path:
+        return []
+    if data_pipeline.file_kind(path):
+        return list(itertools.chain.from_iterable(data_pipeline.read_records(path)))
+    return list(filter(str.strip, Path(path).read_text(encoding="utf-8-sig").splitlines()))
+
+
+class ScreenStreamer(TextStreamer):
+    """Shows an answer as it is written, and keeps its text."""
+
+    text = ""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        print(for_terminal(text), end="\n" if stream_end else "", flush=True)
+
+
+def chat(
+    args: argparse.Namespace, runtime: Runtime, model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:  # fmt: skip
+    """Answers what is typed. In the format of turns the model reads the whole conversation, or as
+    much of its end as leaves room for an answer; in all others each question alone."""
+    with suppress(ImportError):  # Windows has none
+        importlib.import_module("readline")  # arrow keys
+    turns: list[dict[str, str]] = []
+    room = model.config.n_positions - prefix_length(model) - args.max_new_tokens
+    table.info("Ctrl-C ends an answer, Ctrl-D the chat")
+    while True:
+        streamer = ScreenStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        try:
+            prompt: Any = input("> ")
+            turns.append({"role": "user", "content": prompt})
+            if args.text_format == "messages":
+                prompt, encode = {"messages": turns}, data_pipeline.encode_prompt
+                while len(turns) > 1 and len(encode(prompt, "messages", tokenizer)) > room:
+                    del turns[:2]
+            ids = prompt_ids(prompt, model, tokenizer, args.text_format)
+            generate_answers([ids], model, tokenizer, args, runtime, streamer)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print()
+        except ValueError as error:
+            table.info("%s", error)
+        turns.append({"role": "assistant", "content": streamer.text.strip()})
+
+
+def held_out_prompts(
+    rows: AlpacaDataset, count: int, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[list[int]]]:
+    """(prompts, references), token ids, of the first held-out rows; a text without a prompt lends
+    its first eight tokens."""
+    prompts, references = [], []
+    for row in range(min(count, len(rows))):
         ids, labels = (rows[row][name].tolist() for name in ("input_ids", "labels"))
-        start = int(prompt_lengths[row]) or min(8, len(ids) - 1)
+        start = int(rows.prompt_lengths[row]) or min(8, len(ids) - 1)
         after = [i for i in range(start, len(ids)) if labels[i] == IGNORED]
         reference = ids[start : after[0] if after else None]  # of several answers, the first
-        if reference[-1:] == [run.tokenizer.eos_token_id]:
+        if reference[-1:] == [tokenizer.eos_token_id]:
             reference.pop()
-        pairs.append((ids[:start], reference))
-    return pairs
+        prompts.append(ids[:start])
+        references.append(reference)
+    return prompts, references
+
+
+def score_answers(
+    answers: list[tuple[str, bool]], references: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, float]:  # fmt: skip
+    """sacrebleu's chrF (Popović, 2015) and BLEU over all answers, the share that stopped by
+    themselves, and the mean lengths in tokens."""
+    import sacrebleu
+
+    texts, count = [answer for answer, _ in answers], len(answers)
+    expected = [[tokenizer.decode(reference) for reference in references]]
+    return {
+        "eval_chrf": sacrebleu.corpus_chrf(texts, expected).score,
+        "eval_bleu": sacrebleu.corpus_bleu(texts, expected).score,
+        "eval_stopped": sum(stopped for _, stopped in answers) / count,
+        "eval_answer_length": sum(len(tokenizer.encode(text)) for text in texts) / count,
+        "eval_reference_length": sum(map(len, references)) / count,
+    }
+
+
+def scores_line(scores: dict[str, float]) -> str:
+    words = (
+        "Held-out answers: chrF {eval_chrf:.1f}, BLEU {eval_bleu:.1f}, {eval_stopped:.0%} stop by "
+        "themselves, {eval_answer_length:.0f} tokens (references {eval_reference_length:.0f})"
+    )
+    return words.format(**scores)
 
 
 # ---- what a run writes ---------------------------------------------------------------------------
@@ -1342,6 +1517,7 @@ def model_card(run: Run) -> str:
         f"{state.step:,} steps",
         f"- Data: {dataset}, format {args.text_format!r}",
         f"- Held-out perplexity, {len(run.eval_rows):,} rows: {results}",
+        *([f"- {scores_line(run.scores)}"] if run.scores else []),
         "", "| setting | value |", "| --- | --- |",
         *(f"| {name} | {chosen[name]} |" for name in settings),
         "", "```python", *load,
@@ -1352,24 +1528,28 @@ def model_card(run: Run) -> str:
 
 def write_predictions(run: Run) -> None:
     """predictions.jsonl: the reference, the untouched base's answer and the tuned model's."""
-    pairs, tokenizer = held_out_prompts(run), run.tokenizer
-    if not pairs:
+    tokenizer, count = run.tokenizer, run.args.num_samples
+    prompts, references = held_out_prompts(run.eval_rows, count, tokenizer)
+    if not prompts:
         return
     settings = (tokenizer, run.args, run.runtime)
-    tuned = [generate_text(prompt, run.model, *settings) for prompt, _ in pairs]
+    tuned = generate_answers(prompts, run.model, *settings)
     chosen = argparse.Namespace(
         from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0
     )
     base = modify_llm.load_base(chosen).requires_grad_(False)
     prepare_model(base, run.args, run.runtime)
-    lines = []
-    for (prompt, reference), (answer, stopped) in zip(pairs, tuned, strict=True):
-        untuned, _ = generate_text(prompt, base, *settings)
-        row = {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference)}
-        row |= {"base": untuned, "tuned": answer, "stopped": stopped}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    (run.output_dir / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-    logger.info("%d of %d answers stopped by themselves", sum(s for _, s in tuned), len(tuned))
+    untuned, rows = generate_answers(prompts, base, *settings), []
+    for i, (answer, stopped) in enumerate(tuned):
+        row = {"prompt": tokenizer.decode(prompts[i]), "reference": tokenizer.decode(references[i])}
+        rows.append(row | {"base": untuned[i][0], "tuned": answer, "stopped": stopped})
+    write_rows(run.output_dir / "predictions.jsonl", rows)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines."""
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 def plot_curves(run: Run) -> None:
@@ -1738,7 +1918,8 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
     """Evaluates, logs and counts towards early stopping. Stays due where a signal breaks it off."""
     state, loss = run.progress, 0.0
     if run.eval_loader:
-        loss, tokens = evaluate(summed_loss, run.eval_loader, run.runtime, run.told_to_stop)
+        stop = run.told_to_stop
+        loss, tokens, accuracy = evaluate(summed_loss, run.eval_loader, run.runtime, stop)
         if run.told_to_stop():
             return
     state.evaluation_due = False
@@ -1748,10 +1929,11 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
         raise RuntimeError(f"the held-out loss is {loss} at step {state.step}")
     epoch = max(0, state.step - 1) // run.steps_per_epoch
     row = {"step": state.step, "epoch": epoch, "eval_loss": loss}
-    write_metrics(run, row | {"eval_perplexity": perplexity(loss), "eval_tokens": tokens})
+    row |= {"eval_perplexity": perplexity(loss), "eval_accuracy": accuracy}
+    write_metrics(run, row | {"eval_tokens": tokens})
     table.info(
-        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens",
-        epoch, state.step, loss, perplexity(loss), f"{tokens:,}",
+        "Epoch %d | Step %4d | Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens, %.1f%% right",
+        epoch, state.step, loss, perplexity(loss), f"{tokens:,}", 100 * accuracy,
     )  # fmt: skip
     state.last_loss = loss
     if state.step == 0:
@@ -1773,14 +1955,25 @@ def keep_best(run: Run) -> None:
 
 
 def show_samples(run: Run) -> None:
-    """Logs what the model answers to a few held-out prompts."""
-    pairs = held_out_prompts(run) if run.runtime.rank == 0 and run.progress.step else []
-    for number, (prompt, _) in enumerate(pairs):
-        answer, _ = generate_text(prompt, run.model, run.tokenizer, run.args, run.runtime, number)
-        text = run.tokenizer.decode(prompt)
-        logger.info("Sample: %.160r -> %.160r", text[-60:], answer)
+    """Answers held-out prompts: logs a few, and scores --eval_answers of them."""
+    args, tokenizer, step = run.args, run.tokenizer, run.progress.step
+    if run.runtime.rank != 0 or step == 0:
+        return
+    count = max(args.num_samples, args.eval_answers)
+    prompts, references = held_out_prompts(run.eval_rows, count, tokenizer)
+    answers = generate_answers(prompts, run.model, tokenizer, args, run.runtime)
+    for prompt, (answer, _) in zip(prompts[: args.num_samples], answers, strict=False):
+        text = tokenizer.decode(prompt)
+        asked = text if len(text) <= 60 else "..." + text[-60:].partition(" ")[2]
+        logger.info("Sample: %r -> %r", asked, textwrap.shorten(answer, 160, placeholder=" ..."))
         if run.writer:
-            run.writer.add_text("samples", f"**{text}** {answer}", run.progress.step)
+            run.writer.add_text("samples", f"**{text}** {answer}", step)
+    if args.eval_answers and prompts:
+        scored = slice(args.eval_answers)
+        run.scores = score_answers(answers[scored], references[scored], tokenizer)
+        epoch = (step - 1) // run.steps_per_epoch
+        write_metrics(run, {"step": step, "epoch": epoch, **run.scores})
+        table.info("Epoch %d | Step %4d | %s", epoch, step, scores_line(run.scores))
 
 
 def train(run: Run) -> None:
@@ -2025,6 +2218,8 @@ def finish(run: Run, started: float) -> None:
         after, best = perplexity(state.last_loss), perplexity(state.best_loss)
         words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at step %d"
         table.info(words, before, after, state.step, best, state.best_step)
+    if run.scores:
+        table.info(scores_line(run.scores))
     if run.runtime.device.type == "cuda":
         table.info("Peak GPU memory: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
     minutes, seconds = divmod(round(time.perf_counter() - started), 60)
@@ -2091,9 +2286,10 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
     if args.eval_only:
         _, rows = load_rows(args, tokenizer)
         loader = make_loader(rows, args, runtime, tokenizer, shuffle=False)
-        loss, tokens = evaluate(SummedLoss(model), loader, runtime)
-        line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows"
-        table.info(line, loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}")
+        loss, tokens, accuracy = evaluate(SummedLoss(model), loader, runtime)
+        line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows, %.1f%% right"
+        values = (loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}", 100 * accuracy)
+        table.info(line, *values)
     answer_prompts(args, runtime, model, tokenizer)
 
 
