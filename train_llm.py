@@ -56,6 +56,7 @@ from transformers import (
     GenerationConfig,
     GPT2LMHeadModel,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -118,7 +119,7 @@ STOP_SIGNALS = [
 ]
 EMOJI = re.compile("[🔧📊🔢] ?")
 ANSWERS_AT_ONCE = 32  # sequences; a beam each
-BEAM_SETTINGS = ("num_beams", "length_penalty", "no_repeat_ngram_size")
+BEAM_SETTINGS = ("num_beams", "length_penalty")
 GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
 STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
 # What a file system says that has no locks, or cannot sync a directory
@@ -1113,6 +1114,9 @@ def processors(
     answer itself has said: its prompt and the padding do not count."""
     penalty, width = args.repetition_penalty, prompts.shape[1]
     chain = [RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)]
+    if args.no_repeat_ngram_size:  # transformers' own setting would ban the prompt's names, too
+        no_repeat = NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)
+        chain += [lambda ids, logits: no_repeat(ids[:, width:], logits)]
     generators = [torch.Generator(prompts.device).manual_seed(seed) for seed in seeds]
     if args.temperature:
         chain += [TemperatureLogitsWarper(args.temperature), TopPLogitsWarper(args.top_p)]
