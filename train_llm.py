@@ -58,6 +58,7 @@ from transformers import (
     GenerationConfig,
     GPT2LMHeadModel,
     LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -121,7 +122,7 @@ STOP_SIGNALS = [
 FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
 EMOJI = re.compile("[🔧📊🔢] ?")
 ANSWERS_AT_ONCE = 32  # sequences; a beam each
-BEAM_SETTINGS = ("num_beams", "length_penalty", "no_repeat_ngram_size")
+BEAM_SETTINGS = ("num_beams", "length_penalty")
 GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
 STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
 # What a file system says that has no locks, or cannot sync a directory
@@ -702,7 +703,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             # Of one dimension, the factor is fp32 in the product; of none it would be rounded.
             hidden_grad = (hidden_grad * scale.view(1)).to(hidden_grad.dtype)
-        return hidden_grad, None if weight_grad is None else weight_grad * scale, *[None] * 4
+        weight_grad = None if weight_grad is None else weight_grad * scale
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class SummedLoss(nn.Module):
@@ -1146,6 +1148,9 @@ def processors(
         return logits if beams else logits - logits.median(1, keepdim=True).values
 
     chain = [centred, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)]
+    if args.no_repeat_ngram_size:  # transformers' own setting would ban the prompt's names, too
+        no_repeat = NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)
+        chain += [lambda ids, logits: no_repeat(ids[:, width:], logits)]
     generators = [torch.Generator(prompts.device).manual_seed(seed) for seed in seeds]
     if args.temperature:
         chain += [TemperatureLogitsWarper(args.temperature), TopPLogitsWarper(args.top_p)]

@@ -53,6 +53,7 @@ DECODING = {
     "num_beams": 10,
     "length_penalty": 0.8,
     "no_repeat_ngram_size": 4,
+    "repetition_penalty": 1.0,
     "max_new_tokens": 64,
     "precision": "fp32",
 }
@@ -127,7 +128,8 @@ def reproduce(args: argparse.Namespace, more: list[str]) -> str:
     asked = write_rows(directory / "contexts.jsonl", contexts)
     run({"adapter_path": run_dir / "final", "prompts_file": asked} | DECODING)
     with open(directory / "contexts.answers.jsonl", encoding="utf-8") as file:
-        answers = {row["context"]: row["answer"] for row in map(json.loads, file)}
+        lines = zip(contexts, map(json.loads, file), strict=True)
+        answers = {row["context"]: answered["answer"] for row, answered in lines}
     return bleu(answers, test)
 
 

@@ -64,9 +64,15 @@ def test_a_line_that_is_none_is_named(data_dir, line, capsys):
 
 
 def test_from_the_data_directory_to_bleu(data_dir, base_dir, tmp_path, capsys):
-    """A model that has learnt its rows by heart answers them, and BLEU is 100."""
+    """A model that has learnt its rows by heart answers them, and BLEU is 100. (Four tokens that no
+    answer may hold twice, " Crowne Plaza Hotel", stand in its prompt: that does not count.)"""
     argv = ["--model_name_or_path", str(base_dir), "--data_dir", str(data_dir)]
     argv += ["--output_dir", str(tmp_path / "out"), "--max_length=96", "--device=cpu"]
-    heart = ["--modification_type=full", "--learning_rate=0.01", "--warmup_steps=1", "--epochs=60"]
+    heart = [
+        "--modification_type=full",
+        "--learning_rate=0.006",
+        "--warmup_steps=10",
+        "--epochs=120",
+    ]
     assert reproduce_e2e.main([*argv, *heart]) == 0
     assert "BLEU 100.00 on 2 contexts" in capsys.readouterr().out
