@@ -2007,7 +2007,9 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
         state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
     worse = state.first_loss is not None and before <= state.first_loss < loss
     if worse or state.evaluations_without_gain == 2:
-        trouble = "is above that before the first step" if worse else "rose for two evaluations"
+        trouble = (
+            "is above that before the first step" if worse else "has not fallen for two evaluations"
+        )
         advice = "try a lower --learning_rate or fewer --epochs; best/ holds the best so far"
         logger.warning("The held-out loss %s: %s", trouble, advice)
 
@@ -2137,7 +2139,9 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
         resume(run)
     set_warmup(run)
     if args.adapter_path and run.resumed_from is None:
-        loses = "--learning_rate %g at first loses part of what %s has learned; a tenth loses less"
+        loses = (
+            "--learning_rate %g at first loses part of what %s has learned; a lower one keeps more"
+        )
         logger.info(loses, args.learning_rate, args.adapter_path)
     check_processes_agree(run)
     table.info(summary(run))

@@ -1512,7 +1512,7 @@ def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(
     ("losses", "told"),
     [
         ([5.0, 5.5, 5.6], "is above that before the first step"),
-        ([5.0, 4.0, 4.1, 4.2, 4.3], "rose for two evaluations"),
+        ([5.0, 4.0, 4.1, 4.2, 4.3], "has not fallen for two evaluations"),
         ([5.0, 4.0, 4.1, 3.9], None),
     ],
 )
@@ -1520,7 +1520,7 @@ def test_a_held_out_loss_that_gets_worse_is_told_once_with_what_to_try(
     losses, told, flags, tmp_path, monkeypatch, capsys
 ):
     given = iter(losses)
-    monkeypatch.setattr(train_llm, "evaluate", lambda *_: (next(given), 10))
+    monkeypatch.setattr(train_llm, "evaluate", lambda *_: (next(given), 10, 0.5))
     assert run(flags(tmp_path, max_steps=len(losses) - 1, eval_interval=1)) == 0
     lines = re.findall(r"WARNING:train_llm:The held-out loss (.*)", capsys.readouterr().out)
     assert [line.split(":")[0] for line in lines[:1]] == ([told] if told else [])
@@ -2978,6 +2978,7 @@ BAD_NUMBERS = {
     "adapter_size": ["0"], "prefix_length": ["0"], "prefix_projection_size": ["-1", "8"], "epochs": ["0", "-1"],
     "max_steps": ["-1"], "learning_rate": ["0", "-0.1", "nan", "inf"], "weight_decay": ["-0.1", "nan", "inf"],
     "max_grad_norm": ["-1", "nan", "inf"], "gradient_accumulation_steps": ["0", "4294967296"], "warmup_steps": ["-1"],
+    "lora_plus_ratio": ["0", "-1", "nan", "inf"], "length_penalty": ["-101", "nan", "inf"],
     "label_smoothing": ["-0.1", "1", "nan"], "adam_beta1": ["-0.1", "1", "nan"], "adam_beta2": ["-0.1", "1", "nan"],
     "adam_epsilon": ["0", "-1", "nan", "inf"], "min_lr": ["-1", "nan", "inf"], "log_interval": ["0"], "eval_interval": ["-1"], "save_interval": ["-1"],
     "save_total_limit": ["0"], "early_stopping_patience": ["-1"], "max_new_tokens": ["0"],
@@ -3429,7 +3430,8 @@ def test_what_a_directory_was_trained_with_sets_no_other_flag(
 def test_a_result_made_of_links_loads_as_the_hubs_cache_is(finished, tmp_path):
     for file in (finished[0] / "final").iterdir():
         (tmp_path / file.name).symlink_to(file)
-    assert modify_llm.load_trained(tmp_path).modification["modification_type"] == "lora"
+    base = modify_llm.load_trained(finished[0] / "final").base_name
+    assert modify_llm.load_trained(tmp_path, base).modification["modification_type"] == "lora"
 
 
 def test_a_lora_that_peft_made_is_used_with_its_bases_tokenizer_and_its_own_rank(
