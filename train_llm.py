@@ -115,6 +115,7 @@ STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\
 # What a file system says that has no locks, or cannot sync a directory
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 DEMO_FILES = data_pipeline.BUNDLED_SAMPLE.parent
+DEMO_FORMAT = "{input}\n{instruction}|| {output}"
 DEMO_BASE = {
     "dataset_path": str(DEMO_FILES / "demo_base.json"), "from_scratch": True, "hidden_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
@@ -2104,7 +2105,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         args.overwrite_output_dir |= settings["demo"]
     user = {name: getattr(args, name) for name in ("device", "precision", "seed")}
     common = user | {
-        "demo": True, "max_length": 64, "text_format": "{input}\n{instruction}|| {output}",
+        "demo": True, "max_length": 64, "text_format": DEMO_FORMAT,
         "max_new_tokens": 8,
     }  # fmt: skip
     with ExitStack() as closing:
