@@ -119,7 +119,7 @@ DEMO_FORMAT = "{input}\n{instruction}|| {output}"
 DEMO_BASE = {
     "dataset_path": str(DEMO_FILES / "demo_base.json"), "from_scratch": True, "hidden_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-    "modification_type": "full", "epochs": 5, "learning_rate": 4e-3, "batch_size": 32,
+    "modification_type": "full", "epochs": 8, "learning_rate": 3e-3, "batch_size": 32,
     "num_samples": 0,
 }  # fmt: skip
 DEMO_LORA = {
