@@ -17,14 +17,14 @@ WORDS = {
     "place": "house garden street school church bridge river forest beach city",
 }
 QUESTIONS = {
-    "first": "Which word comes first?",
-    "middle": "Which word is between the two others?",
-    "last": "Which word is at the end?",
-    "animal": "Name the creature in this list.",
-    "colour": "Which of these can you paint with?",
-    "food": "What can you eat or drink?",
-    "number": "Find what you can count to.",
-    "reverse": "Say the words in the opposite order.",
+    "first": "Name the word at the front",
+    "middle": "Name the word at the centre",
+    "last": "Name the word at the end",
+    "animal": "Name the creature",
+    "colour": "Name the paint",
+    "food": "Name what to eat",
+    "number": "Name what to count",
+    "reverse": "Say the words backwards",
 }
 
 
