@@ -127,6 +127,19 @@ GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches
 STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
 # What a file system says that has no locks, or cannot sync a directory
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+DEMO_FILES = data_pipeline.BUNDLED_SAMPLE.parent
+DEMO_FORMAT = "{input}\n{instruction}|| {output}"
+DEMO_BASE = {
+    "dataset_path": str(DEMO_FILES / "demo_base.json"), "from_scratch": True, "hidden_size": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "modification_type": "full", "epochs": 8, "learning_rate": 3e-3, "batch_size": 32,
+    "num_samples": 0,
+}  # fmt: skip
+DEMO_LORA = {
+    "dataset_path": str(DEMO_FILES / "demo_tasks.json"),
+    "eval_dataset_path": str(DEMO_FILES / "demo_questions.json"),
+    "lora_rank": 8, "lora_alpha": 16, "epochs": 12, "learning_rate": 1e-2, "batch_size": 32,
+}  # fmt: skip
 # What PyTorch says when memory is short
 OUT_OF_MEMORY = "not enough memory|annot allocate memory|can't allocate memory|ALLOC_FAILED"
 
@@ -2356,47 +2369,51 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def demo(args: argparse.Namespace, runtime: Runtime) -> None:
-    """A tiny GPT-2 from scratch on one half of the bundled sample, then LoRA on it with the other
-    half."""
+    """A tiny GPT-2 from scratch on tasks named by a keyword, then LoRA on it with the same tasks
+    asked in a sentence; at the end, how many held-out questions each answers rightly."""
     output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
     args.output_dir, args.from_scratch = str(output_dir), True  # base/ is its own to write, too
     with suppress(ValueError, KeyError, TypeError):  # an earlier demo is the demo's to overwrite
         settings = modify_llm.read_json(output_dir / "run.json")["settings"]
         args.overwrite_output_dir |= settings["demo"]
-    rows = json.loads(data_pipeline.BUNDLED_SAMPLE.read_text(encoding="utf-8"))
-    # what a model of this size can learn in half a minute
-    rows = [row for row in rows if len(row["output"]) < 200]
     user = {name: getattr(args, name) for name in ("device", "precision", "seed")}
     common = user | {
-        "demo": True, "max_length": 160, "eval_fraction": 0.1, "batch_size": 4, "num_samples": 1,
-        "max_new_tokens": 40,
+        "demo": True, "max_length": 64, "text_format": DEMO_FORMAT,
+        "max_new_tokens": 8,
     }  # fmt: skip
-    question = "Q: {instruction} {input}\nA:"
     with ExitStack() as closing:
         claim_directory(args, runtime, closing)
         scratch = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         clear_directory(output_dir)
-        (scratch / "base.json").write_text(json.dumps(rows[::2]), encoding="utf-8")
-        (scratch / "tune.json").write_text(json.dumps(rows[1::2]), encoding="utf-8")
         table.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
-        train_model(resolve(common | {
-            "from_scratch": True, "hidden_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": 160, "modification_type": "full",
-            "epochs": 8, "learning_rate": 2e-3, "eval_interval": 172,
-            "dataset_path": str(scratch / "base.json"), "text_format": f"||{question} {{output}}",
-            "output_dir": str(scratch / "run"),
-        }), runtime)  # fmt: skip
+        train_model(resolve(common | DEMO_BASE | {"output_dir": str(scratch / "run")}), runtime)
         shutil.move(scratch / "run" / "best", output_dir / "base")
         table.info("\nDemo, part 2 of 2: LoRA on that base\n")
-        train_model(resolve(common | {
-            "model_name_or_path": str(output_dir / "base"), "epochs": 6, "learning_rate": 1e-2,
-            "eval_interval": 129, "dataset_path": str(scratch / "tune.json"),
-            "text_format": f"{question}|| {{output}}", "output_dir": str(output_dir),
-        }), runtime)  # fmt: skip
-    table.info("\nA model of this size learns the form of an answer, not its facts:\n")
-    prompt = '{"instruction": "Is this a fruit or a vegetable?", "input": "banana"}'
-    asked = {"adapter_path": str(output_dir / "final"), "prompt": [prompt]}
-    use_model(resolve(user | asked), runtime)
+        base = {"model_name_or_path": str(output_dir / "base"), "output_dir": str(output_dir)}
+        lora = resolve(common | DEMO_LORA | base)
+        train_model(lora, runtime)
+    show_demo_answers(lora, runtime)
+
+
+def show_demo_answers(args: argparse.Namespace, runtime: Runtime) -> None:
+    """Five held-out questions with their answers, and how many of all are answered rightly."""
+    rows = json.loads(Path(args.eval_dataset_path).read_text(encoding="utf-8"))
+    tokenizer = tokenizer_for(args)
+    models = {"base": modify_llm.load_base(args), "tuned": load_trained(f"{args.output_dir}/final")}
+    for name, model in models.items():
+        prepare_model(model.requires_grad_(False), args, runtime)
+        for row in rows:
+            ids = prompt_ids(json.dumps(row), model, tokenizer, args.text_format)
+            row[name] = generate_text(ids, model, tokenizer, args, runtime)[0].strip()
+    table.info("\nHeld-out questions, in neither part's training rows:\n")
+    columns = "%-55.55s | %-20.20s | %-20.20s | %s"
+    table.info(columns, "question", "base", "tuned", "reference")
+    for row in rows[:5]:
+        question = f"{row['input']}: {row['instruction']}"
+        table.info(columns, question, row["base"], row["tuned"], row["output"])
+    base, tuned = (sum(row[name] == row["output"] for row in rows) for name in models)
+    table.info("\nRight answers of %d: base %d, tuned %d", len(rows), base, tuned)
+    table.info("The model is tiny, the tasks are made up of 50 words, and it knows nothing else.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
     python tests/measure.py sweep --dataset_path alpaca_data.json --model_name_or_path distilgpt2
     python tests/measure.py results --dataset_path alpaca_data.json --plot chart.png
+    python tests/measure.py results --demo
     python tests/measure.py peft --dataset_path alpaca_data.json --max_samples 6000
 
 `sweep`: the held-out loss at several learning rates. `results`: perplexity, parameters, size and
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +52,18 @@ RATES = {  # from published practice, for pretrained models, to what a weak base
 }
 
 
+DEMO_RUNTIME = ["--device=cpu", "--precision=fp32"]
+# The demo's rows are short and few: many passes, each technique at a rate for a tiny base
+DEMO_RUN = ["--text_format", train_llm.DEMO_FORMAT, "--max_length=64", "--epochs=12"]
+DEMO_RUN += ["--batch_size=32"]
+
+
+def techniques() -> list[str]:
+    """The table's rows: those above, then what else modify_llm has, at its defaults."""
+    shown = {flags[1] for flags in TECHNIQUES.values()}
+    return [*TECHNIQUES, *(name for name in modify_llm.TECHNIQUES if name not in shown)]
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """All flags of train_llm.py, as its command line gives them."""
     return train_llm.resolve(vars(train_llm.build_parser().parse_args(argv)))
@@ -63,6 +77,7 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     flags += ["--text_format=output", "--num_samples=0", "--log_interval=100"]
     if args.eval_dataset_path:
         flags += [f"--eval_dataset_path={args.eval_dataset_path}"]
+    flags += [*DEMO_RUNTIME, *DEMO_RUN] if args.demo else []
     return [*flags, "--overwrite_output_dir"]
 
 
@@ -99,7 +114,7 @@ def cpu_seconds() -> float:
 def technique_flags(name: str, model: str) -> list[str]:
     """The flags of a technique; "lower half frozen" is of whatever model this is."""
     if "half" not in name:
-        return TECHNIQUES[name]
+        return TECHNIQUES.get(name, ["--modification_type", name])
     config = modify_llm.read_config(modify_llm.with_defaults(model_name_or_path=model))
     return [*TECHNIQUES[name], f"--freeze_layers=0-{config.n_layer // 2 - 1}"]
 
@@ -121,21 +136,40 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def results(args: argparse.Namespace) -> None:
-    """What each technique trains, learns, saves and costs, a row each."""
+    """What each technique trains, learns, saves and costs, a row each: means over the seeds."""
     columns = "trainable | share | held-out perplexity before | after | saved | CPU time"
     print(f"| technique | {columns} |\n| --- {'| ---: ' * 6}|")
     rows = []
-    for name in TECHNIQUES:
+    for name in techniques():
         rate = [f"--learning_rate={args.rates[name]}"] if name in args.rates else []
         flags = [*technique_flags(name, args.model_name_or_path), *rate]
-        row = train(args, f"results {name}", *flags)
+        runs = [train(args, f"results {name}", *flags)]
+        for seed in range(1, args.seeds):
+            runs.append(train(args, f"results {name} {seed}", *flags, f"--seed={42 + seed}"))
+        row = runs[0]
         rows.append(row | {"label": name})
-        before, after = math.exp(row["before"]), math.exp(row["after"])
+        after = [math.exp(run["after"]) for run in runs]
+        spread = f" ± {statistics.stdev(after):.2f}" if len(after) > 1 else ""
         counts = f"{row['trainable']:,} | {row['trainable'] / row['total']:.2%}"
-        saved = f"{row['saved_mb']:.1f} MB | {row['seconds'] / 60:.1f} min"
-        print(f"| {name} | {counts} | {before:.1f} | {after:.2f} | {saved} |", flush=True)
+        perplexity = f"{math.exp(row['before']):.1f} | {statistics.mean(after):.2f}{spread}"
+        minutes = statistics.mean(run["seconds"] for run in runs) / 60
+        # the time of a table to repeat to the digit is not one of its digits
+        cost = f"{row['saved_mb']:.1f} MB | {'-' if args.demo else f'{minutes:.1f} min'}"
+        print(f"| {name} | {counts} | {perplexity} | {cost} |", flush=True)
     if args.plot:
         plot(rows, args)
+
+
+def use_demo(args: argparse.Namespace) -> None:
+    """Sets the demo's base, trained here if it is not yet, and the bundled sample; one thread."""
+    directory = args.work_dir / "demo"
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if not (directory / "final").exists():
+        command = [sys.executable, str(ROOT / "train_llm.py"), "--demo", *DEMO_RUNTIME]
+        subprocess.run([*command, f"--output_dir={directory}"], check=True, stdout=sys.stderr)
+    lora = train_llm.DEMO_LORA
+    args.dataset_path, args.eval_dataset_path = lora["dataset_path"], lora["eval_dataset_path"]
+    args.model_name_or_path = str(directory / "base")
 
 
 def missing_packages(*names: str) -> str:
@@ -245,7 +279,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=("sweep", "results", "peft"))
-    parser.add_argument("--dataset_path", required=True)
+    parser.add_argument("--dataset_path", help="needed without --demo")
+    demo = "results: on the demo's base and rows, fp32 on one thread: the same digits each time"
+    parser.add_argument("--demo", action="store_true", help=demo)
+    parser.add_argument("--seeds", type=int, default=1, help="results: runs of each technique")
     parser.add_argument("--eval_dataset_path", default="")
     parser.add_argument("--model_name_or_path", default="distilgpt2")
     parser.add_argument("--max_samples", type=int, default=30_000)
@@ -256,7 +293,11 @@ def main() -> None:
     parser.add_argument("--plot", default="")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/measure"))
     args = parser.parse_args()
+    if not (args.demo or args.dataset_path) or (args.demo and args.what != "results"):
+        parser.error("--dataset_path: needed; --demo: for results only")
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.demo:
+        use_demo(args)
     {"sweep": sweep, "results": results, "peft": beside_peft}[args.what](args)
 
 

@@ -21,6 +21,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -3784,22 +3785,30 @@ def test_the_demo_does_not_overwrite_another_run(half, capsys):
     assert snapshot(half) == before
 
 
-def test_the_demo_lowers_perplexity_in_both_parts_and_closes_with_a_sample(tmp_path):
+def test_the_demo_answers_held_out_questions_that_its_base_cannot(tmp_path):
     process = script(["--demo", "--output_dir", str(tmp_path / "demo")])
     out, error = process.communicate(timeout=400)
     out = out.decode()
     assert process.returncode == 0, error.decode()
-    falls = re.findall(r"^Held-out perplexity: ([\d.]+) before, ([\d.]+) after", out, re.M)
-    assert len(falls) == 2
+    count, base, tuned = map(int, re.search(r"of (\d+): base (\d+), tuned (\d+)", out).groups())
+    assert count == 80 and base < 0.4 * count and tuned >= 0.8 * count, (base, tuned)
+    assert len(re.findall(r"^.+ \| .+ \| .+ \| .+$", out.split("Held-out questions")[1], re.M)) == 6
     assert out.count("Written to ") == out.count("Try it: ") == 1  # the first part's is temporary
-    assert all(float(after) < 0.9 * float(before) for before, after in falls), falls
-    assert re.search(r"^Prompt: .*\nAnswer: \S", out, re.M)
     losses = held_out_losses(tmp_path / "demo")
     assert losses[max(losses)] < losses[0]
     assert (tmp_path / "demo" / "base" / "model.safetensors").exists()
     log = next((tmp_path / "demo").glob("training_*.log")).read_text(encoding="utf-8")
     assert len(re.findall(r"Using device", log)) == 1
     assert not hidden_leftovers(tmp_path / "demo")
+
+
+def test_the_demos_files_are_what_their_script_writes_and_share_no_list():
+    data, lists = ROOT / "tests" / "data", []
+    files = runpy.run_path(str(data / "make_tasks.py"))["files"]()
+    for name, text in files.items():
+        assert (data / name).read_text(encoding="utf-8") == text
+        lists += [row["input"] for row in json.loads(text)]
+    assert len(lists) == len(set(lists)) == 3280
 
 
 if __name__ == "__main__":
