@@ -1,6 +1,6 @@
 """Fine-tune GPT-2 on instruction rows with LoRA, adapters, prefixes, freezing or in full.
 
-    python train_llm.py --demo    # no download, a minute or two on a CPU
+    python train_llm.py --demo    # no download, a minute on a CPU
     python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
     python train_llm.py --dataset_path alpaca_data.json --resume_from auto
     python train_llm.py --adapter_path outputs/best --prompt "Name a colour."
@@ -132,13 +132,14 @@ DEMO_FORMAT = "{input}\n{instruction}|| {output}"
 DEMO_BASE = {
     "dataset_path": str(DEMO_FILES / "demo_base.json"), "from_scratch": True, "hidden_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
-    "modification_type": "full", "epochs": 8, "learning_rate": 3e-3, "batch_size": 32,
-    "num_samples": 0,
+    "modification_type": "full", "epochs": 6, "learning_rate": 3e-3, "batch_size": 16,
+    "num_samples": 0, "eval_interval": 429,
 }  # fmt: skip
 DEMO_LORA = {
     "dataset_path": str(DEMO_FILES / "demo_tasks.json"),
     "eval_dataset_path": str(DEMO_FILES / "demo_questions.json"),
-    "lora_rank": 8, "lora_alpha": 16, "epochs": 12, "learning_rate": 1e-2, "batch_size": 32,
+    "lora_rank": 8, "lora_alpha": 16, "epochs": 10, "learning_rate": 1e-2, "batch_size": 32,
+    "num_samples": 1, "eval_interval": 125,
 }  # fmt: skip
 # What PyTorch says when memory is short
 OUT_OF_MEMORY = "not enough memory|annot allocate memory|can't allocate memory|ALLOC_FAILED"
@@ -214,7 +215,7 @@ RUN_FLAGS = {
     ),
     "precision": Flag("auto", one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
     "device": Flag("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
-    "demo": Flag(False, boolean, "train a tiny GPT-2, then LoRA on it, on the bundled sample"),
+    "demo": Flag(False, boolean, "train a tiny GPT-2 on made-up tasks, then LoRA on it"),
 }
 USE_FLAGS = {
     "adapter_path": Flag(
@@ -2369,8 +2370,8 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
 
 
 def demo(args: argparse.Namespace, runtime: Runtime) -> None:
-    """A tiny GPT-2 from scratch on tasks named by a keyword, then LoRA on it with the same tasks
-    asked in a sentence; at the end, how many held-out questions each answers rightly."""
+    """A tiny GPT-2 from scratch on small tasks, then LoRA, which teaches it new names for them; at
+    the end, how many held-out questions each answers rightly."""
     output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
     args.output_dir, args.from_scratch = str(output_dir), True  # base/ is its own to write, too
     with suppress(ValueError, KeyError, TypeError):  # an earlier demo is the demo's to overwrite
@@ -2378,17 +2379,17 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         args.overwrite_output_dir |= settings["demo"]
     user = {name: getattr(args, name) for name in ("device", "precision", "seed")}
     common = user | {
-        "demo": True, "max_length": 64, "text_format": DEMO_FORMAT,
-        "max_new_tokens": 8,
+        "demo": True, "max_length": 64, "text_format": DEMO_FORMAT, "max_new_tokens": 8,
+        "repetition_penalty": 1.0,
     }  # fmt: skip
     with ExitStack() as closing:
         claim_directory(args, runtime, closing)
         scratch = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         clear_directory(output_dir)
-        table.info("Demo, part 1 of 2: a tiny GPT-2, from random weights, in full\n")
+        table.info("Demo, part 1 of 2: a tiny GPT-2 learns tasks by name, from random weights\n")
         train_model(resolve(common | DEMO_BASE | {"output_dir": str(scratch / "run")}), runtime)
         shutil.move(scratch / "run" / "best", output_dir / "base")
-        table.info("\nDemo, part 2 of 2: LoRA on that base\n")
+        table.info("\nDemo, part 2 of 2: LoRA teaches it other names for them\n")
         base = {"model_name_or_path": str(output_dir / "base"), "output_dir": str(output_dir)}
         lora = resolve(common | DEMO_LORA | base)
         train_model(lora, runtime)
@@ -2398,22 +2399,23 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
 def show_demo_answers(args: argparse.Namespace, runtime: Runtime) -> None:
     """Five held-out questions with their answers, and how many of all are answered rightly."""
     rows = json.loads(Path(args.eval_dataset_path).read_text(encoding="utf-8"))
-    tokenizer = tokenizer_for(args)
+    tokenizer, answers = tokenizer_for(args), {}
     models = {"base": modify_llm.load_base(args), "tuned": load_trained(f"{args.output_dir}/final")}
     for name, model in models.items():
         prepare_model(model.requires_grad_(False), args, runtime)
-        for row in rows:
-            ids = prompt_ids(json.dumps(row), model, tokenizer, args.text_format)
-            row[name] = generate_text(ids, model, tokenizer, args, runtime)[0].strip()
-    table.info("\nHeld-out questions, in neither part's training rows:\n")
-    columns = "%-55.55s | %-20.20s | %-20.20s | %s"
-    table.info(columns, "question", "base", "tuned", "reference")
-    for row in rows[:5]:
+        prompts = [data_pipeline.encode_prompt(row, args.text_format, tokenizer) for row in rows]
+        found = generate_answers(prompts, model, tokenizer, args, runtime)
+        answers[name] = [answer.strip() for answer, _ in found]
+    table.info("\nHeld-out questions, on lists of words that are in neither part's rows:\n")
+    columns = "%-36s %-24s %-24s %s"
+    table.info(columns, "question", "base", "tuned", "right answer")
+    for row, base, tuned in list(zip(rows, answers["base"], answers["tuned"], strict=True))[:5]:
         question = f"{row['input']}: {row['instruction']}"
-        table.info(columns, question, row["base"], row["tuned"], row["output"])
-    base, tuned = (sum(row[name] == row["output"] for row in rows) for name in models)
-    table.info("\nRight answers of %d: base %d, tuned %d", len(rows), base, tuned)
-    table.info("The model is tiny, the tasks are made up of 50 words, and it knows nothing else.")
+        table.info(columns, question, base, tuned, row["output"])
+    references = [row["output"] for row in rows]
+    right = [sum(map(str.__eq__, answers[name], references)) for name in models]
+    table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
+    table.info("The model is tiny, the tasks are made up of some 60 words, and it knows no others.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,9 @@
 """Writes the demo's three files: python tests/data/make_tasks.py
 
-Every row asks for one thing about a list of three words, and has one right answer. In
-demo_base.json a task is named by a keyword; demo_tasks.json asks for the same in a sentence, and so
-do the held-out rows of demo_questions.json. No list of words stands twice.
+Every row asks for one thing about a list of three words, and has one right answer. demo_base.json
+names a task by one word ("last"), demo_tasks.json by another ("end"), and so do the held-out rows
+of demo_questions.json. The other words stand in the lists too, so the base knows them as words, but
+not as tasks. No list stands twice.
 """
 
 import json
@@ -14,17 +15,18 @@ WORDS = {
     "colour": "red blue green black white brown pink purple yellow orange",
     "food": "bread cheese milk rice soup salt sugar meat butter cake",
     "number": "one two three four five six seven eight nine ten",
+    "thing": "front centre end creature paint meal digit mirror",
     "place": "house garden street school church bridge river forest beach city",
 }
-QUESTIONS = {
-    "first": "Name the word at the front",
-    "middle": "Name the word at the centre",
-    "last": "Name the word at the end",
-    "animal": "Name the creature",
-    "colour": "Name the paint",
-    "food": "Name what to eat",
-    "number": "Name what to count",
-    "reverse": "Say the words backwards",
+NEW_NAMES = {
+    "first": "front",
+    "middle": "centre",
+    "last": "end",
+    "animal": "creature",
+    "colour": "paint",
+    "food": "meal",
+    "number": "digit",
+    "reverse": "mirror",
 }
 
 
@@ -36,11 +38,11 @@ def answer(task: str, words: list[str], kinds: list[str]) -> str:
     return words[places[task]] if task in places else words[kinds.index(task)]
 
 
-def make_rows(count: int, asked: dict[str, str], rng: random.Random, seen: set[str]) -> list[dict]:
-    """`count` rows, each task as often as any other; `asked`: task to its wording."""
+def make_rows(count: int, names: dict[str, str], rng: random.Random, seen: set[str]) -> list[dict]:
+    """`count` rows, each task as often as any other; `names`: of the tasks."""
     rows = []
     while len(rows) < count:
-        task = list(asked)[len(rows) % len(asked)]
+        task = list(names)[len(rows) % len(names)]
         kinds = rng.sample(list(WORDS), 3)
         if task in WORDS and task not in kinds:
             continue
@@ -49,7 +51,7 @@ def make_rows(count: int, asked: dict[str, str], rng: random.Random, seen: set[s
         if listed not in seen:
             seen.add(listed)
             output = answer(task, words, kinds)
-            rows.append({"instruction": asked[task], "input": listed, "output": output})
+            rows.append({"instruction": names[task], "input": listed, "output": output})
     return rows
 
 
@@ -57,9 +59,9 @@ def files() -> dict[str, str]:
     """File name to its text."""
     rng, seen = random.Random(0), set()
     parts = {
-        "demo_base.json": make_rows(2400, {task: task for task in QUESTIONS}, rng, seen),
-        "demo_tasks.json": make_rows(800, QUESTIONS, rng, seen),
-        "demo_questions.json": make_rows(80, QUESTIONS, rng, seen),
+        "demo_base.json": make_rows(2400, {task: task for task in NEW_NAMES}, rng, seen),
+        "demo_tasks.json": make_rows(800, NEW_NAMES, rng, seen),
+        "demo_questions.json": make_rows(80, NEW_NAMES, rng, seen),
     }
     lines = {name: ",\n".join(map(json.dumps, rows)) for name, rows in parts.items()}
     return {name: f"[\n{text}\n]\n" for name, text in lines.items()}
