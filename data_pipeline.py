@@ -848,8 +848,7 @@ class AlpacaDataset(Dataset):
 
     tokens: np.ndarray  # (total tokens,) uint16, or int32 for vocabularies beyond 65,536
     offsets: np.ndarray  # (rows + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]]
-    label_starts: np.ndarray  # (spans,) int64; tokens[label_starts[j]:label_ends[j]] carry labels,
-    label_ends: np.ndarray  # (spans,) int64; a row has a span for each response, or none
+    labelled: np.ndarray  # (total tokens,) bool; part of a response and its end-of-text token
     truncated: np.ndarray  # (rows,) bool; cut at max_length, so without its end-of-text token
 
     def __len__(self) -> int:
@@ -861,10 +860,8 @@ class AlpacaDataset(Dataset):
             raise IndexError(f"row {row} of {len(self)}")
         start, end = self.offsets[row : row + 2]
         input_ids = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-        labels = torch.full_like(input_ids, IGNORED)
-        for span in range(*np.searchsorted(self.label_starts, [start, end])):
-            labelled = slice(self.label_starts[span] - start, self.label_ends[span] - start)
-            labels[labelled] = input_ids[labelled]
+        labelled = torch.from_numpy(self.labelled[start:end])
+        labels = torch.where(labelled, input_ids, IGNORED)
         labels[:1] = IGNORED  # nothing predicts position 0
         return {"input_ids": input_ids, "labels": labels}
 
@@ -875,34 +872,23 @@ class AlpacaDataset(Dataset):
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """(rows,) int32 tokens before each row's first response; all, where it has none."""
+        """(rows,) tokens before each row's first response; all, where it has none."""
         starts, ends = self.offsets[:-1], self.offsets[1:]
-        first_spans = np.searchsorted(self.label_starts, starts)
-        first_labels = np.append(self.label_starts, ends[-1:])[first_spans]
-        return (np.minimum(first_labels, ends) - starts).astype(np.int32)
-
-    @property
-    def label_rows(self) -> np.ndarray:
-        """(spans,) the row of each span."""
-        return np.searchsorted(self.offsets, self.label_starts, side="right") - 1
+        labels = np.append(np.flatnonzero(self.labelled), ends[-1:])
+        return np.minimum(labels[np.searchsorted(labels, starts)], ends) - starts
 
     @property
     def label_counts(self) -> np.ndarray:
         """(rows,) tokens of each row that carry a label; 0: nothing to learn from it."""
-        rows = self.label_rows
-        starts = np.maximum(self.label_starts, self.offsets[rows] + 1)  # not at position 0
-        counts = np.bincount(rows, self.label_ends - starts, minlength=len(self))
-        return counts.astype(np.int64)
+        starts = self.offsets[:-1]
+        in_responses = np.add.reduceat(self.labelled, starts, dtype=np.int64)
+        return in_responses - self.labelled[starts]  # position 0 carries none
 
     def select(self, keep: np.ndarray) -> "AlpacaDataset":
         """The rows where `keep` (rows,) bool is true, in their order."""
-        tokens = self.tokens[np.repeat(keep, self.lengths)]
-        left_out = np.cumsum(np.where(keep, 0, self.lengths))  # (rows,) tokens, up to each row
+        kept = np.repeat(keep, self.lengths)  # (total tokens,)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        rows = self.label_rows
-        spans, moved = keep[rows], left_out[rows]
-        starts, ends = (self.label_starts - moved)[spans], (self.label_ends - moved)[spans]
-        return AlpacaDataset(tokens, offsets, starts, ends, self.truncated[keep])
+        return AlpacaDataset(self.tokens[kept], offsets, self.labelled[kept], self.truncated[keep])
 
     def first(self, number: int) -> "AlpacaDataset":
         """The first `number` rows; 0: all."""
@@ -919,20 +905,17 @@ class AlpacaDataset(Dataset):
     def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
         """The rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
-        starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
-        pairs = list(zip(parts, starts[:-1], strict=True))
         return AlpacaDataset(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate([part.label_starts + start for part, start in pairs]),
-            np.concatenate([part.label_ends + start for part, start in pairs]),
+            np.concatenate([part.labelled for part in parts]),
             np.concatenate([part.truncated for part in parts]),
         )
 
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.label_starts, self.label_ends):
+        for array in (self.tokens, self.offsets, self.labelled):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
@@ -948,24 +931,26 @@ def encode_rows(
     """
     texts = [part for row in rows for parts in row for part in parts if isinstance(part, str)]
     encoded = iter(encoder.encode(texts))
-    tokens, lengths, spans, truncated, exact = [], [], [], [], 0
+    tokens, lengths, labelled, truncated, exact = [], [], [], [], 0
     for row in rows:
-        ids, start_of_row = [], len(tokens)
+        ids, labels = [], []
         for number, parts in enumerate(row):
             start = len(ids)
             for part in parts:
                 ids += [part] if isinstance(part, int) else next(encoded)
+            length = len(ids) - start
             # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
-            if number % 2 and len(ids) - start > 1 and start < max_length:
-                spans.append((start_of_row + start, start_of_row + min(len(ids), max_length)))
+            labels += [number % 2 == 1 and length > 1] * length
         truncated.append(len(ids) > max_length)
         if not truncated[-1]:
             exact += encoder.decode(ids[:-1]) == row_text(row, text_of)
         tokens += ids[:max_length]
+        labelled += labels[:max_length]
         lengths.append(min(len(ids), max_length))
-    starts, ends = np.array(spans, np.int64).reshape(-1, 2).T.copy()
-    arrays = np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), starts, ends
-    return AlpacaDataset(*arrays, np.array(truncated)), exact
+    return AlpacaDataset(
+        np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), np.array(labelled, bool),
+        np.array(truncated),
+    ), exact  # fmt: skip
 
 
 def row_text(row: list[list[str | int]], text_of: Mapping[int, str]) -> str:
