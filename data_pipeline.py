@@ -52,6 +52,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
@@ -104,11 +105,12 @@ SORTED_BATCHES = 100  # global batches sorted by length together
 WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
 KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zst")
 FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?")  # and a subdirectory
 # By these words in a file's name, between signs, hub datasets tell their splits.
 SPLITS = "test|testing|eval|evaluation|valid|validation|val|dev"
 HELD_OUT = re.compile(rf"(^|[-._ /])({SPLITS})([-._ 0-9/]|$)", re.IGNORECASE)
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
+LFS_POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
@@ -211,12 +213,15 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
 
     A local file, a URL, a directory or glob, or a hub dataset's id, which is downloaded. Of a
     directory or hub dataset, the files of the training split; for --eval_dataset_path those of the
-    held-out ones, or all. Raises ValueError.
+    held-out ones, or all. Several directories of a hub dataset are its configurations, of which
+    owner/name/directory chooses one. Raises ValueError.
     """
     name, path = str(dataset_path), Path(dataset_path)
     is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
     if is_hub_id:
-        path = hub_snapshot(name, [f"*{kind}*" for kind in KINDS])
+        repo_id, subdirectory = is_hub_id.groups(default="")
+        inside = f"{subdirectory}/" if subdirectory else ""
+        path = hub_snapshot(repo_id, [f"{inside}*{kind}*" for kind in KINDS]) / subdirectory
     is_glob = glob.has_magic(name) and not path.exists()
     if is_url(name) or not (is_glob or path.is_dir()):
         return {name: name}  # where there is none, opening it gives the reason
@@ -229,6 +234,10 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
         chosen = of_split or (chosen if flag == "eval_dataset_path" else [])
     if is_hub_id:  # which may hold the same rows in several kinds
         chosen = [file for file in chosen if file_kind(file) == ".parquet"] or chosen
+        configurations = sorted({os.path.dirname(file) for file in chosen})
+        if len(configurations) > 1:
+            names = textwrap.shorten(", ".join(configurations), 300)
+            raise ValueError(f"holds several configurations, {names}: add /NAME of one to the id")
     if not chosen:
         raise ValueError(f"holds no file to read: {FILE_KINDS}; in training none of a test split")
     logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
@@ -287,6 +296,8 @@ def open_bytes(name: str | Path) -> Iterator[BinaryIO]:
         urllib.request.urlopen(name, timeout=60) if remote else open(name, "rb") as file,
         tempfile.TemporaryFile() as copied,
     ):
+        if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+            raise ValueError("a Git LFS pointer, not the file itself: run git lfs pull")
         if not remote and suffix not in PACKED:
             yield file
             return
@@ -350,11 +361,9 @@ def read_json(file: TextIO) -> Iterator[list]:
         if line.lstrip().startswith("["):
             yield parse_json(line + file.read(), number)
             return
-        if line.strip() == "{":  # one object over several lines, as datasets are often wrapped
-            record = parse_json(line + file.read(), number)
-            lists = [name for name, value in record.items() if isinstance(value, list)]
-            hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
-            raise ValueError(f"the top level must be a list of rows, not an object{hint}")
+        if line.strip() == "{":  # one object over several lines
+            yield [parse_json(line + file.read(), number)]
+            return
         numbered = itertools.chain([(number, line)], numbered)
         break
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
@@ -383,17 +392,29 @@ def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
         raise ValueError(error) from None
 
 
+def progress(steps: Sequence | None, description: str, **settings: Any) -> tqdm:
+    """A bar with the time left, on a terminal and for what takes longer than two seconds."""
+    first_process = os.environ.get("RANK", "0") == "0"
+    settings["disable"] = None if first_process else True  # None: unless stderr is a terminal
+    return tqdm(steps, description, delay=2, leave=False, unit_scale=True, **settings)
+
+
 def read_records(path: str | Path) -> Iterator[list]:
     """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
     kind = file_kind(str(path))
     with open_bytes(path) as file:
         if kind == ".parquet":
-            yield from read_parquet(file)
-            return
-        # Bytes that are not UTF-8 become lone surrogates: check_text names the row that has them.
-        settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-        text = io.TextIOWrapper(file, **settings)
-        yield from read_csv(text) if kind == ".csv" else read_json(text)
+            chunks = read_parquet(file)
+        else:
+            # Bytes that are not UTF-8 become lone surrogates: check_text names the row with them.
+            settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+            text = io.TextIOWrapper(file, **settings)
+            chunks = read_csv(text) if kind == ".csv" else read_json(text)
+        size = os.fstat(file.fileno()).st_size
+        with progress(None, "Reading", total=size, unit="B") as bar:
+            for records in chunks:
+                yield records  # tokenised before the next ones are read
+                bar.update(file.tell() - bar.n)
 
 
 def check_text(value: object, what: str) -> None:
@@ -420,7 +441,10 @@ def check_record(record: object, columns: list[str]) -> None:
         if column == "input" and "instruction" in columns:
             record.setdefault("input", "")
         if column not in record:
-            raise ValueError(f"no {column!r}; the row has {reprlib.repr(sorted(map(str, record)))}")
+            lists = [name for name, value in record.items() if isinstance(value, list)]
+            hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
+            names = reprlib.repr(sorted(map(str, record)))
+            raise ValueError(f"no {column!r}; the row has {names}{hint}")
         value = record[column]
         if column == "input" and (value is None or value != value):  # NaN differs from itself
             record[column] = ""
@@ -696,6 +720,9 @@ def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
             reason = "its tokenizer is code that the model brings, which is not run"
         if pieces and "tokenizer.json" not in files and not find_spec("sentencepiece"):
             reason = f"{pieces[0]} needs the package sentencepiece"
+        for file in tokenizer_files(directory):
+            if file.is_file() and file.read_bytes().startswith(LFS_POINTER):
+                reason = f"{file.name} is a Git LFS pointer, not the file itself: run git lfs pull"
     finally:
         transformers_logging.set_verbosity(verbosity)
     if reason:
@@ -1012,7 +1039,8 @@ def load_dataset(
         rows = zip(*(frame[column].tolist() for column in columns), strict=True)
         texts = [render(dict(zip(columns, row, strict=True))) for row in rows]
         samples = samples or [row_text(row, text_of) for row in texts[:5]]
-        for start in range(0, len(texts), TOKENISE_ROWS):
+        starts = range(0, len(texts), TOKENISE_ROWS)
+        for start in progress(starts, "Tokenising", unit="k rows"):
             some = texts[start : start + TOKENISE_ROWS]
             part, exact_rows = encode_rows(some, encoder, text_of, max_length)
             parts.append(part)
@@ -1048,6 +1076,13 @@ def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> 
         logger.info("Tokenized (IDs): %s", cut_to_show(str(ids)))
         decoded = encoder.decode(ids if dataset.truncated[row] else ids[:-1])
         logger.info("Detokenized Text: %s", cut_to_show(decoded))
+        labels = dataset[row]["labels"].tolist()
+        runs = itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED)
+        marked = ""
+        for labelled, pairs in runs:
+            text = encoder.decode([token for token, _ in pairs])
+            marked += f"[[{text}]]" if labelled else text
+        logger.info("Labels, in [[ ]]: %s", cut_to_show(marked))
 
 
 def cut_to_show(text: str) -> str:
@@ -1235,15 +1270,50 @@ def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, bins=np.linspace(0, max_length, 65), color="#4c72b0")
-    axes.axvline(max_length, color="#c44e52", linestyle="--", label=f"limit: {max_length} tokens")
+    longest = int(lengths.max())
+    width = math.ceil(longest / min(64, 2 * math.isqrt(len(lengths)) + 1))  # of a bar, in tokens
+    axes.hist(lengths, bins=np.arange(0, longest + width + 1, width), color="#4c72b0")
+    if longest == max_length:
+        limit = f"limit: {max_length} tokens"
+        axes.axvline(max_length, color="#c44e52", linestyle="--", label=limit)
     median = np.median(lengths)
     axes.axvline(median, color="#55a868", label=f"median: {median:.0f} tokens")
-    axes.set(xlabel="tokens a row (end-of-text included)", ylabel="rows", yscale="log")
+    axes.set(xlabel="tokens a row (end-of-text included)", ylabel="rows")
     padding = f"padded to {max_length}: {1 - lengths.mean() / max_length:.0%} padding"
     axes.set_title(f"{len(lengths):,} rows, {lengths.sum():,} tokens; {padding}")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def row_hashes(dataset: AlpacaDataset) -> list[int]:
+    """A number a row, which rows of the same tokens share."""
+    ends = dataset.offsets.tolist()
+    return [hash(dataset.tokens[a:b].tobytes()) for a, b in itertools.pairwise(ends)]
+
+
+def report_sizes(
+    dataset: AlpacaDataset, held_out: AlpacaDataset, max_length: int, batch_size: int
+) -> None:
+    """Logs a table of the training rows: how many, how long, how much of a batch is padding."""
+    lengths, hashes = dataset.lengths, row_hashes(dataset)
+    tokens, distinct = int(lengths.sum()), set(hashes)
+    batches = GlobalBatches(lengths, batch_size, group_by_length=True).global_batches()
+    widths = [
+        math.ceil(lengths[batch].max() / WIDTH_MULTIPLE) * WIDTH_MULTIPLE for batch in batches
+    ]
+    padded = sum(width * len(batch) for width, batch in zip(widths, batches, strict=True))
+    table = {
+        "rows": f"{len(dataset):,}",
+        "tokens": f"{tokens:,}",
+        "tokens with a label": f"{dataset.label_counts.sum():,}",
+        "rows truncated": f"{dataset.truncated.mean():.1%}",
+        f"padding at {max_length}": f"{1 - tokens / (len(dataset) * max_length):.1%}",
+        "padding at longest of batch": f"{1 - tokens / padded:.1%}",
+        "duplicate rows": f"{len(hashes) - len(distinct):,}",
+        "held-out rows": f"{len(held_out):,}",
+        "held-out rows also trained on": f"{sum(h in distinct for h in row_hashes(held_out)):,}",
+    }
+    logger.info("Training rows:\n%s", pd.Series(table).to_string())
 
 
 def set_up_logging() -> None:
@@ -1291,6 +1361,7 @@ def run(args: argparse.Namespace) -> None:
         logger.info("Batch - %s shape: %s", name, tensor.shape)
     labelled = int((batch["labels"] != IGNORED).sum())
     logger.info("Batch - %d of %d positions carry a label", labelled, batch["labels"].numel())
+    report_sizes(dataset, held_out, args.max_length, args.batch_size)
 
 
 def main(argv: list[str] | None = None) -> int:
