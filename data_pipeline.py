@@ -217,9 +217,10 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
     owner/name/directory chooses one. Raises ValueError.
     """
     name, path = str(dataset_path), Path(dataset_path)
-    is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
+    on_hub = HUB_ID.fullmatch(name)
+    is_hub_id = on_hub and not file_kind(name) and not path.exists()
     if is_hub_id:
-        repo_id, subdirectory = is_hub_id.groups(default="")
+        repo_id, subdirectory = on_hub.groups(default="")
         inside = f"{subdirectory}/" if subdirectory else ""
         path = hub_snapshot(repo_id, [f"{inside}*{kind}*" for kind in KINDS]) / subdirectory
     is_glob = glob.has_magic(name) and not path.exists()

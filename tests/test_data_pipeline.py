@@ -1616,10 +1616,9 @@ def test_a_byte_that_is_not_utf8_is_refused_by_its_row(
     "name, content, said",
     [
         ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "save its list 'data' alone"),
-        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         ("a.json", json.dumps({"data": ROWS}).encode(), "row 1: no 'instruction'; the row has"),
-        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "line 1: invalid JSON: "),
-        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "the row has ['version http"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         ("a.parquet", as_json(ROWS), "not a parquet file"),
         ("a.parquet", b"", "Parquet"),
     ],
@@ -1784,7 +1783,7 @@ def test_one_of_several_configurations_of_a_hub_dataset_is_chosen(monkeypatch, d
     directory({f"{name}/train.parquet": as_parquet(ROWS[:3]) for name in ("de", "en")})
     monkeypatch.setattr(data_pipeline, "hub_snapshot", lambda *_: tmp_path / "files")
     with pytest.raises(
-        ValueError, match="someone/two: .*several configurations, de, en: add /NAME"
+        ValueError, match=r"someone/two: .*several configurations, de, en: add /NAME"
     ):
         load_dataset("someone/two")
     assert len(load_dataset("someone/two/en")) == 3
@@ -2396,7 +2395,7 @@ def test_flags_choose_the_rows_of_the_batches(
 def test_rows_that_are_wrapped_in_an_object_are_told_by_its_list(tmp_path, name, indent):
     path = tmp_path / name
     path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=indent))
-    with pytest.raises(ValueError, match="row 1: no 'instruction'.*; save its list 'data' alone"):
+    with pytest.raises(ValueError, match=r"row 1: no 'instruction'.*; save its list 'data' alone"):
         load_dataset(path)
 
 
