@@ -52,6 +52,7 @@ import torch
 from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     BertTokenizer,
@@ -104,11 +105,12 @@ SORTED_BATCHES = 100  # global batches sorted by length together
 WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
 KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zst")
 FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?")  # and a subdirectory
 # By these words in a file's name, between signs, hub datasets tell their splits.
 SPLITS = "test|testing|eval|evaluation|valid|validation|val|dev"
 HELD_OUT = re.compile(rf"(^|[-._ /])({SPLITS})([-._ 0-9/]|$)", re.IGNORECASE)
 NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
+LFS_POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
@@ -211,12 +213,16 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
 
     A local file, a URL, a directory or glob, or a hub dataset's id, which is downloaded. Of a
     directory or hub dataset, the files of the training split; for --eval_dataset_path those of the
-    held-out ones, or all. Raises ValueError.
+    held-out ones, or all. Several directories of a hub dataset are its configurations, of which
+    owner/name/directory chooses one. Raises ValueError.
     """
     name, path = str(dataset_path), Path(dataset_path)
-    is_hub_id = HUB_ID.fullmatch(name) and not file_kind(name) and not path.exists()
+    on_hub = HUB_ID.fullmatch(name)
+    is_hub_id = on_hub and not file_kind(name) and not path.exists()
     if is_hub_id:
-        path = hub_snapshot(name, [f"*{kind}*" for kind in KINDS])
+        repo_id, subdirectory = on_hub.groups(default="")
+        inside = f"{subdirectory}/" if subdirectory else ""
+        path = hub_snapshot(repo_id, [f"{inside}*{kind}*" for kind in KINDS]) / subdirectory
     is_glob = glob.has_magic(name) and not path.exists()
     if is_url(name) or not (is_glob or path.is_dir()):
         return {name: name}  # where there is none, opening it gives the reason
@@ -229,6 +235,10 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
         chosen = of_split or (chosen if flag == "eval_dataset_path" else [])
     if is_hub_id:  # which may hold the same rows in several kinds
         chosen = [file for file in chosen if file_kind(file) == ".parquet"] or chosen
+        configurations = sorted({os.path.dirname(file) for file in chosen})
+        if len(configurations) > 1:
+            names = textwrap.shorten(", ".join(configurations), 300)
+            raise ValueError(f"holds several configurations, {names}: add /NAME of one to the id")
     if not chosen:
         raise ValueError(f"holds no file to read: {FILE_KINDS}; in training none of a test split")
     logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
@@ -287,6 +297,8 @@ def open_bytes(name: str | Path) -> Iterator[BinaryIO]:
         urllib.request.urlopen(name, timeout=60) if remote else open(name, "rb") as file,
         tempfile.TemporaryFile() as copied,
     ):
+        if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+            raise ValueError("a Git LFS pointer, not the file itself: run git lfs pull")
         if not remote and suffix not in PACKED:
             yield file
             return
@@ -350,11 +362,9 @@ def read_json(file: TextIO) -> Iterator[list]:
         if line.lstrip().startswith("["):
             yield parse_json(line + file.read(), number)
             return
-        if line.strip() == "{":  # one object over several lines, as datasets are often wrapped
-            record = parse_json(line + file.read(), number)
-            lists = [name for name, value in record.items() if isinstance(value, list)]
-            hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
-            raise ValueError(f"the top level must be a list of rows, not an object{hint}")
+        if line.strip() == "{":  # one object over several lines
+            yield [parse_json(line + file.read(), number)]
+            return
         numbered = itertools.chain([(number, line)], numbered)
         break
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
@@ -383,17 +393,29 @@ def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
         raise ValueError(error) from None
 
 
+def progress(steps: Sequence | None, description: str, **settings: Any) -> tqdm:
+    """A bar with the time left, on a terminal and for what takes longer than two seconds."""
+    first_process = os.environ.get("RANK", "0") == "0"
+    settings["disable"] = None if first_process else True  # None: unless stderr is a terminal
+    return tqdm(steps, description, delay=2, leave=False, unit_scale=True, **settings)
+
+
 def read_records(path: str | Path) -> Iterator[list]:
     """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
     kind = file_kind(str(path))
     with open_bytes(path) as file:
         if kind == ".parquet":
-            yield from read_parquet(file)
-            return
-        # Bytes that are not UTF-8 become lone surrogates: check_text names the row that has them.
-        settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-        text = io.TextIOWrapper(file, **settings)
-        yield from read_csv(text) if kind == ".csv" else read_json(text)
+            chunks = read_parquet(file)
+        else:
+            # Bytes that are not UTF-8 become lone surrogates: check_text names the row with them.
+            settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+            text = io.TextIOWrapper(file, **settings)
+            chunks = read_csv(text) if kind == ".csv" else read_json(text)
+        size = os.fstat(file.fileno()).st_size
+        with progress(None, "Reading", total=size, unit="B") as bar:
+            for records in chunks:
+                yield records  # tokenised before the next ones are read
+                bar.update(file.tell() - bar.n)
 
 
 def check_text(value: object, what: str) -> None:
@@ -420,7 +442,10 @@ def check_record(record: object, columns: list[str]) -> None:
         if column == "input" and "instruction" in columns:
             record.setdefault("input", "")
         if column not in record:
-            raise ValueError(f"no {column!r}; the row has {reprlib.repr(sorted(map(str, record)))}")
+            lists = [name for name, value in record.items() if isinstance(value, list)]
+            hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
+            names = reprlib.repr(sorted(map(str, record)))
+            raise ValueError(f"no {column!r}; the row has {names}{hint}")
         value = record[column]
         if column == "input" and (value is None or value != value):  # NaN differs from itself
             record[column] = ""
@@ -696,6 +721,9 @@ def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
             reason = "its tokenizer is code that the model brings, which is not run"
         if pieces and "tokenizer.json" not in files and not find_spec("sentencepiece"):
             reason = f"{pieces[0]} needs the package sentencepiece"
+        for file in tokenizer_files(directory):
+            if file.is_file() and file.read_bytes().startswith(LFS_POINTER):
+                reason = f"{file.name} is a Git LFS pointer, not the file itself: run git lfs pull"
     finally:
         transformers_logging.set_verbosity(verbosity)
     if reason:
@@ -848,8 +876,7 @@ class AlpacaDataset(Dataset):
 
     tokens: np.ndarray  # (total tokens,) uint16, or int32 for vocabularies beyond 65,536
     offsets: np.ndarray  # (rows + 1,) int64; row i is tokens[offsets[i]:offsets[i + 1]]
-    label_starts: np.ndarray  # (spans,) int64; tokens[label_starts[j]:label_ends[j]] carry labels,
-    label_ends: np.ndarray  # (spans,) int64; a row has a span for each response, or none
+    labelled: np.ndarray  # (total tokens,) bool; part of a response and its end-of-text token
     truncated: np.ndarray  # (rows,) bool; cut at max_length, so without its end-of-text token
 
     def __len__(self) -> int:
@@ -861,10 +888,8 @@ class AlpacaDataset(Dataset):
             raise IndexError(f"row {row} of {len(self)}")
         start, end = self.offsets[row : row + 2]
         input_ids = torch.from_numpy(self.tokens[start:end].astype(np.int64))
-        labels = torch.full_like(input_ids, IGNORED)
-        for span in range(*np.searchsorted(self.label_starts, [start, end])):
-            labelled = slice(self.label_starts[span] - start, self.label_ends[span] - start)
-            labels[labelled] = input_ids[labelled]
+        labelled = torch.from_numpy(self.labelled[start:end])
+        labels = torch.where(labelled, input_ids, IGNORED)
         labels[:1] = IGNORED  # nothing predicts position 0
         return {"input_ids": input_ids, "labels": labels}
 
@@ -875,34 +900,23 @@ class AlpacaDataset(Dataset):
 
     @property
     def prompt_lengths(self) -> np.ndarray:
-        """(rows,) int32 tokens before each row's first response; all, where it has none."""
+        """(rows,) tokens before each row's first response; all, where it has none."""
         starts, ends = self.offsets[:-1], self.offsets[1:]
-        first_spans = np.searchsorted(self.label_starts, starts)
-        first_labels = np.append(self.label_starts, ends[-1:])[first_spans]
-        return (np.minimum(first_labels, ends) - starts).astype(np.int32)
-
-    @property
-    def label_rows(self) -> np.ndarray:
-        """(spans,) the row of each span."""
-        return np.searchsorted(self.offsets, self.label_starts, side="right") - 1
+        labels = np.append(np.flatnonzero(self.labelled), ends[-1:])
+        return np.minimum(labels[np.searchsorted(labels, starts)], ends) - starts
 
     @property
     def label_counts(self) -> np.ndarray:
         """(rows,) tokens of each row that carry a label; 0: nothing to learn from it."""
-        rows = self.label_rows
-        starts = np.maximum(self.label_starts, self.offsets[rows] + 1)  # not at position 0
-        counts = np.bincount(rows, self.label_ends - starts, minlength=len(self))
-        return counts.astype(np.int64)
+        starts = self.offsets[:-1]
+        in_responses = np.add.reduceat(self.labelled, starts, dtype=np.int64)
+        return in_responses - self.labelled[starts]  # position 0 carries none
 
     def select(self, keep: np.ndarray) -> "AlpacaDataset":
         """The rows where `keep` (rows,) bool is true, in their order."""
-        tokens = self.tokens[np.repeat(keep, self.lengths)]
-        left_out = np.cumsum(np.where(keep, 0, self.lengths))  # (rows,) tokens, up to each row
+        kept = np.repeat(keep, self.lengths)  # (total tokens,)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        rows = self.label_rows
-        spans, moved = keep[rows], left_out[rows]
-        starts, ends = (self.label_starts - moved)[spans], (self.label_ends - moved)[spans]
-        return AlpacaDataset(tokens, offsets, starts, ends, self.truncated[keep])
+        return AlpacaDataset(self.tokens[kept], offsets, self.labelled[kept], self.truncated[keep])
 
     def first(self, number: int) -> "AlpacaDataset":
         """The first `number` rows; 0: all."""
@@ -919,20 +933,17 @@ class AlpacaDataset(Dataset):
     def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
         """The rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
-        starts = np.cumsum([0, *(len(part.tokens) for part in parts)])
-        pairs = list(zip(parts, starts[:-1], strict=True))
         return AlpacaDataset(
             np.concatenate([part.tokens for part in parts]),
             np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate([part.label_starts + start for part, start in pairs]),
-            np.concatenate([part.label_ends + start for part, start in pairs]),
+            np.concatenate([part.labelled for part in parts]),
             np.concatenate([part.truncated for part in parts]),
         )
 
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.label_starts, self.label_ends):
+        for array in (self.tokens, self.offsets, self.labelled):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()
 
@@ -948,24 +959,26 @@ def encode_rows(
     """
     texts = [part for row in rows for parts in row for part in parts if isinstance(part, str)]
     encoded = iter(encoder.encode(texts))
-    tokens, lengths, spans, truncated, exact = [], [], [], [], 0
+    tokens, lengths, labelled, truncated, exact = [], [], [], [], 0
     for row in rows:
-        ids, start_of_row = [], len(tokens)
+        ids, labels = [], []
         for number, parts in enumerate(row):
             start = len(ids)
             for part in parts:
                 ids += [part] if isinstance(part, int) else next(encoded)
+            length = len(ids) - start
             # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
-            if number % 2 and len(ids) - start > 1 and start < max_length:
-                spans.append((start_of_row + start, start_of_row + min(len(ids), max_length)))
+            labels += [number % 2 == 1 and length > 1] * length
         truncated.append(len(ids) > max_length)
         if not truncated[-1]:
             exact += encoder.decode(ids[:-1]) == row_text(row, text_of)
         tokens += ids[:max_length]
+        labelled += labels[:max_length]
         lengths.append(min(len(ids), max_length))
-    starts, ends = np.array(spans, np.int64).reshape(-1, 2).T.copy()
-    arrays = np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), starts, ends
-    return AlpacaDataset(*arrays, np.array(truncated)), exact
+    return AlpacaDataset(
+        np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), np.array(labelled, bool),
+        np.array(truncated),
+    ), exact  # fmt: skip
 
 
 def row_text(row: list[list[str | int]], text_of: Mapping[int, str]) -> str:
@@ -1027,7 +1040,8 @@ def load_dataset(
         rows = zip(*(frame[column].tolist() for column in columns), strict=True)
         texts = [render(dict(zip(columns, row, strict=True))) for row in rows]
         samples = samples or [row_text(row, text_of) for row in texts[:5]]
-        for start in range(0, len(texts), TOKENISE_ROWS):
+        starts = range(0, len(texts), TOKENISE_ROWS)
+        for start in progress(starts, "Tokenising", unit="k rows"):
             some = texts[start : start + TOKENISE_ROWS]
             part, exact_rows = encode_rows(some, encoder, text_of, max_length)
             parts.append(part)
@@ -1063,6 +1077,13 @@ def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> 
         logger.info("Tokenized (IDs): %s", cut_to_show(str(ids)))
         decoded = encoder.decode(ids if dataset.truncated[row] else ids[:-1])
         logger.info("Detokenized Text: %s", cut_to_show(decoded))
+        labels = dataset[row]["labels"].tolist()
+        runs = itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED)
+        marked = ""
+        for labelled, pairs in runs:
+            text = encoder.decode([token for token, _ in pairs])
+            marked += f"[[{text}]]" if labelled else text
+        logger.info("Labels, in [[ ]]: %s", cut_to_show(marked))
 
 
 def cut_to_show(text: str) -> str:
@@ -1250,15 +1271,50 @@ def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    axes.hist(lengths, bins=np.linspace(0, max_length, 65), color="#4c72b0")
-    axes.axvline(max_length, color="#c44e52", linestyle="--", label=f"limit: {max_length} tokens")
+    longest = int(lengths.max())
+    width = math.ceil(longest / min(64, 2 * math.isqrt(len(lengths)) + 1))  # of a bar, in tokens
+    axes.hist(lengths, bins=np.arange(0, longest + width + 1, width), color="#4c72b0")
+    if longest == max_length:
+        limit = f"limit: {max_length} tokens"
+        axes.axvline(max_length, color="#c44e52", linestyle="--", label=limit)
     median = np.median(lengths)
     axes.axvline(median, color="#55a868", label=f"median: {median:.0f} tokens")
-    axes.set(xlabel="tokens a row (end-of-text included)", ylabel="rows", yscale="log")
+    axes.set(xlabel="tokens a row (end-of-text included)", ylabel="rows")
     padding = f"padded to {max_length}: {1 - lengths.mean() / max_length:.0%} padding"
     axes.set_title(f"{len(lengths):,} rows, {lengths.sum():,} tokens; {padding}")
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def row_hashes(dataset: AlpacaDataset) -> list[int]:
+    """A number a row, which rows of the same tokens share."""
+    ends = dataset.offsets.tolist()
+    return [hash(dataset.tokens[a:b].tobytes()) for a, b in itertools.pairwise(ends)]
+
+
+def report_sizes(
+    dataset: AlpacaDataset, held_out: AlpacaDataset, max_length: int, batch_size: int
+) -> None:
+    """Logs a table of the training rows: how many, how long, how much of a batch is padding."""
+    lengths, hashes = dataset.lengths, row_hashes(dataset)
+    tokens, distinct = int(lengths.sum()), set(hashes)
+    batches = GlobalBatches(lengths, batch_size, group_by_length=True).global_batches()
+    widths = [
+        math.ceil(lengths[batch].max() / WIDTH_MULTIPLE) * WIDTH_MULTIPLE for batch in batches
+    ]
+    padded = sum(width * len(batch) for width, batch in zip(widths, batches, strict=True))
+    table = {
+        "rows": f"{len(dataset):,}",
+        "tokens": f"{tokens:,}",
+        "tokens with a label": f"{dataset.label_counts.sum():,}",
+        "rows truncated": f"{dataset.truncated.mean():.1%}",
+        f"padding at {max_length}": f"{1 - tokens / (len(dataset) * max_length):.1%}",
+        "padding at longest of batch": f"{1 - tokens / padded:.1%}",
+        "duplicate rows": f"{len(hashes) - len(distinct):,}",
+        "held-out rows": f"{len(held_out):,}",
+        "held-out rows also trained on": f"{sum(h in distinct for h in row_hashes(held_out)):,}",
+    }
+    logger.info("Training rows:\n%s", pd.Series(table).to_string())
 
 
 def set_up_logging() -> None:
@@ -1306,6 +1362,7 @@ def run(args: argparse.Namespace) -> None:
         logger.info("Batch - %s shape: %s", name, tensor.shape)
     labelled = int((batch["labels"] != IGNORED).sum())
     logger.info("Batch - %d of %d positions carry a label", labelled, batch["labels"].numel())
+    report_sizes(dataset, held_out, args.max_length, args.batch_size)
 
 
 def main(argv: list[str] | None = None) -> int:

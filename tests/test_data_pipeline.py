@@ -1433,7 +1433,7 @@ def test_selected_and_split_conversations_keep_their_labels(write, tokenizer):
 def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenizer):
     both = load_dataset(write([{"messages": turns("a:a|a:b")}]), tokenizer, text_format="messages")
     other = copy.copy(both)
-    other.label_starts, other.label_ends = both.label_starts[:1], both.label_ends[:1]
+    other.labelled = np.append(both.labelled[:-1], False)
     assert both.content_hash() != other.content_hash()
 
 
@@ -1615,10 +1615,10 @@ def test_a_byte_that_is_not_utf8_is_refused_by_its_row(
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "the top level must be"),
+        ("a.json", json.dumps({"data": ROWS}, indent=2).encode(), "save its list 'data' alone"),
         ("a.json", json.dumps({"data": ROWS}).encode(), "row 1: no 'instruction'; the row has"),
-        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "line 1: invalid JSON: "),
-        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "the row has ['version http"),
+        ("a.json", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         ("a.parquet", as_json(ROWS), "not a parquet file"),
         ("a.parquet", b"", "Parquet"),
     ],
@@ -1777,6 +1777,16 @@ def test_a_hub_dataset_is_the_parquet_files_of_its_training_split(hub):
         assert not [line for line in out.splitlines() if "http" in line.lower()]
     status, out, err = hub("--eval_dataset_path", "someone/alpaca", HF_HUB_OFFLINE="1")
     assert (status, err) == (0, "") and "Held out: 3 rows" in out
+
+
+def test_one_of_several_configurations_of_a_hub_dataset_is_chosen(monkeypatch, directory, tmp_path):
+    directory({f"{name}/train.parquet": as_parquet(ROWS[:3]) for name in ("de", "en")})
+    monkeypatch.setattr(data_pipeline, "hub_snapshot", lambda *_: tmp_path / "files")
+    with pytest.raises(
+        ValueError, match=r"someone/two: .*several configurations, de, en: add /NAME"
+    ):
+        load_dataset("someone/two")
+    assert len(load_dataset("someone/two/en")) == 3
 
 
 @pytest.mark.parametrize(
@@ -2381,11 +2391,27 @@ def test_flags_choose_the_rows_of_the_batches(
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_rows_that_are_wrapped_in_an_object_are_told_by_its_list(tmp_path, name):
+@pytest.mark.parametrize("indent", [1, None])
+def test_rows_that_are_wrapped_in_an_object_are_told_by_its_list(tmp_path, name, indent):
     path = tmp_path / name
-    path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
-    with pytest.raises(ValueError, match="a list of rows, not an object; save its list 'data'"):
+    path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=indent))
+    with pytest.raises(ValueError, match=r"row 1: no 'instruction'.*; save its list 'data' alone"):
         load_dataset(path)
+
+
+def test_the_closing_table_counts_duplicates_and_rows_on_both_sides(write, capsys):
+    """Seven rows of one text, another held out beside one that training sees."""
+    row, other = alpaca_row(output="a b"), alpaca_row(output="c")
+    rows, held_out = write([row] * 7), write([row, other], "held_out.json")
+    shown = run_main(
+        capsys, "--dataset_path", rows, "--eval_dataset_path", held_out, "--num_workers", 0
+    )
+    table = dict(re.findall(r"^([a-z][\w -]+?) {2,}(\S+)$", shown, re.MULTILINE))
+    assert table["rows"] == "7" and table["duplicate rows"] == "6"
+    assert table["held-out rows also trained on"] == "1"
+    assert table["padding at longest of batch"] == "62.5%"  # three tokens of eight
+    assert table["tokens"] == "21" and table["tokens with a label"] == "14"
+    assert "Labels, in [[ ]]: a[[ b<|endoftext|>]]" in shown
 
 
 def test_a_header_that_is_not_utf8_is_refused_by_name(tmp_path):
