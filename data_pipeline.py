@@ -1022,7 +1022,7 @@ def load_dataset(
     encoder, columns = encoder_for(tokenizer), format_columns(text_format)
     render = row_renderer(text_format, tokenizer)
     text_of = {number: text for text, number in special_tokens(tokenizer).items()}
-    parts, exact, samples, rows_read = [], 0, [], 0
+    parts, samples, rows_read = [], [], 0
     # In pairs, so that the number of rows is told before the last of them are shown.
     for frame, following in itertools.pairwise(
         itertools.chain(read_frames(dataset_path, columns, flag), [None])
@@ -1043,10 +1043,8 @@ def load_dataset(
         starts = range(0, len(texts), TOKENISE_ROWS)
         for start in progress(starts, "Tokenising", unit="k rows"):
             some = texts[start : start + TOKENISE_ROWS]
-            part, exact_rows = encode_rows(some, encoder, text_of, max_length)
-            parts.append(part)
-            exact += exact_rows
-    dataset = AlpacaDataset.join(parts)
+            parts.append(encode_rows(some, encoder, text_of, max_length))
+    dataset, exact = AlpacaDataset.join([part for part, _ in parts]), sum(n for _, n in parts)
     if show:
         logger.info("Tokenization complete with shape: %s", torch.Size([len(dataset), max_length]))
         show_samples(dataset, samples, encoder)

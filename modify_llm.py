@@ -1544,7 +1544,7 @@ TECHNIQUES = {
     "ia3": Technique(
         apply=lambda model, args: apply_ia3(model, args.trainable_modules),
         flags={},
-        learning_rate=lambda args: 3e-3,  # Liu et al., section 3.3 and appendix D
+        learning_rate=lambda args: 3e-3,  # the paper's recipe, T-Few
         compared=[("IA3", "Liu 2022", {})],
         save=save_ia3,
         load=load_ia3,
@@ -1552,13 +1552,13 @@ TECHNIQUES = {
     "bitfit": Technique(
         apply=lambda model, args: apply_bitfit(model, args.trainable_modules),
         flags={},
-        learning_rate=lambda args: 1e-3,
+        learning_rate=lambda args: 1e-3,  # the largest that the paper tries, for BERT
         compared=[("biases alone (BitFit)", "Ben Zaken 2022", {})],
     ),
     "layernorm": Technique(
         apply=lambda model, args: apply_layernorm_tuning(model, args.trainable_modules),
         flags={},
-        learning_rate=lambda args: 1e-3,
+        learning_rate=lambda args: 1e-3,  # as for biases, which are vectors too
         compared=[("LayerNorms alone", "Zhao 2023", {})],
     ),
     "selective": Technique(
