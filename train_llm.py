@@ -105,6 +105,7 @@ logger = logging.getLogger(__name__)
 table = logging.getLogger("table")  # lines without a prefix
 SPEAKERS = {"root", __name__, "table", "data_pipeline", "modify_llm"}
 
+QUERY_BLOCK = 128  # queries at a time in a CPU's attention
 CPU_TOKENS = 1536  # of a batch at once: more are not faster, and their activations fill the memory
 PADDING = 0.15  # of a part's tokens: beyond it, another part costs less
 SMALL_PART = 256  # tokens: below it, another part costs more than any padding
@@ -624,6 +625,63 @@ def log_file(path: Path) -> Iterator[None]:
 # ---- attention -----------------------------------------------------------------------------------
 
 
+class BlockAttention(torch.autograd.Function):
+    """Causal attention a block of queries at a time, for CPUs: a whole LoRA step on short rows in
+    bf16 is 12% faster than with PyTorch's own kernel. The plain version, to which a test holds it
+    equal:
+
+        scores = scaling * query @ key.transpose(-1, -2)
+        later = torch.ones_like(scores, dtype=torch.bool).triu(keys - queries + 1)
+        scores.masked_fill(later, -math.inf).softmax(-1) @ value
+
+    query (n, queries, head size), key and value (n, keys, head size); the queries stand at the end
+    of the keys, of which there are more where a prefix or a cache comes first.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        output, weights = torch.empty_like(query), []
+        for block, seen in query_blocks(query, key):
+            q, k, v = query[:, block], key[:, :seen], value[:, :seen]
+            length = q.shape[1]
+            mask = q.new_full((length, seen), -math.inf).triu_(seen - length + 1)
+            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
+            weights.append(scores.softmax(-1))  # (n, length, seen)
+            output[:, block] = torch.bmm(weights[-1], v)
+        ctx.save_for_backward(query, key, value, *weights)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (query, key, value, *weights), scaling = ctx.saved_tensors, ctx.scaling
+        query_grad = torch.empty_like(query)
+        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
+        for p, (block, seen) in zip(weights, query_blocks(query, key), strict=True):
+            q, k, v, output_grad = query[:, block], key[:, :seen], value[:, :seen], grad[:, block]
+            value_grad[:, :seen].baddbmm_(p.transpose(1, 2), output_grad)
+            p_grad = torch.bmm(output_grad, v.transpose(1, 2))
+            scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
+            query_grad[:, block] = torch.bmm(scores_grad, k).mul_(scaling)
+            key_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), q, alpha=scaling)
+        return query_grad, key_grad, value_grad, None
+
+
+def query_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
+    """(a block of queries, the number of keys up to its end)"""
+    queries, keys = query.shape[1], key.shape[1]
+    for start in range(0, queries, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, queries)
+        yield slice(start, end), keys - queries + end
+
+
+@torch.compiler.disable  # its loop over blocks would be compiled anew for each width
+def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """BlockAttention of (batch, heads, length, head size)."""
+    flat = (x.flatten(0, 1) for x in (query, key, value))
+    return BlockAttention.apply(*flat, scaling).view(query.shape)
+
+
 def causal_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     *, scaling: float, dropout: float = 0.0, **_: Any,
@@ -631,6 +689,8 @@ def causal_attention(
     """Attention as transformers calls it: query, key, value (batch, heads, length, head size) to
     (batch, length, heads, head size). The queries stand at the end of the keys."""
     queries, keys = query.shape[2], key.shape[2]
+    if query.device.type == "cpu" and not dropout:
+        return block_attention(query, key, value, scaling).transpose(1, 2), None
     # PyTorch's own `is_causal` has the queries at the start of the keys.
     bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
     return sdpa_attention_forward(module, query, key, value, bias, dropout, scaling)

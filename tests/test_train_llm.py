@@ -331,7 +331,7 @@ def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(techniqu
 
 
 @pytest.mark.parametrize("prefix", [0, 5])
-@pytest.mark.parametrize("queries", [1, 32])
+@pytest.mark.parametrize("queries", [1, 32, 300])  # less than a block, and three blocks
 def test_causal_attention_is_its_plain_formula_and_pytorchs_own(queries, prefix):
     torch.manual_seed(0)
     keys, module = prefix + queries, torch.nn.Module()
