@@ -724,8 +724,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     A chunk of rows at a time: logits, fp32 log-sum-exp, and, while they are at hand, the gradient
     softmax - one-hot multiplied on to `hidden` and `weight`. The loss is a sum, so the backward
-    pass only scales what is ready. `correct`, where given, is raised by the number of targets whose
-    logit is the largest.
+    pass only scales what is ready. `correct`, where given, gets the numbers of targets whose logit
+    is the largest.
 
     With label smoothing the gradient is that of F.cross_entropy's `label_smoothing` (Szegedy et
     al., 2016, section 7; microsoft/LoRA's model.py), for which the target of a row of logits is
@@ -736,7 +736,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_grad: bool,
-        label_smoothing: float = 0.0, correct: Tensor | None = None,
+        label_smoothing: float = 0.0, correct: list[Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
         # hidden (rows, hidden size), weight (vocabulary, hidden size), targets (rows,)
         weight, (hidden_needs, weight_needs, *_) = weight.to(hidden.dtype), ctx.needs_input_grad
@@ -758,7 +758,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 log_sum_exp = largest - softmax.amax(1, keepdim=True).log()
                 loss += (log_sum_exp - at_target).sum()
                 if correct is not None:
-                    correct += (at_target == largest).sum()
+                    correct.append((at_target == largest).sum())
                 if hidden_grad is not None or weight_grad is not None:
                     softmax.scatter_(1, target, label_smoothing - 1, reduce="add")
                     if label_smoothing:
@@ -790,8 +790,9 @@ class SummedLoss(nn.Module):
         self.model, self.label_smoothing = model, label_smoothing
 
     def forward(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, correct: Tensor | None = None
-    ) -> Tensor:
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor,
+        correct: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """See loss_inputs for the arguments; correct: ChunkedCrossEntropy's."""
         transformer, device = self.model.transformer, input_ids.device.type
         # Embeddings, not ids: transformers would look for padding among ids, and wait for a GPU.
@@ -871,8 +872,7 @@ def evaluate(
     """
     training = summed_loss.training
     summed_loss.eval()
-    losses, tokens = [torch.zeros((), device=runtime.device)], 0
-    correct = torch.zeros((), dtype=torch.long, device=runtime.device)
+    losses, correct, tokens = [torch.zeros((), device=runtime.device)], [], 0
     quiet = None if runtime.rank == 0 else True
     with attention_without_mask(summed_loss.model):
         for batch in tqdm(loader, desc="evaluating", leave=False, disable=quiet):
@@ -883,8 +883,9 @@ def evaluate(
                     losses.append(summed_loss(**inputs, correct=correct))
                 tokens += len(inputs["targets"])
     summed_loss.train(training)
-    summed = torch.stack(losses).cpu().double().sum().item()
-    total, count, right = runtime.sum_over_ranks(summed, tokens, correct.item())
+    values = torch.stack([*losses, *correct]).cpu().double()  # the only wait for a GPU
+    summed, hits = values[: len(losses)].sum().item(), values[len(losses) :].sum().item()
+    total, count, right = runtime.sum_over_ranks(summed, tokens, hits)
     return total / max(1, count), int(count), right / max(1, count)
 
 
