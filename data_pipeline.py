@@ -959,16 +959,16 @@ def encode_rows(
     """
     texts = [part for row in rows for parts in row for part in parts if isinstance(part, str)]
     encoded = iter(encoder.encode(texts))
-    tokens, lengths, labelled, truncated, exact = [], [], [], [], 0
+    tokens, lengths, labelled, truncated, exact = [], [], bytearray(), [], 0
     for row in rows:
-        ids, labels = [], []
+        ids, labels = [], bytearray()
         for number, parts in enumerate(row):
             start = len(ids)
             for part in parts:
                 ids += [part] if isinstance(part, int) else next(encoded)
             length = len(ids) - start
             # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
-            labels += [number % 2 == 1 and length > 1] * length
+            labels += bytes([number % 2 == 1 and length > 1]) * length
         truncated.append(len(ids) > max_length)
         if not truncated[-1]:
             exact += encoder.decode(ids[:-1]) == row_text(row, text_of)
@@ -976,7 +976,7 @@ def encode_rows(
         labelled += labels[:max_length]
         lengths.append(min(len(ids), max_length))
     return AlpacaDataset(
-        np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), np.array(labelled, bool),
+        np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), np.frombuffer(labelled, bool),
         np.array(truncated),
     ), exact  # fmt: skip
 

@@ -411,7 +411,10 @@ def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
     elif uses_only(args):
         unused = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS}
         unused |= set() if args.adapter_path else {"modification_type"}
-        unused |= set() if args.eval_only else {"eval_dataset_path", "eval_fraction", "batch_size"}
+        if args.eval_only:
+            unused -= {"eval_answers"}
+        else:
+            unused |= {"eval_dataset_path", "eval_fraction", "batch_size"}
         idle = dict.fromkeys(unused, ", nothing is trained")
     elif args.scheduler == "cosine":
         idle["warmup_steps"] = ", --scheduler cosine has no warm-up"
@@ -724,7 +727,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     A chunk of rows at a time: logits, fp32 log-sum-exp, and, while they are at hand, the gradient
     softmax - one-hot multiplied on to `hidden` and `weight`. The loss is a sum, so the backward
-    pass only scales what is ready. `correct`, where given, gets the numbers of targets whose logit
+    pass only scales what is ready. `correct`, where given, gets the number of targets whose logit
     is the largest.
 
     With label smoothing the gradient is that of F.cross_entropy's `label_smoothing` (Szegedy et
@@ -741,6 +744,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # hidden (rows, hidden size), weight (vocabulary, hidden size), targets (rows,)
         weight, (hidden_needs, weight_needs, *_) = weight.to(hidden.dtype), ctx.needs_input_grad
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hits = torch.zeros_like(loss)
         hidden_grad = torch.empty_like(hidden) if with_grad and hidden_needs else None
         weight_grad = None
         if with_grad and weight_needs:
@@ -758,7 +762,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 log_sum_exp = largest - softmax.amax(1, keepdim=True).log()
                 loss += (log_sum_exp - at_target).sum()
                 if correct is not None:
-                    correct.append((at_target == largest).sum())
+                    hits += (at_target == largest).sum()
                 if hidden_grad is not None or weight_grad is not None:
                     softmax.scatter_(1, target, label_smoothing - 1, reduce="add")
                     if label_smoothing:
@@ -768,6 +772,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=hidden_grad[rows])
             if weight_grad is not None:
                 weight_grad += logits.t() @ hidden[rows]
+        if correct is not None:
+            correct.append(hits)
         ctx.save_for_backward(hidden_grad, weight_grad)
         return loss
 
@@ -2427,6 +2433,10 @@ def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
         line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows, %.1f%% right"
         values = (loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}", 100 * accuracy)
         table.info(line, *values)
+        if args.eval_answers and runtime.rank == 0:
+            prompts, references = held_out_prompts(rows, args.eval_answers, tokenizer)
+            answers = generate_answers(prompts, model, tokenizer, args, runtime)
+            table.info(scores_line(score_answers(answers, references, tokenizer)))
     answer_prompts(args, runtime, model, tokenizer)
 
 

@@ -2807,6 +2807,9 @@ def test_the_scores_of_an_evaluations_answers_are_sacrebleus(flags, tmp_path, ca
     line = f"Held-out answers: chrF {scored[-1]['eval_chrf']:.1f}, BLEU"
     assert line in (tmp_path / "final" / "README.md").read_text()
     assert capsys.readouterr().out.count(line) >= 2  # at the evaluation, and at the end
+    again = flags(tmp_path, eval_answers=4, max_new_tokens=5, adapter_path=tmp_path / "final")
+    assert run([*again, "--eval_only"]) == 0
+    assert line in capsys.readouterr().out
 
 
 def test_eval_answers_without_sacrebleu_are_refused(flags, tmp_path, capsys, monkeypatch):
