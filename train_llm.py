@@ -11,6 +11,7 @@ A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_st
 """
 
 import argparse
+import ctypes
 import difflib
 import errno
 import importlib.util
@@ -525,6 +526,7 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(args.device, world_size)
     dtype, cuda = choose_dtype(args.precision, device), device.type == "cuda"
+    return_freed_memory()
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is still fp32
@@ -538,6 +540,16 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
             device_id=device if cuda else None,
         )  # fmt: skip
     return Runtime(device, dtype, int(os.environ.get("RANK", 0)), world_size)
+
+
+def return_freed_memory() -> None:
+    """Has glibc hand blocks of 16 MB and more back to the system as soon as they are freed.
+
+    Its own limit rises to 32 MB, and below it blocks of ever other sizes leave holes in the heap:
+    full fine-tuning of a GPT-2 of 16 million parameters grew by 22 MB a step.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
 @contextmanager
@@ -1714,7 +1726,8 @@ def plot_curves(run: Run) -> None:
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         curves = rows.reindex(columns=[key, f"eval_{key}"])
         raw, held_out = (curves[name].dropna() for name in curves)
-        smooth = raw.rolling(max(1, len(raw) // 10), min_periods=1).mean()
+        noisy = key != "lr"
+        smooth = raw.rolling(max(1, noisy * len(raw) // 10), min_periods=1).mean()
         axes.plot(raw, ".-", color="#4c72b0", alpha=0.3)
         axes.plot(smooth, color="#4c72b0", label="training, smoothed")
         if len(held_out):

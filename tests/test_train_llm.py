@@ -17,6 +17,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import pickle
 import random
 import re
@@ -328,6 +329,28 @@ def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(techniqu
         torch.testing.assert_close(
             mine, reference, rtol=1e-3, atol=1e-5 * float(reference.abs().max())
         )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's heap")
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_block_of_20_mb_goes_back_to_the_system_when_it_is_freed(limited):
+    """As without the limit it does not, once a block of that size was freed before."""
+    code = f"""
+import re, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train_llm
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+{limited} and train_llm.return_freed_memory()
+torch.ones(7_900_000), torch.ones(7_900_000)
+before, blocks = resident(), []
+for _ in range(5):
+    blocks += [torch.ones(5_000_000), torch.ones(20_000)]
+del blocks[::2]
+print(resident() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (float(done.stdout) < 20) == limited, done.stderr
 
 
 @pytest.mark.parametrize("prefix", [0, 5])
