@@ -229,6 +229,8 @@ def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[
     pattern, directory = (name, Path()) if is_glob else ("**/*", path)
     there = sorted(glob.glob(pattern, root_dir=directory, recursive=True))
     found = [file for file in there if (directory / file).is_file()]
+    if not is_hub_id:  # a link to a directory above would give all files again and again
+        found = sorted({(directory / file).resolve(): file for file in reversed(found)}.values())
     chosen = [file for file in found if file_kind(file) and Path(file).name not in NO_ROWS]
     if not is_glob:
         of_split = [f for f in chosen if bool(HELD_OUT.search(f)) == (flag == "eval_dataset_path")]
@@ -345,6 +347,8 @@ def read_csv(file: TextIO) -> Iterator[list[dict]]:
         header = list(reader.fieldnames or [])
         while header and not header[-1].strip():
             header.pop()
+        if len(header) == 1 and re.search("[;\t]", header[0]):
+            raise ValueError(f"the header is one column, {header[0]!r:.80}: separate by commas")
         if len(set(header)) < len(header):
             raise ValueError("the header names a column twice")
         reader.fieldnames = header
@@ -362,13 +366,23 @@ def read_json(file: TextIO) -> Iterator[list]:
         if line.lstrip().startswith("["):
             yield parse_json(line + file.read(), number)
             return
-        if line.strip() == "{":  # one object over several lines
-            yield [parse_json(line + file.read(), number)]
+        if line.lstrip().startswith("{") and not is_json(line):
+            whole = line + file.read()
+            is_object = is_json(whole) or line.strip() == "{"  # over several lines
+            yield [parse_json(whole if is_object else line.rstrip(), number)]
             return
         numbered = itertools.chain([(number, line)], numbered)
         break
     while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
         yield [parse_json(line.rstrip("\r\n"), number) for number, line in lines]
+
+
+def is_json(content: str) -> bool:
+    try:
+        json.loads(content)
+        return True
+    except (ValueError, RecursionError):
+        return False
 
 
 def parse_json(content: str, first_line: int) -> Any:
@@ -389,7 +403,8 @@ def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
             yield batch.to_pylist()
-    except NotImplementedError as error:  # of pyarrow; its other errors are ValueErrors
+    # Of pyarrow, whose other errors are ValueErrors, and for dates that Python does not have
+    except (NotImplementedError, OverflowError) as error:
         raise ValueError(error) from None
 
 
@@ -404,8 +419,13 @@ def read_records(path: str | Path) -> Iterator[list]:
     """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
     kind = file_kind(str(path))
     with open_bytes(path) as file:
+        start = file.peek(4)[:4]
         if kind == ".parquet":
             chunks = read_parquet(file)
+        elif start.startswith((b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"PK")):
+            raise ValueError("is compressed or .parquet: name it by what it is, as in .jsonl.gz")
+        elif b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError("looks like UTF-16: save the file as UTF-8")
         else:
             # Bytes that are not UTF-8 become lone surrogates: check_text names the row with them.
             settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
@@ -424,7 +444,9 @@ def check_text(value: object, what: str) -> None:
         raise ValueError(f"{what} is {value!r:.40}, not text")
     if not value.isascii() and (lone := SURROGATES.search(value)):
         at = f"{lone[0]!r} at character {lone.start()}"
-        raise ValueError(f"{what} holds {at}: save the file as UTF-8")
+        is_byte = "\udc80" <= lone[0] <= "\udcff"  # as read_records reads those that are not UTF-8
+        hint = "save the file as UTF-8" if is_byte else "half of a surrogate pair"
+        raise ValueError(f"{what} holds {at}: {hint}")
 
 
 def check_record(record: object, columns: list[str]) -> None:
@@ -439,11 +461,15 @@ def check_record(record: object, columns: list[str]) -> None:
         record[TURNS] = read_turns(record)
         return
     for column in columns:
-        if column == "input" and "instruction" in columns:
-            record.setdefault("input", "")
+        if column == "input" and "input" not in record and "instruction" in columns:
+            if alike := [name for name in record if name.strip().lower() == "input"]:
+                raise ValueError(f"the column {alike[0]!r} must be named 'input'")
+            record["input"] = ""
         if column not in record:
             lists = [name for name, value in record.items() if isinstance(value, list)]
             hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
+            if {"messages", "conversations"} & {*lists}:
+                hint = "; rows of turns need --text_format messages"
             names = reprlib.repr(sorted(map(str, record)))
             raise ValueError(f"no {column!r}; the row has {names}{hint}")
         value = record[column]
@@ -557,23 +583,33 @@ def turn_templates(roles: list[str]) -> list[str]:
 def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
     is none. Raises ValueError."""
-    turns = record.get("messages")
-    turns = record.get("conversations") if turns is None else turns
+    turns = first_of(record, "messages", "conversations")
     if not isinstance(turns, list) or not turns:
         legal = "expected a list of turns under 'messages' or 'conversations'"
         raise ValueError(f"{legal}, got {turns!r:.40}")
+    if record.get("system"):  # ShareGPT's, beside the turns
+        turns = [{"role": "system", "content": record["system"]}, *turns]
     read = []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {number} is {turn!r:.40}, not an object")
-        keys = ("from", "value") if turn.get("role") is None else ("role", "content")
-        role, text = map(turn.get, keys)
+        role, text = first_of(turn, "role", "from"), first_of(turn, "content", "value")
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
+        if turn.get("tool_calls"):
+            raise ValueError(f"turn {number}: calls of tools are not supported")
+        if turn.get("weight", 1) == 0 or turn.get("train", True) is False:
+            marked = "is marked not to be learned, which is not supported"
+            raise ValueError(f"turn {number} {marked}: remove the mark, or the row")
         check_text(text, f"turn {number}: the content")
         if text or role != "system":
             read.append((ROLES[role], text))
     return read
+
+
+def first_of(fields: Mapping[str, Any], *names: str) -> Any:
+    """The value of the first of these names that has one."""
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def row_renderer(
@@ -702,7 +738,8 @@ def base_of_adapter(directory: Path) -> str | None:
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # the line after a colon belongs to it
+    return text.partition("\n")[0] or type(error).__name__
 
 
 def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
@@ -738,6 +775,8 @@ def from_files(directory: Path, files: set[str]) -> PreTrainedTokenizerBase:
     chosen_class = AutoTokenizer
     if "tokenizer.json" in files:
         chosen_class = PreTrainedTokenizerFast  # GPT2Tokenizer takes the vocabulary alone
+    elif unnamed and files >= {"vocab.json", "merges.txt"}:
+        chosen_class = GPT2Tokenizer
     elif unnamed and "vocab.txt" in files and "vocab.json" not in files:
         chosen_class = BertTokenizer  # for a GPT-2, AutoTokenizer looks for GPT-2's files alone
     settings = {"local_files_only": True, "trust_remote_code": False}
@@ -791,7 +830,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer"
         raise ValueError(f"{where}: {slow}; needs a fast one, saved as tokenizer.json")
     model = tokenizer.backend_tokenizer.model
     tokens = {*special_tokens(tokenizer), *filter(None, [getattr(model, "unk_token", None)])}
-    if len(tokenizer) <= len(tokens):
+    # The mark of a word's start is no vocabulary either.
+    if not tokenizer.get_vocab().keys() - tokens - {*tokenizer.all_special_tokens, "\u2581"}:
         raise ValueError(f"{where}: holds no vocabulary, only special tokens: {sorted(tokens)}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{where}: needs an end-of-text token, so that a model learns to stop")

@@ -194,7 +194,7 @@ def stored_config(directory: str, where: str) -> GPT2Config:
     if architecture != "gpt2":
         raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
     try:
-        if "quantization_config" in settings:
+        if settings.get("quantization_config"):
             raise ValueError("quantised weights; give the model in full precision")
         settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
         config = GPT2Config.from_dict(settings)
@@ -278,7 +278,8 @@ def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]
 
 
 def first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # the line after a colon belongs to it
+    return text.partition("\n")[0] or type(error).__name__
 
 
 def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
@@ -310,7 +311,7 @@ def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadMode
         with torch.device(device):
             return GPT2LMHeadModel(config)
     except Exception as error:  # of any type, for sizes that no model can have
-        raise ValueError(f"{where}: these sizes make no model: {first_line(error)}") from None
+        raise ValueError(f"{where}: its settings make no model: {first_line(error)}") from None
 
 
 def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
@@ -424,19 +425,20 @@ class LoRAProduct(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
     ) -> Tensor:
         shape, dtype, grad_dtype = x.shape, autocast_dtype(x.device) or x.dtype, A.dtype
-        x, W, A, B = (tensor.to(dtype) for tensor in (x.flatten(0, -2), W, A, B))
+        x = x.reshape(-1, shape[-1])  # (tokens, in)
+        x, W, A, B = (tensor.to(dtype) for tensor in (x, W, A, B))
         h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
         low_rank = x @ A.t()  # (tokens, r)
         h.addmm_(low_rank, B.t(), alpha=scaling)
         ctx.save_for_backward(x, W, A, B, low_rank)
         ctx.scaling, ctx.grad_dtype = scaling, grad_dtype
-        return h.view(*shape[:-1], -1)
+        return h.view(*shape[:-1], h.shape[-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, low_rank = ctx.saved_tensors
-        shape, grad = grad.shape, grad.flatten(0, -2)  # (tokens, out)
+        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])  # (tokens, out)
         low_rank_grad = grad @ B  # (tokens, r), without its factor s, as low_rank
         A_grad = scaled_product(low_rank_grad.t(), x, ctx.scaling).to(ctx.grad_dtype)  # (r, in)
         B_grad = scaled_product(low_rank.t(), grad, ctx.scaling).t()  # (out, r)
@@ -445,7 +447,7 @@ class LoRAProduct(torch.autograd.Function):
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = (grad @ W.t()).addmm_(low_rank_grad, A, alpha=ctx.scaling)
-            x_grad = x_grad.view(*shape[:-1], -1)
+            x_grad = x_grad.view(*shape[:-1], x.shape[-1])
         return x_grad, None, None, A_grad, B_grad, None
 
 
@@ -473,7 +475,8 @@ class LoRALayer(nn.Module):
 
     `dora`: W = m (W0 + s B A) / ||W0 + s B A||, by the norm of each output's weights, where the
     magnitudes m, `lora_magnitude_vector` (out_features,), train from ||W0|| on (Liu et al., 2024,
-    equation 5); for gradients the norm is a constant (section 4.3).
+    equation 5; an output's weights are a column there, as its code and PEFT have it); for gradients
+    the norm is a constant (section 4.3).
     """
 
     def __init__(
@@ -738,10 +741,11 @@ def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
 
 def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
     """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
-    TECHNIQUES["ia3"].apply(model, args)
     path = directory / WEIGHTS
     tensors = peft_tensors(path)
     tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
+    untie_if_apart(model, tensors)
+    TECHNIQUES["ia3"].apply(model, args)
     put_tensors(model, tensors, path, required=trainable_state(model))
     train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
 
@@ -864,8 +868,9 @@ class PromptEmbedding(nn.Module):
         """
         cache = Cache(layer_class_to_replicate=UncopiedLayer)
         virtual = self.embedding[None]  # (1, prefix length, hidden)
-        if not autocast_dtype(virtual.device):
-            virtual = virtual.to(dtype)
+        # Autocast casts what enters products, not LayerNorms.
+        autocast = autocast_dtype(virtual.device)
+        virtual = virtual.to(transformer.h[0].ln_1.weight.dtype if autocast else dtype)
         # `forward` itself, since calling the module would put the prefix before the prefix.
         transformer.forward(inputs_embeds=virtual, past_key_values=cache, use_cache=True)
         return [(layer.keys, layer.values) for layer in cache.layers]
@@ -1161,9 +1166,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
         is_pickle = path.suffix == ".bin"
         tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-        if not all(isinstance(tensor, Tensor) for tensor in dict(tensors).values()):
+        values = tensors.values() if isinstance(tensors, Mapping) else [tensors]
+        if not all(isinstance(value, Tensor) for value in values) or torch.is_tensor(tensors):
             raise ValueError("holds something else than tensors by name")
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, EOFError):
         objects = "damaged, or holds objects, which could run code and are not loaded"
         raise ValueError(f"{path}: {objects}; give model.safetensors") from None
     except Exception as error:  # of any type, for damaged files
@@ -1198,13 +1204,18 @@ def put_tensors(
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)  # at once: on a full disk the file before stays
 
 
 def read_json(path: Path) -> dict:
     """A JSON object. Raises ValueError that names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        if text.startswith(LFS_POINTER.decode()):
+            raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
+        content = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("not a JSON object")
         return content
@@ -1317,9 +1328,9 @@ def whole_modules(besides: Iterable[str]) -> list[str] | None:
 
 def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
     """Whole modules and biases that were trained (modules_to_save, bias) train on."""
-    whole = tuple(config.get("modules_to_save") or ())
+    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
     for name in loaded:
-        if name.endswith(".bias") or name.rpartition(".")[0].endswith(whole):
+        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
             model.get_parameter(name).requires_grad_(True)
 
 
@@ -1405,11 +1416,10 @@ def peft_tensors(path: Path) -> dict[str, Tensor]:
 
 def alpha_of(layer_name: str, config: dict) -> float:
     """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
-    alpha = config.get("lora_alpha", 8)
     for pattern, exception in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
-            alpha = exception
-    return alpha
+            return exception  # as in PEFT, the first that matches
+    return config.get("lora_alpha", 8)
 
 
 def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
@@ -1771,7 +1781,11 @@ def load_trained(
         raise ValueError(f"{directory}: names no base model; give --model_name_or_path")
     loading = {"model_name_or_path": base, "from_scratch": False, "dropout": dropout}
     args = with_defaults(argparse.Namespace(**settings), **loading)
-    model = load_base(args)
+    try:
+        model = load_base(args)
+    except ValueError as error:
+        known = model_name_or_path or base == str(directory)
+        raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
     try:
         check_base(model, settings, directory, chosen=bool(model_name_or_path))
         TECHNIQUES[args.modification_type].load(model, directory, args)
@@ -1789,6 +1803,8 @@ def is_plain(technique: str) -> bool:
 def trained_settings(directory: Path) -> dict:
     """The settings of what a run of ours saved, or PEFT. Raises ValueError that names the file."""
     path = directory / METADATA
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory")
     if path.is_file():
         settings = read_json(path)
     elif (path := directory / PEFT_CONFIG).is_file():

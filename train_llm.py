@@ -112,7 +112,7 @@ PADDING = 0.15  # of a part's tokens: beyond it, another part costs less
 SMALL_PART = 256  # tokens: below it, another part costs more than any padding
 CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
 OUTPUTS = (  # what a run writes, and --overwrite_output_dir removes
-    "run.json", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png", "predictions.jsonl",
+    "run.json*", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png", "predictions.jsonl",
     "training_*.log", "checkpoints", "best", "final", "base", "tensorboard",
 )  # fmt: skip
 # Each asks for a checkpoint and the end; terminals, `timeout`, SLURM and torchrun send them.
@@ -262,6 +262,14 @@ def utf8_text(value: str) -> str:
     return value
 
 
+def prompts(value: object) -> list[str]:
+    """One text, or a list of them. Raises ValueError."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{value!r}: expected a text, or a list of texts")
+    return list(map(utf8_text, texts))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """All flags. None has its default here, so that what was parsed is what was given."""
     parser = argparse.ArgumentParser(
@@ -309,7 +317,7 @@ def read_config(path: Path) -> dict[str, Any]:
             if name not in DEFAULTS:
                 raise ValueError(f"no such flag{nearest(name, DEFAULTS)}")
             if value is not None:
-                flags[name] = value if name == "prompt" else FLAGS[name].type(value)
+                flags[name] = prompts(value) if name == "prompt" else FLAGS[name].type(value)
     except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -321,20 +329,31 @@ def read_config(path: Path) -> dict[str, Any]:
 def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
     """What stands below the command line: the flags of --config, and below these those of the run
     that --resume_from continues. Raises ValueError."""
+    config = read_config(Path(given["config"])) if "config" in given else {}
     stored: dict[str, Any] = {}
     if "resume_from" in given:
-        run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | given))
+        run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | config | given))
         with suppress(ValueError):  # without one, the checkpoint's own settings are compared
             stored = read_config(run_dir / "run.json")
         stored["output_dir"] = str(run_dir)
-    return stored | (read_config(Path(given["config"])) if "config" in given else {})
+        if "epochs" in given | config:
+            stored.pop("max_steps", None)  # it would stand above them
+    return stored | config
 
 
 def resumed_directory(args: argparse.Namespace) -> Path:
     """The directory of the run that --resume_from continues."""
+    if checkpoint := named_checkpoint(args):
+        return checkpoint.parent.parent
     path = Path(args.output_dir if args.resume_from == "auto" else args.resume_from)
-    is_checkpoint = re.fullmatch(r"step_\d+", path.resolve().name)
-    return path.resolve().parent.parent if is_checkpoint else path
+    return path.parent if path.name == "checkpoints" else path
+
+
+def named_checkpoint(args: argparse.Namespace) -> Path | None:
+    """The checkpoint that --resume_from names, itself or as the target of a link; None: a run."""
+    path = Path(os.path.abspath(args.resume_from))
+    names = (path, path.resolve())
+    return next((name for name in names if re.fullmatch(r"step_\d+", name.name)), None)
 
 
 def resolve(given: dict[str, Any]) -> argparse.Namespace:
@@ -387,6 +406,8 @@ def conflict(args: argparse.Namespace) -> str:
         f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
         f"--prompts_file {args.prompts_file}: no such file":
             args.prompts_file and not Path(args.prompts_file).is_file(),
+        f"--prompts_file {args.prompts_file}: its directory cannot be written to":
+            args.prompts_file and not os.access(Path(args.prompts_file).resolve().parent, os.W_OK),
         "--chat: with --adapter_path, after training": args.chat and not uses_only(args),
         "--num_beams: neither draws (--temperature) nor streams (--chat)":
             args.num_beams > 1 and (args.temperature or args.chat),
@@ -981,6 +1002,12 @@ class Run:
         """A single process at any moment; several after a step, when all have heard of it."""
         return self.stopping or (self.runtime.world_size == 1 and self.signal is not None)
 
+    def stop_evaluating(self) -> bool:
+        """Asked before each batch of an evaluation, of which all processes have as many."""
+        if self.runtime.world_size > 1:
+            self.stopping = self.runtime.sum_over_ranks(self.signal is not None)[0] > 0
+        return self.told_to_stop()
+
 
 def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     """The tokenizer of the flags, else the model's own; random weights have GPT-2's."""
@@ -1130,6 +1157,8 @@ def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
             given = json.loads(text)
     if text_format == "messages":
         is_turns = given.keys() & {"messages", "conversations"}
+        if isinstance(prompt, dict) and not is_turns:
+            raise ValueError("its fields are neither 'messages' nor 'conversations'")
         return given if is_turns else {"messages": [{"role": "user", "content": text}]}
     columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
     prompts = {"alpaca": data_pipeline.PROMPT_WITH_INPUT, "output": "{output}"}
@@ -1282,13 +1311,28 @@ def answer_prompts(
 
 def read_prompts(args: argparse.Namespace) -> list[Any]:
     """Each --prompt, and the rows of fields, or else the lines, of --prompts_file."""
-    path = args.prompts_file
+    path, read = args.prompts_file, []
     if not path:
         return args.prompt
-    if data_pipeline.file_kind(path):
-        return list(itertools.chain(args.prompt, *data_pipeline.read_records(path)))
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    return [*args.prompt, *filter(str.strip, lines)]
+    try:
+        if data_pipeline.file_kind(path):
+            read = list(itertools.chain(*data_pipeline.read_records(path)))
+        else:
+            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+            read = list(filter(str.strip, lines))
+        for row, prompt in enumerate(read, 1):
+            for text in [prompt] if isinstance(prompt, str) else [*prompt, *prompt.values()]:
+                data_pipeline.check_text("" if text is None else str(text), f"row {row}")
+            if isinstance(prompt, dict) and None in prompt:
+                raise ValueError(f"row {row}: more fields than the header names")
+        if not read:
+            raise ValueError("holds no prompts")
+    except (AttributeError, TypeError):
+        reason = f"row {row}: {str(prompt)[:40]} is neither a text nor an object of fields"
+        raise ValueError(f"--prompts_file {path}: {reason}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--prompts_file {path}: {error}") from None
+    return [*args.prompt, *read]
 
 
 class ScreenStreamer(TextStreamer):
@@ -1330,7 +1374,8 @@ def chat(
             print()
         except ValueError as error:
             table.info("%s", error)
-        turns.append({"role": "assistant", "content": streamer.text.strip()})
+        if turns and turns[-1]["role"] == "user":  # else Ctrl-C came before a question
+            turns.append({"role": "assistant", "content": streamer.text.strip()})
 
 
 def held_out_prompts(
@@ -1394,14 +1439,11 @@ def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitSta
     missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     # A singleton: this process may take it more than once.
     lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)
-    closing.callback(remove_unused, missing)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         # A killed run's DataLoader workers hold the lock for seconds.
         closing.enter_context(lock.acquire(timeout=10))
-    except FileNotFoundError:  # another start was refused, and has removed it
-        claim_directory(args, runtime, closing)
-        return
+        output_dir.mkdir(parents=True, exist_ok=True)  # a start that was refused has removed it
     except filelock.Timeout:
         stale = f"if none is (a run killed on another host), remove {output_dir / '.lock'}"
         raise ValueError(f"--output_dir {output_dir}: another run writes there; {stale}") from None
@@ -1411,6 +1453,7 @@ def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitSta
             raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
         unguarded = "its file system has no locks: see that no second run writes there"
         logger.warning("--output_dir %s: %s", output_dir, unguarded)
+    closing.callback(remove_unused, missing)  # while the lock is held
     refuse_used_directory(args)  # another run may have come and gone meanwhile
     recover_and_clean(output_dir)
 
@@ -1429,7 +1472,7 @@ def refuse_used_directory(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
-    signs = ["run.json", "metrics.jsonl", "checkpoints", "best", "final"]
+    signs = ["run.json", "metrics.jsonl", "checkpoints", "best", "final", *EXTRAS]
     signs += ["base"] if args.from_scratch else []
     holds_run = any((output_dir / name).exists() for name in signs)
     continued = args.resume_from and resumed_directory(args).resolve() == output_dir.resolve()
@@ -1467,9 +1510,11 @@ def written_by_a_run(output_dir: Path) -> Iterator[Path]:
 
 
 def clear_directory(output_dir: Path) -> None:
-    """Removes what a run wrote, and nothing else."""
+    """Removes what a run wrote, and nothing else; of a link to a directory its contents."""
     for path in written_by_a_run(output_dir):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        shutil.rmtree(path.resolve()) if path.is_dir() else path.unlink()
+        if path.is_symlink():
+            path.resolve().mkdir()
 
 
 @contextmanager
@@ -1580,8 +1625,13 @@ def start_records(run: Run, closing: ExitStack) -> None:
     if args.overwrite_output_dir:
         clear_directory(output_dir)
     resumed = run.progress if run.resumed_from is not None else None
-    for name in EXTRAS:  # an earlier end's, of a run that goes on
-        (output_dir / name).unlink(missing_ok=True)
+    if resumed:
+        for name in EXTRAS:  # an earlier end's, of a run that goes on
+            (output_dir / name).unlink(missing_ok=True)
+        for path in checkpoints(output_dir):
+            if checkpoint_step(path) > resumed.step:  # of the way that is left
+                logger.info("%s is removed: the run goes on from step %d", path, resumed.step)
+                remove_checkpoint(path)
     cut_metrics(output_dir / "metrics.jsonl", resumed)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     closing.enter_context(log_file(log))
@@ -1645,10 +1695,16 @@ def save_scratch_base(run: Run) -> None:
 
 def write_model(run: Run, name: str) -> None:
     """best/ or final/."""
+    run.model.modification["step"] = run.progress.step
     with whole_directory(run.output_dir, name) as directory:
         save_trained(run.model, directory)
         run.tokenizer.save_pretrained(directory)
         attempt("the model card", write_card, run, directory)
+
+
+def step_of(directory: Path) -> int | None:
+    """The step of the model in best/ or final/, None where there is none."""
+    return data_pipeline.read_settings(directory / modify_llm.METADATA).get("step")
 
 
 def write_card(run: Run, directory: Path) -> None:
@@ -1786,12 +1842,17 @@ def save_checkpoint(run: Run) -> None:
     others = [path for path in checkpoints(run.output_dir) if checkpoint_step(path) != step]
     for path in others[run.args.save_total_limit - 1 :]:
         if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
-            try:
-                trash = staging(path, "trash")
-                move_away(path, trash)
-                shutil.rmtree(trash)
-            except OSError as error:
-                logger.warning("%s: cannot be removed: %s", path, error)
+            remove_checkpoint(path)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """At once, so that no half of it is ever found."""
+    try:
+        trash = staging(path, "trash")
+        move_away(path, trash)
+        shutil.rmtree(trash)
+    except OSError as error:
+        logger.warning("%s: cannot be removed: %s", path, error)
 
 
 def random_states(runtime: Runtime) -> dict[str, Tensor]:
@@ -1839,8 +1900,8 @@ def resume(run: Run) -> None:
     Raises ValueError for a checkpoint of another run, or a bad one that was asked for by its path.
     """
     wanted, root = run.args.resume_from, resumed_directory(run.args)
-    by_path = wanted != "auto" and re.fullmatch(r"step_\d+", Path(wanted).resolve().name)
-    for path in [Path(wanted)] if by_path else checkpoints(root):
+    by_path = named_checkpoint(run.args)
+    for path in [by_path] if by_path else checkpoints(root):
         try:
             state = read_checkpoint(path)
             if not (other_run := difference(run, state)):
@@ -1862,6 +1923,9 @@ def resume(run: Run) -> None:
     if wanted != "auto":
         missing = "no such directory, or no good checkpoint in it"
         raise ValueError(f"--resume_from {wanted}: {missing}")
+    if (root / "final").exists():
+        starts_over = "but a result: --overwrite_output_dir in its place starts over"
+        raise ValueError(f"--resume_from auto: no good checkpoint in {root}, {starts_over}")
     none = "--resume_from auto: no good checkpoint in %s, starting at step 0"
     logger.warning(none, run.output_dir)
 
@@ -1917,6 +1981,8 @@ def changes(run: Run, state: dict) -> list[str]:
         lines += [f"{longer}: from here on with the learning rates of the longer one"]
     if state["held_out_sha256"] != run.held_out_hash:
         lines += ["Other held-out rows from here on: the best loss is sought anew"]
+    elif run.output_dir.resolve() != (root := resumed_directory(run.args)).resolve():
+        lines += [f"best/ of the steps before stays in {root}: here the best loss is sought anew"]
     return lines
 
 
@@ -1937,6 +2003,8 @@ def restore(run: Run, state: dict) -> None:
     """Puts a checkpoint's tensors, progress and random state into the run."""
     run.progress = progress = state["progress"]
     run.resumed_from = progress.step
+    if resumed_directory(run.args).resolve() != run.output_dir.resolve():
+        progress.best_loss, progress.best_step = None, 0  # best/ stays there
     if state["held_out_sha256"] != run.held_out_hash:
         progress.best_loss = progress.first_loss = progress.last_loss = None
         progress.best_step = progress.evaluations_without_gain = 0
@@ -1958,12 +2026,13 @@ def restore(run: Run, state: dict) -> None:
 
 
 def finished(run: Run) -> bool:
-    """Whether its newest good checkpoint is at the last step, and final/ verifies."""
+    """Whether its newest good checkpoint is at the last step, and final/ of it verifies."""
     state = run.progress
     at_end = state.step >= run.total_steps or state.stopped_early
     if run.resumed_from is None or not at_end or state.evaluation_due:
         return False
-    return is_whole(run.output_dir / "final")
+    final = run.output_dir / "final"
+    return step_of(final) == state.step and is_whole(final)
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -2073,7 +2142,7 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
     """Evaluates, logs and counts towards early stopping. Stays due where a signal breaks it off."""
     state, loss = run.progress, 0.0
     if run.eval_loader:
-        stop = run.told_to_stop
+        stop = run.stop_evaluating
         loss, tokens, accuracy = evaluate(summed_loss, run.eval_loader, run.runtime, stop)
         if run.told_to_stop():
             return
@@ -2300,6 +2369,7 @@ def refuse_to_overwrite_inputs(run: Run) -> None:
     args = run.args
     written = [path.resolve() for path in written_by_a_run(run.output_dir)]
     inputs = (args.adapter_path, run.model.base_path, args.dataset_path, args.eval_dataset_path)
+    inputs += (args.prompts_file,)
     for used in filter(None, inputs if args.overwrite_output_dir else ()):
         if any(Path(used).resolve().is_relative_to(path) for path in written):
             needed = f"would remove {used}, which this run needs"
@@ -2385,7 +2455,8 @@ def finish(run: Run, started: float) -> None:
     names = ["best", "final", "metrics.jsonl", *EXTRAS]
     written = [name for name in names if (output_dir / name).exists()]
     table.info("Written to %s: %s", output_dir, ", ".join(written))
-    use = shlex.quote(str(output_dir / ("best" if "best" in written else "final")))
+    best_is_there = step_of(output_dir / "best") == state.best_step
+    use = shlex.quote(str(output_dir / ("best" if best_is_there else "final")))
     table.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
 
 
@@ -2412,12 +2483,14 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
             start_records(run, closing)
             if args.from_scratch:
                 save_scratch_base(run)
-            catch_signals(run, closing)
+            signals = closing.enter_context(ExitStack())
+            catch_signals(run, signals)
             if run.resumed_from is not None:  # a kill may have come between checkpoint and best/
                 keep_best(run)
             with attention_without_mask(run.model):
                 train(run)
             finish(run, started)
+            signals.close()  # all is written: a signal ends the answers at once
             answer_prompts(*at_hand)
         except Stopped as stopped:
             name, hint = signal.Signals(*stopped.args).name, "; --resume_from auto goes on"
@@ -2469,7 +2542,8 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
     with ExitStack() as closing:
         claim_directory(args, runtime, closing)
         scratch = Path(closing.enter_context(tempfile.TemporaryDirectory()))
-        clear_directory(output_dir)
+        if args.overwrite_output_dir:
+            clear_directory(output_dir)
         table.info("Demo, part 1 of 2: a tiny GPT-2 learns tasks by name, from random weights\n")
         train_model(resolve(common | DEMO_BASE | {"output_dir": str(scratch / "run")}), runtime)
         shutil.move(scratch / "run" / "best", output_dir / "base")

@@ -568,7 +568,10 @@ def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None,
             records, deepest = own_json(text)
         else:
             lines = re.split(r"\r\n|\r|\n", text)
-            read = [own_json(line) for line in lines if line.strip()]
+            try:
+                read = [own_json(line) for line in lines if line.strip()]
+            except ValueError:  # one object over several lines
+                read = [own_json(text)]
             records, deepest = (
                 [value for value, _ in read],
                 max((depth for _, depth in read), default=0),

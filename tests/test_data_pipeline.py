@@ -762,6 +762,11 @@ def test_a_repository_without_a_tokenizer_is_refused(directory_of, monkeypatch, 
         ({"vocab.txt": "[UNK]\na\nb"}, "names no eos_token, and has none of"),
         ({"tokenizer_config.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
         ({"special_tokens_map.json": {}, **gpt2_config(50257)}, "holds no vocabulary"),
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>"}},
+            "holds no vocabulary",
+        ),
+        ({"vocab.json": {"a": 0, "b": 1}, "merges.txt": "#version"}, "names no eos_token"),
         ({"spiece.model": "x", **gpt2_config(9)}, "must name the tokenizer_class that reads"),
         (
             {"spiece.model": "x", "tokenizer_config.json": {"tokenizer_class": "T5Tokenizer"}},
@@ -1452,6 +1457,18 @@ def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenize
             "turn 2: the content is None, not text",
         ),
         (
+            {"messages": [*turns("u:x"), {"role": "assistant", "content": "", "tool_calls": [1]}]},
+            "turn 2: calls of tools are not supported",
+        ),
+        (
+            {"messages": [*turns("u:x"), {"role": "assistant", "content": "y", "weight": 0}]},
+            "turn 2 is marked not to be learned",
+        ),
+        (
+            {"messages": [*turns("u:x"), {"role": "assistant", "content": "y", "train": False}]},
+            "turn 2 is marked not to be learned",
+        ),
+        (
             {"conversations": turns("u:\ud800", **SHARE_GPT)},
             "turn 1: the content holds '\\ud800' at character 0",
         ),
@@ -1461,6 +1478,35 @@ def test_turns_that_cannot_be_read_are_refused_by_row(refused, write, row, said)
     path = write([ALPACA_TURNS, row])
     error = refused("--dataset_path", path, "--text_format", "messages")
     assert error.startswith(f"--dataset_path {path}: row 2: {said}")
+
+
+def test_share_gpts_system_beside_the_turns_and_mixed_keys_are_read():
+    beside = {"system": "Be brief.", "conversations": turns("u:a|a:b", **SHARE_GPT)}
+    mixed = {"conversations": [
+        {"role": "system", "value": "Be brief."}, {"from": "user", "content": "a"},
+        {"role": "assistant", "value": "b"},
+    ]}  # fmt: skip
+    expected = {"messages": turns("s:Be brief.|u:a|a:b")}
+    read = data_pipeline.read_turns
+    assert read(beside) == read(mixed) == read(expected)
+
+
+def test_a_date_that_python_does_not_have_is_refused(refused, write):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {name: ["a"] for name in data_pipeline.ALPACA_COLUMNS}
+    table = pyarrow.table(columns | {"day": pyarrow.array([2**30], pyarrow.date32())})
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(table, file)
+    assert "days=" in refused("--dataset_path", write(file.getvalue(), "a.parquet"))
+
+
+def test_a_link_to_a_directory_above_gives_no_file_twice(directory, tokenizer):
+    path = directory({"a/rows.json": ROWS})
+    (path / "a" / "up").symlink_to(path)
+    (path / "b.json").symlink_to(path / "a" / "rows.json")
+    assert len(load_dataset(path, tokenizer)) == len(ROWS)
 
 
 def test_a_column_that_is_called_messages_fills_in_a_template(write, tokenizer, reference):
@@ -1621,6 +1667,21 @@ def test_a_byte_that_is_not_utf8_is_refused_by_its_row(
         ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
         ("a.parquet", as_json(ROWS), "not a parquet file"),
         ("a.parquet", b"", "Parquet"),
+        ("a.json", b'{"data": [\n{"instruction": "a"}\n]}\n', "save its list 'data' alone"),
+        ("a.jsonl", b'{"output": "a",\n{"output": "b"}\n', "line 1: invalid JSON"),
+        ("a.csv", as_csv(ROWS).decode().encode("utf-16-le"), "looks like UTF-16"),
+        ("a.json", as_json(ROWS).decode().encode("utf-16"), "looks like UTF-16"),
+        ("a.jsonl", gzip.compress(as_jsonl(ROWS)), "is compressed or .parquet"),
+        ("a.csv", as_zst(as_csv(ROWS)), "is compressed or .parquet"),
+        ("a.json", as_parquet(ROWS), "is compressed or .parquet"),
+        (
+            "a.csv",
+            b"instruction;input;output\na;b;c\n",
+            "is one column, 'instruction;input;output'",
+        ),
+        ("a.jsonl", as_jsonl([{"messages": []}]), "rows of turns need --text_format messages"),
+        ("a.csv", b"instruction, Input ,output\na,b,c\n", "' Input ' must be named 'input'"),
+        ("a.json", as_json([alpaca_row(output="\ud83d")]), "half of a surrogate pair"),
     ],
 )
 def test_a_file_that_is_not_what_its_name_says_is_told(refused, write, name, content, said):
@@ -1944,7 +2005,7 @@ def readings(suffix, data):
     elif text.lstrip().startswith("["):
         attempts = [lambda: json.loads(text)]
     else:
-        attempts = [lambda: lines("\n"), lambda: lines("\r\n|\r|\n")]
+        attempts = [lambda: lines("\n"), lambda: lines("\r\n|\r|\n"), lambda: [json.loads(text)]]
     found = []
     for attempt in attempts:
         try:

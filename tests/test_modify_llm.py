@@ -759,6 +759,17 @@ def test_ia3_trains_as_peft_does(base):
     assert all(close(state[name], trained[name], 1e-4) for name in trained)
 
 
+@pytest.mark.parametrize("whole", ["wte", "lm_head"])
+def test_an_ia3_that_peft_made_beside_a_module_trained_whole_loads(base, tmp_path, whole):
+    config = peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True, modules_to_save=[whole])
+    theirs = perturb(peft.get_peft_model(plain(base), config))
+    theirs.save_pretrained(tmp_path / "peft")
+    ours = load_trained(tmp_path / "peft", base)
+    assert close(logits(ours), logits(theirs))
+    trained = {our_name(n) for n in trainable_state(theirs)}
+    assert len(trainable_state(ours)) == len(trained)
+
+
 def test_layernorm_tuning_trains_as_peft_does(base):
     theirs = peft.get_peft_model(plain(base), peft.LNTuningConfig(task_type="CAUSAL_LM")).train()
     ours = final_modify(model_name_or_path=base, modification_type="layernorm").train()
@@ -1726,6 +1737,11 @@ PEFT_MADE = {
         "rank_pattern": {"c_attn": 2},
         "alpha_pattern": {"c_attn": 3},
     },
+    "patterns of which two match": {
+        "target_modules": ["c_proj"],
+        "alpha_pattern": {"c_proj": 4, "mlp.c_proj": 40},
+    },
+    "a container that is trained whole": {"target_modules": ["c_attn"], "modules_to_save": ["mlp"]},
     "regular expression": {"target_modules": r".*\.h\.[02]\.(attn|mlp)\.c_(attn|fc)"},
     "some layers": {"layers_to_transform": [1], "layers_pattern": "h"},
     "all linear layers": {"target_modules": "all-linear"},
@@ -1780,6 +1796,47 @@ def test_a_lora_that_peft_made_loads_with_equal_logits_and_trains_on(base, confi
         logits(peft.PeftModel.from_pretrained(plain(base), tmp_path / "again")), expected, 1e-5
     )
     assert close(logits(merge_lora(ours)), expected, 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(32,), (0, 32), (2, 3, 32)])
+def test_a_lora_layer_takes_what_the_layer_that_it_wraps_takes(shape):
+    layer = LoRALayer(torch.nn.Linear(32, 6).requires_grad_(False), 2, 4.0)
+    x = torch.randn(shape, requires_grad=True)
+    expected = layer.original_layer(x)
+    assert layer(x).shape == expected.shape
+    layer(x).sum().backward()
+    assert close(layer(x), expected) or not x.numel()
+
+
+@pytest.mark.parametrize("prefix_type", ["embedding", "key_value"])
+def test_a_prefix_on_a_base_in_bf16_runs_under_autocast(base, prefix_type):
+    model = GPT2LMHeadModel.from_pretrained(base, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        apply_prefix(model, 5, prefix_type=prefix_type)
+        inside = logits(model)
+    assert close(inside.float(), logits(model).float(), 0.05)
+
+
+def test_settings_that_are_null_files_that_are_empty_and_places_that_are_not_there_are_told(
+    base, tmp_path
+):
+    path = base_with(base, tmp_path / "null", quantization_config=None)
+    assert close(logits(modified(path, modification_type="full")), logits(plain(base)))
+    (Path(path) / "model.safetensors").unlink()
+    (Path(path) / "pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: damaged"):
+        modified(path)
+    (Path(path) / "config.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        modified(path)
+    with pytest.raises(ValueError, match="nowhere: no such directory"):
+        load_trained(tmp_path / "nowhere")
+    save_trained(modified(base), tmp_path / "final")
+    settings = json.loads((tmp_path / "final" / "modification.json").read_text())
+    settings["base_model_name_or_path"] = "gone/away"
+    (tmp_path / "final" / "modification.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"^the base of \S+final: --model_name_or_path gone/away"):
+        load_trained(tmp_path / "final")
 
 
 @pytest.mark.parametrize("bias", ["none", "lora_only"])
@@ -2769,7 +2826,7 @@ def test_a_prefixed_transformer_takes_every_argument_by_position(prefix_type):
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ("--hidden_size 2000000000 --num_attention_heads 1 --num_hidden_layers 1", "these sizes"),
+        ("--hidden_size 2000000000 --num_attention_heads 1 --num_hidden_layers 1", "its settings"),
         ("--num_hidden_layers 2000000000", "--num_hidden_layers"),
     ],
 )

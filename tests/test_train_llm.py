@@ -17,8 +17,8 @@ import logging
 import math
 import multiprocessing
 import os
-import platform
 import pickle
+import platform
 import random
 import re
 import resource
@@ -1780,6 +1780,106 @@ def half(half_done, tmp_path):
     return Path(shutil.copytree(half_done[0], tmp_path / "out"))
 
 
+def test_a_longer_run_that_is_killed_before_its_final_is_not_taken_for_finished(flags, half):
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    assert run([*flags(half, eval_interval=2, max_steps=8), *RESUME]) == 0
+    shutil.copytree(half / "final", half / "longer")
+    shutil.rmtree(half / "final")
+    # as a kill leaves it between the last checkpoint and final/: the shorter run's is still there
+    assert run([*flags(half.parent / "short", eval_interval=2)]) == 0
+    shutil.copytree(half.parent / "short" / "final", half / "final")
+    assert run([*flags(half, eval_interval=2, max_steps=8), *RESUME]) == 0
+    assert saved(half / "final") == saved(half / "longer")
+
+
+def test_a_run_resumed_from_an_older_checkpoint_leaves_the_newer_ones(flags, half):
+    older = half / "checkpoints" / "step_00000002"
+    with stopped_in(2):
+        assert run([*flags(half, eval_interval=2), "--resume_from", str(older)]) == 143
+    assert [path.name[-1] for path in checkpoints(half)] == ["2", "3"]
+
+
+def test_checkpoints_on_another_disk_resume_by_their_path_and_are_overwritten(
+    flags, half, tmp_path
+):
+    disk = tmp_path / "disk" / "ck"
+    disk.parent.mkdir()
+    shutil.move(half / "checkpoints", disk)
+    (half / "checkpoints").symlink_to(disk)
+    step = half / "checkpoints" / "step_00000004"
+    assert run([*flags(half, eval_interval=2), "--resume_from", str(step)]) == 0
+    assert not (disk.parent / "run.json").exists()
+    with stopped_in(4):
+        argv = [*flags(half, eval_interval=2), "--overwrite_output_dir"]
+        assert run(argv) == 143
+    assert [path.name[-1] for path in disk.iterdir()] == ["2"]
+
+
+def test_a_result_whose_checkpoints_are_gone_is_not_started_over(flags, half, capsys):
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    shutil.rmtree(half / "checkpoints")
+    before = snapshot(half)
+    said = refused([*flags(half, lora_rank=2), *RESUME], capsys)
+    assert "no good checkpoint" in said and "--overwrite_output_dir" in said
+    assert snapshot(half) == before
+
+
+def test_a_run_that_goes_on_elsewhere_speaks_of_no_best_that_is_not_there(flags, half, capsys):
+    elsewhere = half.parent / "elsewhere"
+    argv = [*flags(elsewhere, eval_interval=2, max_steps=8), "--resume_from", str(half)]
+    assert run(argv) == 0
+    out = capsys.readouterr().out
+    assert f"best/ of the steps before stays in {half}" in out
+    step = re.search(r"best [\d.]+ at step (\d+)", out)[1]
+    assert train_llm.step_of(elsewhere / "best") == int(step)
+
+
+def test_the_epochs_given_stand_above_the_steps_of_the_run(flags, half, capsys):
+    assert run(["--resume_from", str(half), "--epochs", "2"]) == 0
+    assert checkpoints(half)[-1].name == "step_00000012"  # 2 x 6 steps
+
+
+def test_run_json_survives_a_disk_that_is_full_when_it_is_written_again(flags, half):
+    before = (half / "run.json").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", lambda self, target: pytest.fail("full"))
+        with pytest.raises(pytest.fail.Exception):
+            modify_llm.write_json(half / "run.json", {"settings": {}})
+    assert (half / "run.json").read_text() == before
+
+
+def test_the_config_says_which_run_goes_on(flags, half, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "flags.yaml"
+    config.write_text(f"output_dir: {half}\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "run.json").write_text('{"settings": {"learning_rate": 0.5}}')
+    assert run(["--config", str(config), *RESUME]) == 0
+    assert "at step 5" in capsys.readouterr().out
+
+
+def test_a_start_that_is_refused_leaves_the_directory_of_the_one_at_work(
+    flags, tmp_path, monkeypatch, capsys
+):
+    def at_work(self, timeout):
+        raise filelock.Timeout(".lock")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", at_work)
+    assert "another run writes there" in refused(flags(tmp_path / "new" / "out"), capsys)
+    assert (tmp_path / "new" / "out").is_dir()
+
+
+def test_a_directory_that_cannot_be_made_is_refused(flags, capsys):
+    assert "cannot be written to" in refused(flags("/proc/nosuch/out"), capsys)
+
+
+@pytest.mark.parametrize("name", ["predictions.jsonl", "training_curves.png"])
+def test_a_file_of_the_users_own_is_not_overwritten(flags, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert "--overwrite_output_dir" in refused(flags(tmp_path), capsys)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def flip_a_byte(checkpoint):
     content = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
     content[-100] ^= 1
@@ -2204,15 +2304,15 @@ def main_with_hooks(
     argv, output_dir, journal=os.devnull, die_at=0, signals=(), file_limit=None, environment=()
 ):
     """train_llm.main in a process of its own: it writes down each change that it is about to make to the output
-    directory, kills itself right before the die_at-th, sends itself signals, (micro-step of training, signal), and can
-    write no file beyond the limit."""
+    directory, kills itself right before the die_at-th, sends itself signals, (micro-step of training, or -micro-step of evaluation,
+    signal), and can write no file beyond the limit."""
     os.environ.update(environment)
     book, changes, steps = (
         os.open(journal, os.O_WRONLY | os.O_CREAT),
         itertools.count(1),
         itertools.count(1),
     )
-    forward = SummedLoss.forward
+    forward, evaluations = SummedLoss.forward, itertools.count(1)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
 
@@ -2227,7 +2327,7 @@ def main_with_hooks(
             os.write(book, f"{event} {details[0]} {details[1]}\n".encode())
 
     def counted(self, *args, **kwargs):
-        number = next(steps) if self.training else 0
+        number = next(steps) if self.training else -next(evaluations)
         for at, by in signals:
             if at == number:
                 time.sleep(0.2)  # later than what `timeout` sends twice
@@ -2781,7 +2881,7 @@ def test_noise_draws_tokens_by_their_probabilities():
 def test_a_conversation_is_read_whole_in_the_format_of_turns_and_ctrl_c_ends_an_answer(
     monkeypatch, capsys, bytes_tokenizer
 ):
-    typed, asked = ["one", "two", "three"], []
+    typed, asked = ["Ctrl-C", "one", "two", "three"], []
 
     def answer(prompts, _model, _tokenizer, _args, _runtime, streamer):
         asked.append(bytes_tokenizer.decode(prompts[0]))
@@ -2792,6 +2892,9 @@ def test_a_conversation_is_read_whole_in_the_format_of_turns_and_ctrl_c_ends_an_
     def typing(_):
         if not typed:
             raise EOFError
+        if typed[0] == "Ctrl-C":
+            del typed[0]
+            raise KeyboardInterrupt
         return typed.pop(0)
 
     monkeypatch.setattr("builtins.input", typing)
@@ -3344,6 +3447,62 @@ def test_a_file_of_prompts_is_answered_in_its_order_beside_it(
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", b"caf\xe9", "can't decode byte"),
+        ("a.jsonl", b'{"q": "a"}\nnull\n', "row 2: None is neither a text nor"),
+        ("a.jsonl", b'{"q": "a"}\n5\n', "row 2: 5 is neither a text nor"),
+        ("a.jsonl", b'{"q": "\\ud83d"}\n', "row 1 holds"),
+        ("a.csv", b"q\na,b\n", "row 1: more fields than the header"),
+        ("a.csv", b"q\ncaf\xe9\n", "row 1 holds"),
+        ("a.jsonl", b'{"q": \n', "invalid JSON"),
+        ("a.jsonl.gz", b"plain", "Not a gzipped file"),
+        ("a.txt", b"\n", "holds no prompts"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_read_is_refused_by_its_name(
+    name, content, said, learned, tmp_path, capsys
+):
+    (tmp_path / name).write_bytes(content)
+    argv = ["--adapter_path", str(learned[0] / "best"), "--prompts_file", str(tmp_path / name)]
+    error = refused(argv, capsys)
+    assert f"--prompts_file {tmp_path / name}: " in error and said in error
+
+
+def test_a_prompt_in_a_file_ends_at_the_lines_end_alone(learned, tmp_path):
+    (tmp_path / "asked.txt").write_text("one\u2028still one\nanother\n", encoding="utf-8")
+    settings = Namespace(prompt=[], prompts_file=str(tmp_path / "asked.txt"))
+    assert train_llm.read_prompts(settings) == ["one\u2028still one", "another"]
+
+
+def test_fields_that_are_no_turns_are_not_asked_as_an_empty_question():
+    with pytest.raises(ValueError, match="neither 'messages' nor 'conversations'"):
+        train_llm.prompt_fields({"prompt": "What?"}, "messages")
+    turns = train_llm.prompt_fields('{"a": 1}', "messages")["messages"]
+    assert turns == [{"role": "user", "content": '{"a": 1}'}]  # typed in a chat
+
+
+def test_a_signal_ends_the_answers_after_training_at_once(flags, tmp_path, monkeypatch):
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # the handler of the host program comes first
+
+    monkeypatch.setattr(train_llm, "answer_prompts", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(flags(tmp_path, max_steps=1))
+    assert (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize(("text", "read"), [("Hello", ["Hello"]), ("[a, b]", ["a", "b"])])
+def test_a_configured_prompt_is_one_text_or_a_list(tmp_path, text, read):
+    (tmp_path / "c.yaml").write_text(f"prompt: {text}\n")
+    assert train_llm.read_config(tmp_path / "c.yaml")["prompt"] == read
+    (tmp_path / "c.yaml").write_text("prompt: [1]\n")
+    with pytest.raises(ValueError, match="prompt"):
+        train_llm.read_config(tmp_path / "c.yaml")
+
+
 def test_an_answer_that_is_cut_off_is_marked(learned, capsys):
     argv = [
         "--adapter_path",
@@ -3721,6 +3880,19 @@ def test_when_one_rank_is_told_to_stop_all_stop_in_that_step_and_resume_to_the_s
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
 
 
+def test_ranks_that_are_told_to_stop_in_an_evaluation_save_before_it_ends(
+    flags, in_new_processes, tmp_path
+):
+    argv = flags(tmp_path / "out", **TWO_BY_FOUR | {"eval_interval": 4, "batch_size": 1})
+    told = {"argv": argv, "output_dir": tmp_path / "out"}
+    statuses, error = two_ranks(
+        in_new_processes, told, told | {"signals": [(-4, signal.SIGTERM)]}
+    )  # in the first batch of the second evaluation
+    assert statuses == [143, 143], error
+    assert checkpoints(tmp_path / "out")[-1].name == "step_00000004"
+    assert held_out_losses(tmp_path / "out").keys() == {0}
+
+
 # ---- machines that are not here --------------------------------------------------------------------
 
 
@@ -3802,6 +3974,18 @@ def test_the_demo_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_removes_no_file_that_it_did_not_write(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_llm, "train_model", interrupted)
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "training_notes.log").write_text("mine")
+    with pytest.raises(KeyboardInterrupt):
+        run(["--demo", "--output_dir", str(tmp_path)])
+    assert (tmp_path / "tensorboard").exists() and (tmp_path / "training_notes.log").exists()
 
 
 def test_the_demo_does_not_overwrite_another_run(half, capsys):
