@@ -1204,9 +1204,7 @@ def put_tensors(
 
 
 def write_json(path: Path, content: dict) -> None:
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)  # at once: on a full disk the file before stays
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict:

@@ -112,7 +112,8 @@ PADDING = 0.15  # of a part's tokens: beyond it, another part costs less
 SMALL_PART = 256  # tokens: below it, another part costs more than any padding
 CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
 OUTPUTS = (  # what a run writes, and --overwrite_output_dir removes
-    "run.json*", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png", "predictions.jsonl",
+    "run.json", "run.json.new", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png",
+    "predictions.jsonl",
     "training_*.log", "checkpoints", "best", "final", "base", "tensorboard",
 )  # fmt: skip
 # Each asks for a checkpoint and the end; terminals, `timeout`, SLURM and torchrun send them.
@@ -1438,16 +1439,19 @@ def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitSta
     refuse_used_directory(args)
     missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
     # A singleton: this process may take it more than once.
-    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)
+    lock, made = filelock.FileLock(output_dir / ".lock", is_singleton=True), False
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
+        made = True
         # A killed run's DataLoader workers hold the lock for seconds.
         closing.enter_context(lock.acquire(timeout=10))
-        output_dir.mkdir(parents=True, exist_ok=True)  # a start that was refused has removed it
+        output_dir.mkdir(parents=True, exist_ok=True)  # a start that was refused removes its own
     except filelock.Timeout:
         stale = f"if none is (a run killed on another host), remove {output_dir / '.lock'}"
         raise ValueError(f"--output_dir {output_dir}: another run writes there; {stale}") from None
     except (OSError, NotImplementedError) as error:
+        if made and isinstance(error, FileNotFoundError):  # removed before it could be locked
+            return claim_directory(args, runtime, closing)
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
             unwritable = f"cannot be written to: {error.strerror}"
             raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
@@ -1638,7 +1642,8 @@ def start_records(run: Run, closing: ExitStack) -> None:
     for name in args.report_to:
         attempt(f"--report_to {name}", start_tracker, run, name, closing)
     total, trainable = run.counts
-    modify_llm.write_json(output_dir / "run.json", {
+    new = output_dir / "run.json.new"
+    modify_llm.write_json(new, {
         "settings": vars(args),
         "versions": {
             "python": sys.version.split()[0], "torch": torch.__version__,
@@ -1651,6 +1656,7 @@ def start_records(run: Run, closing: ExitStack) -> None:
         "device": str(runtime.device),
         "dtype": str(runtime.dtype),
     })  # fmt: skip
+    new.replace(output_dir / "run.json")  # on a full disk the one before stays
 
 
 def cut_metrics(path: Path, progress: Progress | None) -> None:

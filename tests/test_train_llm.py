@@ -332,16 +332,15 @@ def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(techniqu
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's heap")
-@pytest.mark.parametrize("limited", [False, True])
-def test_a_block_of_20_mb_goes_back_to_the_system_when_it_is_freed(limited):
-    """As without the limit it does not, once a block of that size was freed before."""
+def test_a_block_of_20_mb_goes_back_to_the_system_when_it_is_freed():
+    """As after a larger one was freed it mostly does not by itself."""
     code = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, train_llm
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-{limited} and train_llm.return_freed_memory()
+train_llm.return_freed_memory()
 torch.ones(7_900_000), torch.ones(7_900_000)
 before, blocks = resident(), []
 for _ in range(5):
@@ -350,7 +349,7 @@ del blocks[::2]
 print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (float(done.stdout) < 20) == limited, done.stderr
+    assert float(done.stdout) < 20, done.stderr
 
 
 @pytest.mark.parametrize("prefix", [0, 5])
@@ -1839,12 +1838,12 @@ def test_the_epochs_given_stand_above_the_steps_of_the_run(flags, half, capsys):
     assert checkpoints(half)[-1].name == "step_00000012"  # 2 x 6 steps
 
 
-def test_run_json_survives_a_disk_that_is_full_when_it_is_written_again(flags, half):
+def test_run_json_survives_a_disk_that_is_full_when_it_is_written_again(
+    flags, half, in_new_process
+):
     before = (half / "run.json").read_text()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Path, "replace", lambda self, target: pytest.fail("full"))
-        with pytest.raises(pytest.fail.Exception):
-            modify_llm.write_json(half / "run.json", {"settings": {}})
+    argv = [*flags(half, eval_interval=2), *RESUME]
+    assert in_new_process(argv, half, file_limit=500) == 1
     assert (half / "run.json").read_text() == before
 
 
@@ -2136,6 +2135,7 @@ def test_a_base_from_scratch_is_the_one_that_the_result_was_trained_on(
     }
     assert run(flags(tmp_path, max_steps=1, **sizes)) == 0
     shutil.rmtree(tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "final")
     changes = {"hidden_size": 48} if lost else {"seed": 3}
     assert run([*flags(tmp_path, max_steps=1, **sizes | changes), *RESUME]) == 0
     model = modify_llm.load_trained(tmp_path / "final")
