@@ -1929,9 +1929,9 @@ def resume(run: Run) -> None:
     if wanted != "auto":
         missing = "no such directory, or no good checkpoint in it"
         raise ValueError(f"--resume_from {wanted}: {missing}")
-    if (root / "final").exists():
+    if (root / "final").exists() and not checkpoints(root):  # they were removed
         starts_over = "but a result: --overwrite_output_dir in its place starts over"
-        raise ValueError(f"--resume_from auto: no good checkpoint in {root}, {starts_over}")
+        raise ValueError(f"--resume_from auto: no checkpoint in {root}, {starts_over}")
     none = "--resume_from auto: no good checkpoint in %s, starting at step 0"
     logger.warning(none, run.output_dir)
 

@@ -581,6 +581,8 @@ def own_rows(content: bytes, suffix: str) -> tuple[list[tuple[str, str]] | None,
         rows = []
         for record in records:
             " ".join(record).encode()
+            if "input" not in record and "input" in {name.strip().lower() for name in record}:
+                raise ValueError("a column named almost so")
             texts = [({"input": ""} | record)[name] for name in HOLDS_TEXT]
             if texts[1] is None or texts[1] != texts[1]:
                 texts[1] = ""

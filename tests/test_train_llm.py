@@ -1819,7 +1819,7 @@ def test_a_result_whose_checkpoints_are_gone_is_not_started_over(flags, half, ca
     shutil.rmtree(half / "checkpoints")
     before = snapshot(half)
     said = refused([*flags(half, lora_rank=2), *RESUME], capsys)
-    assert "no good checkpoint" in said and "--overwrite_output_dir" in said
+    assert "no checkpoint" in said and "--overwrite_output_dir" in said
     assert snapshot(half) == before
 
 
