@@ -187,7 +187,10 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
 
 def stored_config(directory: str, where: str) -> GPT2Config:
     """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
-    settings = read_json(Path(directory) / "config.json")
+    try:
+        settings = read_json(Path(directory) / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     architecture = settings.get("model_type")
     if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
         architecture = "gpt2"  # the oldest files do not say what they are
