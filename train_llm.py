@@ -2604,9 +2604,9 @@ def main(argv: list[str] | None = None) -> int:
         except Stopped as stopped:
             status = 128 + stopped.args[0]
         except KeyboardInterrupt:  # asked twice, or before there was anything to save
+            status = 130
             if __name__ != "__main__":  # it is the notebook's, or the host program's, to end
                 raise
-            status = 130
         except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
             process = f"process {rank}: " if rank else ""
             print(f"train_llm.py: error: {process}{in_one_line(error, given)}", file=sys.stderr)
