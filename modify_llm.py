@@ -589,8 +589,8 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def match_targets(
     model: GPT2LMHeadModel, targets: Iterable[str], blocks: Iterable[int] | None = None
 ) -> dict[str, str]:
-    """{layer name: its adapted thirds, "" for the whole layer}, of these blocks alone (None: all).
-    Logs each target's coverage."""
+    """{layer name: its adapted thirds, "" for the whole layer}, of these blocks alone (None:
+    all)."""
     matched: dict[str, str] = {}
     inside = tuple(f"transformer.h.{block}." for block in blocks or ())
     check_blocks(model, "lora_layers", blocks or ())
@@ -613,7 +613,6 @@ def match_targets(
             if name in matched and (not part or not matched[name] or part in matched[name]):
                 raise ValueError(f"{where}: {name} is matched by another target too")
             matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
-        logger.info("LoRA target %s: %d layers", target, len(found))
     if not matched:
         raise ValueError("--lora_target_modules: names no layer, or none of --lora_layers")
     return matched
@@ -642,6 +641,10 @@ def apply_lora(
     check_unmodified(model)
     targets, layers = checked("lora_target_modules", target_modules), checked("lora_layers", layers)
     matched = match_targets(model, targets, layers)
+    for target in targets:
+        suffix = re.sub(r"(?<=c_attn)\.[qkv]$", "", target)
+        covered = sum(f".{name}".endswith(f".{suffix}") for name in matched)
+        logger.info("LoRA target %s: %d layers", target, covered)
     if dora and (parts := [name for name, thirds in matched.items() if thirds]):
         raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
     settings = start_modification(
