@@ -2504,6 +2504,8 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
             logger.info("Stopped by %s at step %d%s", name, run.progress.step, hint)
             raise
         except (ValueError, OSError, SafetensorError) as error:  # not the input's fault any more
+            if isinstance(error, ConnectionError):  # of a dead worker: PyTorch's signal names it
+                time.sleep(1)
             raise RuntimeError(error) from error
 
 
