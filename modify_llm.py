@@ -587,10 +587,11 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def match_targets(
-    model: GPT2LMHeadModel, targets: Iterable[str], blocks: Iterable[int] | None = None
-) -> dict[str, str]:
-    """{layer name: its adapted thirds, "" for the whole layer}, of these blocks alone (None:
-    all)."""
+    model: GPT2LMHeadModel, targets: Iterable[str], blocks: Iterable[int] | None = None,
+    level: int = logging.DEBUG,
+) -> dict[str, str]:  # fmt: skip
+    """{layer name: its adapted thirds, "" for the whole layer}, of these blocks alone (None: all).
+    Logs each target's coverage at this level."""
     matched: dict[str, str] = {}
     inside = tuple(f"transformer.h.{block}." for block in blocks or ())
     check_blocks(model, "lora_layers", blocks or ())
@@ -613,6 +614,7 @@ def match_targets(
             if name in matched and (not part or not matched[name] or part in matched[name]):
                 raise ValueError(f"{where}: {name} is matched by another target too")
             matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
+        logger.log(level, "LoRA target %s: %d layers", target, len(found))
     if not matched:
         raise ValueError("--lora_target_modules: names no layer, or none of --lora_layers")
     return matched
@@ -640,11 +642,7 @@ def apply_lora(
     """
     check_unmodified(model)
     targets, layers = checked("lora_target_modules", target_modules), checked("lora_layers", layers)
-    matched = match_targets(model, targets, layers)
-    for target in targets:
-        suffix = re.sub(r"(?<=c_attn)\.[qkv]$", "", target)
-        covered = sum(f".{name}".endswith(f".{suffix}") for name in matched)
-        logger.info("LoRA target %s: %d layers", target, covered)
+    matched = match_targets(model, targets, layers, logging.INFO)
     if dora and (parts := [name for name, thirds in matched.items() if thirds]):
         raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
     settings = start_modification(
@@ -1172,8 +1170,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
         is_pickle = path.suffix == ".bin"
         tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-        values = tensors.values() if isinstance(tensors, Mapping) else [tensors]
-        if not all(isinstance(value, Tensor) for value in values) or torch.is_tensor(tensors):
+        named = isinstance(tensors, Mapping)
+        if not (named and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
             raise ValueError("holds something else than tensors by name")
     except (pickle.UnpicklingError, EOFError):
         objects = "damaged, or holds objects, which could run code and are not loaded"

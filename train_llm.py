@@ -263,7 +263,7 @@ def utf8_text(value: str) -> str:
     return value
 
 
-def prompts(value: object) -> list[str]:
+def prompt_texts(value: object) -> list[str]:
     """One text, or a list of them. Raises ValueError."""
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
@@ -318,7 +318,8 @@ def read_config(path: Path) -> dict[str, Any]:
             if name not in DEFAULTS:
                 raise ValueError(f"no such flag{nearest(name, DEFAULTS)}")
             if value is not None:
-                flags[name] = prompts(value) if name == "prompt" else FLAGS[name].type(value)
+                parse = prompt_texts if name == "prompt" else FLAGS[name].type
+                flags[name] = parse(value)
     except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -1322,15 +1323,15 @@ def read_prompts(args: argparse.Namespace) -> list[Any]:
             lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
             read = list(filter(str.strip, lines))
         for row, prompt in enumerate(read, 1):
-            for text in [prompt] if isinstance(prompt, str) else [*prompt, *prompt.values()]:
-                data_pipeline.check_text("" if text is None else str(text), f"row {row}")
-            if isinstance(prompt, dict) and None in prompt:
+            fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
+            if not isinstance(fields, dict):
+                raise ValueError(f"row {row}: {prompt!r:.40} is neither a text nor fields")
+            if None in fields:  # where read_csv puts what has no header
                 raise ValueError(f"row {row}: more fields than the header names")
+            for text in (*fields, *fields.values()):
+                data_pipeline.check_text(str(text), f"row {row}")
         if not read:
             raise ValueError("holds no prompts")
-    except (AttributeError, TypeError):
-        reason = f"row {row}: {str(prompt)[:40]} is neither a text nor an object of fields"
-        raise ValueError(f"--prompts_file {path}: {reason}") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"--prompts_file {path}: {error}") from None
     return [*args.prompt, *read]
@@ -1437,29 +1438,38 @@ def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitSta
         return
     output_dir = Path(args.output_dir)
     refuse_used_directory(args)
-    missing = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-    # A singleton: this process may take it more than once.
-    lock, made = filelock.FileLock(output_dir / ".lock", is_singleton=True), False
+    made: list[Path] = []
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        made = True
-        # A killed run's DataLoader workers hold the lock for seconds.
-        closing.enter_context(lock.acquire(timeout=10))
-        output_dir.mkdir(parents=True, exist_ok=True)  # a start that was refused removes its own
+        closing.callback(lock_directory(output_dir, made).release)
     except filelock.Timeout:
         stale = f"if none is (a run killed on another host), remove {output_dir / '.lock'}"
         raise ValueError(f"--output_dir {output_dir}: another run writes there; {stale}") from None
     except (OSError, NotImplementedError) as error:
-        if made and isinstance(error, FileNotFoundError):  # removed before it could be locked
-            return claim_directory(args, runtime, closing)
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
             unwritable = f"cannot be written to: {error.strerror}"
             raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
         unguarded = "its file system has no locks: see that no second run writes there"
         logger.warning("--output_dir %s: %s", output_dir, unguarded)
-    closing.callback(remove_unused, missing)  # while the lock is held
+    closing.callback(remove_unused, made)  # while the lock is held
     refuse_used_directory(args)  # another run may have come and gone meanwhile
     recover_and_clean(output_dir)
+
+
+def lock_directory(output_dir: Path, made: list[Path]) -> filelock.BaseFileLock:
+    """Makes a directory and locks it; `made` gets it and the parents that were made for it,
+    innermost first. Raises filelock.Timeout, OSError."""
+    # A singleton: this process may take it more than once.
+    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)
+    for _ in range(10):
+        made[:] = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            lock.acquire(timeout=10)  # a killed run's DataLoader workers hold it for seconds
+            if Path(lock.lock_file).exists():
+                return lock
+            lock.release()
+        # Another start was refused, and has removed the directory that it had made.
+    raise filelock.Timeout(lock.lock_file)
 
 
 def remove_unused(directories: list[Path]) -> None:
@@ -1788,8 +1798,8 @@ def plot_curves(run: Run) -> None:
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, titles.items(), strict=True):
         curves = rows.reindex(columns=[key, f"eval_{key}"])
         raw, held_out = (curves[name].dropna() for name in curves)
-        noisy = key != "lr"
-        smooth = raw.rolling(max(1, noisy * len(raw) // 10), min_periods=1).mean()
+        points = 1 if key == "lr" else max(1, len(raw) // 10)  # the rate is exact, not noisy
+        smooth = raw.rolling(points, min_periods=1).mean()
         axes.plot(raw, ".-", color="#4c72b0", alpha=0.3)
         axes.plot(smooth, color="#4c72b0", label="training, smoothed")
         if len(held_out):

@@ -3451,8 +3451,8 @@ def test_a_file_of_prompts_is_answered_in_its_order_beside_it(
     ("name", "content", "said"),
     [
         ("a.txt", b"caf\xe9", "can't decode byte"),
-        ("a.jsonl", b'{"q": "a"}\nnull\n', "row 2: None is neither a text nor"),
-        ("a.jsonl", b'{"q": "a"}\n5\n', "row 2: 5 is neither a text nor"),
+        ("a.jsonl", b'{"q": "a"}\nnull\n', "row 2: None is neither a text nor fields"),
+        ("a.jsonl", b'{"q": "a"}\n5\n', "row 2: 5 is neither a text nor fields"),
         ("a.jsonl", b'{"q": "\\ud83d"}\n', "row 1 holds"),
         ("a.csv", b"q\na,b\n", "row 1: more fields than the header"),
         ("a.csv", b"q\ncaf\xe9\n", "row 1 holds"),
