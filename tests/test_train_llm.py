@@ -333,7 +333,7 @@ def test_a_batch_that_is_taken_in_parts_has_the_same_loss_and_gradients(techniqu
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's heap")
 def test_a_block_of_20_mb_goes_back_to_the_system_when_it_is_freed():
-    """As after a larger one was freed it mostly does not by itself."""
+    """Ten of them, with blocks of 8 MB between them; by themselves they stay, after larger ones."""
     code = f"""
 import re, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -341,15 +341,16 @@ import torch, train_llm
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 train_llm.return_freed_memory()
-torch.ones(7_900_000), torch.ones(7_900_000)
+for _ in range(3):
+    torch.ones(7_900_000)
 before, blocks = resident(), []
-for _ in range(5):
-    blocks += [torch.ones(5_000_000), torch.ones(20_000)]
+for _ in range(10):
+    blocks += [torch.ones(5_000_000), torch.ones(2_000_000)]
 del blocks[::2]
 print(resident() - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert float(done.stdout) < 20, done.stderr
+    assert float(done.stdout) < 150, done.stderr
 
 
 @pytest.mark.parametrize("prefix", [0, 5])
@@ -1868,6 +1869,26 @@ def test_a_start_that_is_refused_leaves_the_directory_of_the_one_at_work(
     assert (tmp_path / "new" / "out").is_dir()
 
 
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path):
+    """As a start does that was refused, and that had made the directory."""
+    acquire, taken = filelock.FileLock.acquire, []
+
+    def after_a_removal(lock, **settings):
+        proxy = acquire(lock, **settings)
+        if not taken:
+            shutil.rmtree(tmp_path / "new")
+        taken.append(lock)
+        return proxy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(filelock.FileLock, "acquire", after_a_removal)
+        made = []
+        lock = train_llm.lock_directory(tmp_path / "new" / "out", made)
+    assert (tmp_path / "new" / "out" / ".lock").exists() and len(taken) == 2
+    assert made == [tmp_path / "new" / "out", tmp_path / "new"]
+    lock.release()
+
+
 def test_a_directory_that_cannot_be_made_is_refused(flags, capsys):
     assert "cannot be written to" in refused(flags("/proc/nosuch/out"), capsys)
 
@@ -3016,6 +3037,33 @@ def test_a_dead_worker_ends_the_run_in_one_line(flags, tmp_path, capsys):
         refused(argv, capsys, status=1)
     assert checkpoints(tmp_path)
     assert run([*argv, *RESUME]) == 0
+
+
+def test_a_dead_worker_is_named_by_the_signal_that_comes_after_what_it_breaks(
+    flags, tmp_path, capsys
+):
+    def killed(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def reset(_):
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    before = signal.signal(signal.SIGALRM, killed)
+    try:
+        with in_micro_step(1, reset):
+            assert "is killed by signal" in refused(flags(tmp_path), capsys, status=1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_the_curve_of_the_learning_rate_is_exact(flags, tmp_path):
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+        assert run(flags(tmp_path, max_steps=30, scheduler="linear")) == 0
+    curve = drawn[0].axes[2].lines[-1].get_ydata()
+    assert list(curve) == [row["lr"] for row in metrics(tmp_path) if "lr" in row]
 
 
 def test_a_full_disk_ends_in_exit_1_with_no_leftovers_and_the_older_checkpoint_good(
