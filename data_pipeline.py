@@ -3,7 +3,7 @@
     python data_pipeline.py
     python data_pipeline.py --dataset_path alpaca_data.json --plot lengths.png
     python data_pipeline.py --dataset_path qa.csv \\
-        --text_format $'Q: {question}\\nA:||{answer}'
+        --text_format 'Q: {question}\\nA:|| {answer}'
 
 From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format="alpaca")`.
 
