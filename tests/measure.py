@@ -5,12 +5,13 @@
     python tests/measure.py results --demo
     python tests/measure.py peft --dataset_path alpaca_data.json --max_samples 6000
 
-`sweep`: the held-out loss at several learning rates. `results`: perplexity, parameters, size and
-time of each technique. `peft`: PEFT's LoRA beside ours (pip install peft accelerate).
+`sweep`: the held-out loss at several learning rates. `results`: perplexity, answers, parameters,
+size and time of each technique (pip install sacrebleu). `peft`: PEFT's LoRA beside ours (pip
+install peft accelerate).
 
-Every figure is of a run of train_llm.py: one pass over `--max_samples` rows of response texts,
-evaluated on held-out rows. Each run's result is kept in --work_dir, so that an interrupted
-measurement goes on where it was.
+Every figure is of a run of train_llm.py: one pass over `--max_samples` rows, for `results` with
+their prompts, else response texts alone, evaluated on held-out rows. Each run's result is kept in
+--work_dir, so that an interrupted measurement goes on where it was.
 """
 
 import argparse
@@ -47,6 +48,7 @@ TECHNIQUES = {
     "biases alone (BitFit)": ["--modification_type", "bitfit"],
     "LayerNorms alone": ["--modification_type", "layernorm"],
 }
+ANSWERS = 100  # held-out prompts, answered greedily and scored after the last step
 RATES = {  # from published practice, for pretrained models, to what a weak base likes
     "full": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
     "selective, lower half frozen": (5e-5, 2e-4, 5e-4, 1e-3, 2e-3),
@@ -55,8 +57,8 @@ RATES = {  # from published practice, for pretrained models, to what a weak base
     "prefix 50, key_value": (5e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "prefix 50, embedding": (5e-3, 1e-2, 3e-2, 1e-1),
     "IA3": (3e-3, 1e-2, 3e-2, 1e-1),
-    "biases alone (BitFit)": (1e-3, 3e-3, 1e-2),
-    "LayerNorms alone": (1e-3, 3e-3, 1e-2),
+    "biases alone (BitFit)": (1e-3, 3e-3, 1e-2, 3e-2),
+    "LayerNorms alone": (1e-3, 3e-3, 1e-2, 3e-2),
 }
 # The demo's rows are short and few: ten passes. Its base has room for a prefix of 8.
 DEMO_RUNTIME = ["--device=cpu", "--precision=fp32"]
@@ -80,7 +82,9 @@ def run_flags(args: argparse.Namespace) -> list[str]:
     flags = [f"--dataset_path={args.dataset_path}", f"--max_samples={args.max_samples}"]
     flags += [f"--max_eval_samples={args.max_eval_samples}"]
     flags += [f"--model_name_or_path={args.model_name_or_path}", "--epochs=1"]
-    flags += ["--text_format=output", "--num_samples=0", "--log_interval=100"]
+    flags += ["--num_samples=0", "--log_interval=100"]
+    answers = ["--text_format=alpaca", f"--eval_answers={ANSWERS}"]
+    flags += answers if args.what == "results" and not args.demo else ["--text_format=output"]
     if args.eval_dataset_path:
         flags += [f"--eval_dataset_path={args.eval_dataset_path}"]
     flags += [*DEMO_RUNTIME, *DEMO_RUN] if args.demo else []
@@ -107,6 +111,7 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     result = json.loads((directory / "run.json").read_text())["parameters"]  # total, trainable
     result |= {"name": name, "before": losses[0], "after": losses[-1], "seconds": seconds}
     result["accuracy"] = [row["eval_accuracy"] for row in rows if "eval_loss" in row][-1]
+    result |= next((row for row in reversed(rows) if "eval_chrf" in row), {})
     result["saved_mb"] = sum(file.stat().st_size for file in saved) / 1e6
     summary.write_text(json.dumps(result))
     return result
@@ -145,11 +150,15 @@ def sweep(args: argparse.Namespace) -> None:
 def results(args: argparse.Namespace) -> None:
     """What each technique trains, learns, saves and costs, a row each: means over the seeds."""
     columns = "trainable | share | held-out perplexity before | after | tokens right | saved"
-    print(f"| technique | {columns} | CPU time |\n| --- {'| ---: ' * 7}|")
+    # the time of a table to repeat to the digit is not one of its digits
+    columns += "" if args.demo else " | chrF | stop | CPU time"
+    print(f"| technique | {columns} |\n| --- {'| ---: ' * (columns.count('|') + 1)}|", flush=True)
     rows, rates = [], args.rates
     if args.demo:
         rates = {name: DEMO_RATES.get(name, 1e-2) for name in TECHNIQUES} | rates
     for name in TECHNIQUES:
+        if args.only not in name:
+            continue
         rate = [f"--learning_rate={rates[name]}"] if name in rates else []
         flags = [*technique_flags(name, args.model_name_or_path), *rate]
         runs = [train(args, f"results {name}", *flags)]
@@ -162,9 +171,13 @@ def results(args: argparse.Namespace) -> None:
         counts = f"{row['trainable']:,} | {row['trainable'] / row['total']:.2%}"
         perplexity = f"{math.exp(row['before']):.1f} | {statistics.mean(after):.2f}{spread}"
         perplexity += f" | {statistics.mean(run['accuracy'] for run in runs):.1%}"
-        minutes = statistics.mean(run["seconds"] for run in runs) / 60
-        # the time of a table to repeat to the digit is not one of its digits
-        cost = f"{row['saved_mb']:.1f} MB | {'-' if args.demo else f'{minutes:.1f} min'}"
+        cost = f"{row['saved_mb']:.1f} MB"
+        if not args.demo:
+            chrf, stopped, seconds = (
+                statistics.mean(run[key] for run in runs)
+                for key in ("eval_chrf", "eval_stopped", "seconds")
+            )
+            cost += f" | {chrf:.1f} | {stopped:.0%} | {seconds / 60:.1f} min"
         label = name.replace("prefix 50", "prefix 8") if args.demo else name
         print(f"| {label} | {counts} | {perplexity} | {cost} |", flush=True)
     if args.plot:
@@ -298,7 +311,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", default="distilgpt2")
     parser.add_argument("--max_samples", type=int, default=30_000)
     parser.add_argument("--max_eval_samples", type=int, default=1_000)
-    parser.add_argument("--only", default="", help="sweep: techniques whose name holds this")
+    parser.add_argument("--only", default="", help="techniques whose name holds this (all)")
     rates = "results: rates other than the defaults, as JSON {technique: rate}"
     parser.add_argument("--rates", type=json.loads, default={}, help=rates)
     parser.add_argument("--plot", default="")
@@ -306,6 +319,10 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.demo or args.dataset_path) or (args.demo and args.what != "results"):
         parser.error("--dataset_path: needed; --demo: for results only")
+    if args.what == "results" and not args.demo and (command := missing_packages("sacrebleu")):
+        parser.error(f"results: a package is missing: {command}")
+    if args.plot and args.only:
+        parser.error("--plot: draws all techniques, without --only")
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.demo:
         use_demo(args)
