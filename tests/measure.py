@@ -11,7 +11,7 @@ install peft accelerate).
 
 Every figure is of a run of train_llm.py: one pass over `--max_samples` rows, for `results` with
 their prompts, else response texts alone, evaluated on held-out rows. Each run's result is kept in
---work_dir, so that an interrupted measurement goes on where it was.
+--work_dir with its flags, so that an interrupted measurement goes on where it was.
 """
 
 import argparse
@@ -92,13 +92,12 @@ def run_flags(args: argparse.Namespace) -> list[str]:
 
 
 def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
-    """One run of train_llm.py, or what an earlier one left in the work directory."""
+    """One run of train_llm.py, or what the same flags left in the work directory."""
     directory = args.work_dir / name.replace(" ", "_").replace(",", "").replace("=", "")
-    summary = directory / "summary.json"
-    if summary.exists():
-        return json.loads(summary.read_text())
-    command = [sys.executable, str(ROOT / "train_llm.py"), *run_flags(args), *flags]
-    command += [f"--output_dir={directory}"]
+    summary, flags = directory / "summary.json", [*run_flags(args), *flags]
+    if found := kept(summary, flags):
+        return found
+    command = [sys.executable, str(ROOT / "train_llm.py"), *flags, f"--output_dir={directory}"]
     before = cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -109,12 +108,18 @@ def train(args: argparse.Namespace, name: str, *flags: str) -> dict:
     tokenizer = ("tokenizer.json", "tokenizer_config.json")
     saved = [file for file in (directory / "final").iterdir() if file.name not in tokenizer]
     result = json.loads((directory / "run.json").read_text())["parameters"]  # total, trainable
-    result |= {"name": name, "before": losses[0], "after": losses[-1], "seconds": seconds}
+    result |= {"flags": flags, "before": losses[0], "after": losses[-1], "seconds": seconds}
     result["accuracy"] = [row["eval_accuracy"] for row in rows if "eval_loss" in row][-1]
     result |= next((row for row in reversed(rows) if "eval_chrf" in row), {})
     result["saved_mb"] = sum(file.stat().st_size for file in saved) / 1e6
     summary.write_text(json.dumps(result))
     return result
+
+
+def kept(summary: Path, flags: list[str]) -> dict:
+    """The result of an earlier run with the same flags; {} where there is none."""
+    result = json.loads(summary.read_text()) if summary.exists() else {}
+    return result if result.get("flags") == flags else {}
 
 
 def cpu_seconds() -> float:
@@ -249,10 +254,11 @@ def beside_peft(args: argparse.Namespace) -> None:
     print("| seed | ours | PEFT |\n| ---: | ---: | ---: |")
     for seed in range(3):
         ours = train(args, f"peft ours {seed}", f"--seed={seed}")["after"]
-        summary = args.work_dir / f"peft_theirs_{seed}.json"
-        if not summary.exists():
-            summary.write_text(json.dumps({"after": peft_loss(args, seed)}))
-        theirs = json.loads(summary.read_text())["after"]
+        summary, flags = args.work_dir / f"peft_theirs_{seed}.json", run_flags(args)
+        if not (found := kept(summary, flags)):
+            found = {"flags": flags, "after": peft_loss(args, seed)}
+            summary.write_text(json.dumps(found))
+        theirs = found["after"]
         print(f"| {seed} | {math.exp(ours):.2f} | {math.exp(theirs):.2f} |", flush=True)
 
 
