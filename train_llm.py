@@ -506,7 +506,7 @@ def unusable_gpu() -> str:
         return f"nvidia-smi says: {line or found.stderr.strip() or found.returncode}"
     gpu, _, driver = line.rpartition(", ")
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    way_out = "install the build that fits the driver (README, Quick start)"
+    way_out = "install the build that fits the driver (README, Start)"
     return f"{gpu}, driver {driver}: this PyTorch is {built} and cannot use it; {way_out}"
 
 
@@ -1196,7 +1196,8 @@ def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iter
     """Inside, the model generates by these settings alone, whatever its base's
     generation_config.json says, and with a mask, which padding on the left needs."""
     training, before = model.training, model.generation_config
-    attention = model.config._attn_implementation
+    attention, pad_token_id = model.config._attn_implementation, model.config.pad_token_id
+    model.config.pad_token_id = None  # or transformers warns of padding after an answer's end
     model.set_attn_implementation("sdpa")
     model.eval()
     model.generation_config = GenerationConfig(**settings)
@@ -1204,7 +1205,7 @@ def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iter
         with torch.no_grad(), runtime.autocast():
             yield
     finally:
-        model.generation_config = before
+        model.generation_config, model.config.pad_token_id = before, pad_token_id
         model.set_attn_implementation(attention)
         model.train(training)
 
@@ -2562,6 +2563,9 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         scratch = Path(closing.enter_context(tempfile.TemporaryDirectory()))
         if args.overwrite_output_dir:
             clear_directory(output_dir)
+        # Threads would meet after each small product, and on a busy machine wait there for minutes.
+        closing.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         table.info("Demo, part 1 of 2: a tiny GPT-2 learns tasks by name, from random weights\n")
         train_model(resolve(common | DEMO_BASE | {"output_dir": str(scratch / "run")}), runtime)
         shutil.move(scratch / "run" / "best", output_dir / "base")
@@ -2569,7 +2573,7 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         base = {"model_name_or_path": str(output_dir / "base"), "output_dir": str(output_dir)}
         lora = resolve(common | DEMO_LORA | base)
         train_model(lora, runtime)
-    show_demo_answers(lora, runtime)
+        show_demo_answers(lora, runtime)
 
 
 def show_demo_answers(args: argparse.Namespace, runtime: Runtime) -> None:

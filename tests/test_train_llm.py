@@ -2880,6 +2880,15 @@ def test_an_answer_does_not_depend_on_those_beside_it(settings, bytes_tokenizer)
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_ends_of_text_in_a_batch_of_one_length_are_not_called_padding(bytes_tokenizer, monkeypatch):
+    model, warned = small_gpt2(pad_token_id=EOS), []
+    logger = transformers_logging.get_logger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "warning_once", warned.append)
+    prompts = [[65, EOS], [66, EOS]]
+    train_llm.generate_answers(prompts, model, bytes_tokenizer, answer_settings(), CPU)
+    assert not warned and model.config.pad_token_id == EOS
+
+
 def test_the_repetition_penalty_knows_no_offset_of_the_logits(bytes_tokenizer):
     """Real GPT-2's logits lie around -100: each repeated token would be banned."""
     model, answers = small_gpt2(initializer_range=0.5), []
