@@ -60,6 +60,13 @@ RATES = {  # from published practice, for pretrained models, to what a weak base
     "biases alone (BitFit)": (1e-3, 3e-3, 1e-2, 3e-2),
     "LayerNorms alone": (1e-3, 3e-3, 1e-2, 3e-2),
 }
+# What the sweep found for a small and weakly trained GPT-2, or nearly so
+WEAK_RATES = {
+    "full": 5e-4, "selective, lower half frozen": 1e-3, "LoRA r=4, all layers": 5e-3,
+    "LoRA r=4, query and value": 5e-3, "DoRA r=4, all layers": 5e-3, "adapters 64, houlsby": 5e-3,
+    "adapters 64, pfeiffer": 5e-3, "prefix 50, key_value": 1e-1, "prefix 50, embedding": 1e-2,
+    "IA3": 3e-2, "biases alone (BitFit)": 1e-2, "LayerNorms alone": 1e-2,
+}  # fmt: skip
 # The demo's rows are short and few: ten passes. Its base has room for a prefix of 8.
 DEMO_RUNTIME = ["--device=cpu", "--precision=fp32"]
 DEMO_RUN = ["--text_format", train_llm.DEMO_FORMAT, "--max_length=32", "--epochs=10"]
@@ -70,6 +77,11 @@ DEMO_RATES = {
     "prefix 50, embedding": 1e-1, "IA3": 1e-1, "biases alone (BitFit)": 3e-2,
     "LayerNorms alone": 3e-2,
 }  # fmt: skip
+
+
+def read_rates(text: str) -> dict[str, float]:
+    """--rates: those of a weak base, or JSON."""
+    return WEAK_RATES if text == "weak" else json.loads(text)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -318,8 +330,8 @@ def main() -> None:
     parser.add_argument("--max_samples", type=int, default=30_000)
     parser.add_argument("--max_eval_samples", type=int, default=1_000)
     parser.add_argument("--only", default="", help="techniques whose name holds this (all)")
-    rates = "results: rates other than the defaults, as JSON {technique: rate}"
-    parser.add_argument("--rates", type=json.loads, default={}, help=rates)
+    rates = "results: rates other than the defaults, as JSON {technique: rate}, or `weak`"
+    parser.add_argument("--rates", type=read_rates, default={}, help=rates)
     parser.add_argument("--plot", default="")
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/measure"))
     args = parser.parse_args()
