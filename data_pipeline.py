@@ -1330,12 +1330,18 @@ def row_hashes(dataset: AlpacaDataset) -> list[int]:
     return [hash(dataset.tokens[a:b].tobytes()) for a, b in itertools.pairwise(ends)]
 
 
+def rows_in_common(rows: AlpacaDataset, others: AlpacaDataset) -> int:
+    """How many of `rows` have the same tokens as one of `others`."""
+    known = set(row_hashes(others)) if len(rows) else set()
+    return sum(number in known for number in row_hashes(rows))
+
+
 def report_sizes(
     dataset: AlpacaDataset, held_out: AlpacaDataset, max_length: int, batch_size: int
 ) -> None:
     """Logs a table of the training rows: how many, how long, how much of a batch is padding."""
-    lengths, hashes = dataset.lengths, row_hashes(dataset)
-    tokens, distinct = int(lengths.sum()), set(hashes)
+    lengths, distinct = dataset.lengths, set(row_hashes(dataset))
+    tokens = int(lengths.sum())
     batches = GlobalBatches(lengths, batch_size, group_by_length=True).global_batches()
     widths = [
         math.ceil(lengths[batch].max() / WIDTH_MULTIPLE) * WIDTH_MULTIPLE for batch in batches
@@ -1348,9 +1354,9 @@ def report_sizes(
         "rows truncated": f"{dataset.truncated.mean():.1%}",
         f"padding at {max_length}": f"{1 - tokens / (len(dataset) * max_length):.1%}",
         "padding at longest of batch": f"{1 - tokens / padded:.1%}",
-        "duplicate rows": f"{len(hashes) - len(distinct):,}",
+        "duplicate rows": f"{len(dataset) - len(distinct):,}",
         "held-out rows": f"{len(held_out):,}",
-        "held-out rows also trained on": f"{sum(h in distinct for h in row_hashes(held_out)):,}",
+        "held-out rows also trained on": f"{rows_in_common(held_out, dataset):,}",
     }
     logger.info("Training rows:\n%s", pd.Series(table).to_string())
 

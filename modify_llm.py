@@ -1761,15 +1761,21 @@ def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
     return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
 
 
+def result_directory(directory: str | Path) -> Path:
+    """A run's best/, or final/ where it has none; any other directory itself."""
+    results = [Path(directory, name) for name in ("best", "final")]
+    return next(filter(Path.is_dir, results), Path(directory))
+
+
 def load_trained(
     directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
 ) -> GPT2LMHeadModel:
-    """What a run saved in best/ or final/, on its base model, ready to use or to train on; a
-    PEFT-made LoRA too.
+    """What a run saved (in best/ or final/, see `result_directory`), on its base model, ready to
+    use or to train on; a PEFT-made LoRA too.
 
     model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
     """
-    directory = Path(directory)
+    directory = result_directory(directory)
     if (directory / MANIFEST).exists():
         try:
             verify_directory(directory, links=True)
@@ -1812,7 +1818,7 @@ def trained_settings(directory: Path) -> dict:
     elif (path := directory / PEFT_CONFIG).is_file():
         settings = peft_settings(path)
     else:
-        neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained"
+        neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained to its end"
         raise ValueError(f"{directory}: {neither}")
     try:
         technique = with_defaults(argparse.Namespace(**settings)).modification_type
@@ -1863,6 +1869,7 @@ def card_metadata(base_name: str, library: str) -> str:
 def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
     the adapter's tokenizer or else the base's. Raises ValueError."""
+    adapter_path = str(result_directory(adapter_path))
     model = load_trained(adapter_path, model_name_or_path)
     technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
     if is_plain(technique):
@@ -1939,7 +1946,7 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
 TASK_FLAGS = {
     "compare": Flag(False, boolean, "every technique side by side, no weights loaded"),
     "plot": Flag(None, nonempty, "with --compare: draw it (none)"),
-    "adapter_path": Flag(None, nonempty, "what a run saved in best/ or final/ (none)"),
+    "adapter_path": Flag(None, nonempty, "a run, or what it saved in best/ or final/ (none)"),
     "merge_to": Flag(None, nonempty, "fold its LoRA into a plain GPT-2 there (none)"),
 }
 

@@ -335,6 +335,8 @@ def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     if "resume_from" in given:
         run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | config | given))
+        if given["resume_from"] != "auto" and not run_dir.is_dir():
+            raise ValueError(f"--resume_from {given['resume_from']}: no such directory")
         with suppress(ValueError):  # without one, the checkpoint's own settings are compared
             stored = read_config(run_dir / "run.json")
         stored["output_dir"] = str(run_dir)
@@ -365,8 +367,7 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     """
     defaults, adapter_path = dict(DEFAULTS), given.get("adapter_path")
     if adapter_path:
-        results = [str(Path(adapter_path, name)) for name in ("best", "final")]
-        adapter_path = next(filter(os.path.isdir, results), adapter_path)
+        adapter_path = str(modify_llm.result_directory(adapter_path))
         given = given | {"adapter_path": adapter_path}
         saved: dict[str, Any] = {}
         with suppress(ValueError):  # load_trained tells
@@ -1056,7 +1057,10 @@ def load_rows(
     held_out = held_out.first(limit)
     if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
         logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
-    return train.first(args.max_samples), held_out
+    train = train.first(args.max_samples)
+    if not args.eval_only and (shared := data_pipeline.rows_in_common(held_out, train)):
+        logger.warning("%d of %d held-out rows are also trained on", shared, len(held_out))
+    return train, held_out
 
 
 def make_loader(
@@ -1147,6 +1151,14 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
 # ---- answers -------------------------------------------------------------------------------------
 
 
+def prompt_columns(text_format: str) -> list[str]:
+    """The columns that stand before the response."""
+    prompts = {"alpaca": data_pipeline.PROMPT_WITH_INPUT, "output": "{output}"}
+    before_response = prompts.get(text_format, text_format.split("||")[0])
+    columns = data_pipeline.format_columns(text_format)
+    return [name for name in columns if f"{{{name}}}" in before_response]
+
+
 def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
     """The fields of a row that a prompt gives: a text is the only one before the response.
 
@@ -1162,17 +1174,14 @@ def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
         if isinstance(prompt, dict) and not is_turns:
             raise ValueError("its fields are neither 'messages' nor 'conversations'")
         return given if is_turns else {"messages": [{"role": "user", "content": text}]}
-    columns, before_response = data_pipeline.format_columns(text_format), text_format.split("||")[0]
-    prompts = {"alpaca": data_pipeline.PROMPT_WITH_INPUT, "output": "{output}"}
-    before_response = prompts.get(text_format, before_response)
-    read = [name for name in columns if f"{{{name}}}" in before_response]
+    columns, read = data_pipeline.format_columns(text_format), prompt_columns(text_format)
     required = [name for name in read if name != "input"] or read  # an input may be empty
     fields = {name: "" if value is None else str(value) for name, value in given.items()}
     if not given and len(required) == 1:
         fields = {required[0]: text}
     if missing := [name for name in required if name not in fields]:
-        needs = f"give a JSON object, {missing[0]!r} is missing"
-        raise ValueError(f"the format reads {read}; {needs}")
+        needs = "" if given else "give a JSON object, "
+        raise ValueError(f"the format reads {read}; {needs}{missing[0]!r} is missing")
     return dict.fromkeys(columns, "") | fields
 
 
@@ -1930,7 +1939,7 @@ def resume(run: Run) -> None:
             logger.warning("Checkpoint skipped: %s: %s", path, reason)
             continue
         if other_run:
-            new_run = f"--adapter_path {root / 'best'} starts a new run from its weights"
+            new_run = "a new run takes another --output_dir"
             raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)
@@ -2474,7 +2483,10 @@ def finish(run: Run, started: float) -> None:
     table.info("Written to %s: %s", output_dir, ", ".join(written))
     best_is_there = step_of(output_dir / "best") == state.best_step
     use = shlex.quote(str(output_dir / ("best" if best_is_there else "final")))
-    table.info('Try it: python train_llm.py --adapter_path %s --prompt "..."', use)
+    prompt, text_format = '"..."', run.args.text_format
+    if "||" in text_format and len(fields := prompt_columns(text_format)) > 1:
+        prompt = shlex.quote(json.dumps(dict.fromkeys(fields, "...")))
+    table.info("Try it: python train_llm.py --adapter_path %s --prompt %s", use, prompt)
 
 
 def train_model(args: argparse.Namespace, runtime: Runtime) -> None:

@@ -188,7 +188,7 @@ def results(args: argparse.Namespace) -> None:
         counts = f"{row['trainable']:,} | {row['trainable'] / row['total']:.2%}"
         perplexity = f"{math.exp(row['before']):.1f} | {statistics.mean(after):.2f}{spread}"
         perplexity += f" | {statistics.mean(run['accuracy'] for run in runs):.1%}"
-        cost = f"{row['saved_mb']:.1f} MB"
+        cost = f"{row['saved_mb']:.3g} MB"
         if not args.demo:
             chrf, stopped, seconds = (
                 statistics.mean(run[key] for run in runs)

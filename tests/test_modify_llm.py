@@ -2045,6 +2045,15 @@ def test_settings_of_another_type_are_refused_in_one_line_that_says_where(
     assert "\n" not in str(error.value)
 
 
+def test_a_runs_directory_stands_for_its_best_or_else_its_final(base, tmp_path):
+    models = {name: perturb(modified(base), seed=len(name)) for name in ("final", "best")}
+    for name, model in models.items():
+        save_trained(model, tmp_path / name)
+        assert close(logits(load_trained(tmp_path, base)), logits(model))
+        merge = ["--adapter_path", str(tmp_path), "--model_name_or_path", str(base)]
+        assert modify_llm.main([*merge, "--merge_to", str(tmp_path / f"merged {name}")]) == 0
+
+
 def test_a_directory_without_anything_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="nothing that was trained"):
         load_trained(tmp_path)

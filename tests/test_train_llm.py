@@ -1753,6 +1753,19 @@ def test_a_run_resumed_within_the_second_adds_to_its_log(flags, tmp_path, monkey
     ] == []
 
 
+def test_a_run_directory_that_is_not_there_is_named(flags, tmp_path, capsys):
+    for argv in (flags(tmp_path / "run"), []):
+        with pytest.raises(SystemExit, match="2"):
+            train_llm.main([*argv, "--resume_from", str(tmp_path / "rum")])
+        assert f"--resume_from {tmp_path / 'rum'}: no such directory" in capsys.readouterr().err
+
+
+def test_held_out_rows_that_are_trained_on_too_are_counted(flags, tmp_path, capsys, rows):
+    argv = flags(tmp_path, eval_dataset_path=rows, max_eval_samples=3, max_steps=1)
+    assert train_llm.main(argv) == 0
+    assert "3 of 3 held-out rows are also trained on" in capsys.readouterr().out
+
+
 def test_resume_auto_without_a_checkpoint_warns_and_starts_at_step_0(flags, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1.0}\n{"st')
     assert run([*flags(tmp_path, max_steps=1), *RESUME]) == 0
@@ -4064,6 +4077,7 @@ def test_the_demo_answers_held_out_questions_that_its_base_cannot(tmp_path):
     closing = out.split("Held-out questions")[1]
     assert len(re.findall(r"^\w+, \w+, \w+: \w+ .+$", closing, re.M)) == 5
     assert out.count("Written to ") == out.count("Try it: ") == 1  # the first part's is temporary
+    assert """--prompt '{"input": "...", "instruction": "..."}'""" in out
     losses = held_out_losses(tmp_path / "demo")
     assert losses[max(losses)] < losses[0]
     assert (tmp_path / "demo" / "base" / "model.safetensors").exists()
