@@ -320,10 +320,13 @@ def read_config(path: Path) -> dict[str, Any]:
             if value is not None:
                 parse = prompt_texts if name == "prompt" else FLAGS[name].type
                 flags[name] = parse(value)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(f"--config {path}: line {line}: {error.problem}") from None
     except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"--config {path}: {name}: {error}") from None
+        raise ValueError(f"--config {path}: {name and f'{name}: '}{error}") from None
     of_one_start = {"config", "resume_from", "overwrite_output_dir"}
     return {name: flags[name] for name in flags.keys() - of_one_start}
 

@@ -1426,6 +1426,20 @@ def test_a_run_is_repeated_to_the_bit_from_its_run_json(finished, tmp_path):
     assert differ <= {"config", "output_dir"}
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("c.yaml", "epochs: 1\nreport_to: [a\nlora_rank: 2\n", "line 3: expected ',' or ']'"),
+        ("c.json", '{"epochs": 1,\n}', "Expecting property name enclosed in double quotes: line 2"),
+        ("c.json", '{"epochs": 0}', "epochs: "),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_told_by_line_or_flag(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"--config {tmp_path / name}: {said}")):
+        train_llm.read_config(tmp_path / name)
+
+
 def test_the_command_line_stands_above_a_yaml_file_of_flags(flags, tmp_path):
     pairs = [flag.removeprefix("--").split("=", 1) for flag in flags(tmp_path / "out")]
     lines = [f"{name}: {json.dumps(value)}" for name, value in pairs]
