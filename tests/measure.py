@@ -188,7 +188,8 @@ def results(args: argparse.Namespace) -> None:
         counts = f"{row['trainable']:,} | {row['trainable'] / row['total']:.2%}"
         perplexity = f"{math.exp(row['before']):.1f} | {statistics.mean(after):.2f}{spread}"
         perplexity += f" | {statistics.mean(run['accuracy'] for run in runs):.1%}"
-        cost = f"{row['saved_mb']:.3g} MB"
+        saved = row["saved_mb"]
+        cost = f"{saved:.1f} MB" if saved >= 1 else f"{1000 * saved:.1f} kB"
         if not args.demo:
             chrf, stopped, seconds = (
                 statistics.mean(run[key] for run in runs)
