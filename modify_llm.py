@@ -1762,9 +1762,11 @@ def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
 
 
 def result_directory(directory: str | Path) -> Path:
-    """A run's best/, or final/ where it has none; any other directory itself."""
+    """The directory itself if it holds a result; else, of a run, best/ or final/."""
+    if any(os.path.exists(Path(directory, name)) for name in (METADATA, PEFT_CONFIG)):
+        return Path(directory)
     results = [Path(directory, name) for name in ("best", "final")]
-    return next(filter(Path.is_dir, results), Path(directory))
+    return next(filter(os.path.isdir, results), Path(directory))
 
 
 def load_trained(

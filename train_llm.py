@@ -338,7 +338,7 @@ def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
     stored: dict[str, Any] = {}
     if "resume_from" in given:
         run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | config | given))
-        if given["resume_from"] != "auto" and not run_dir.is_dir():
+        if given["resume_from"] != "auto" and not os.path.isdir(run_dir):
             raise ValueError(f"--resume_from {given['resume_from']}: no such directory")
         with suppress(ValueError):  # without one, the checkpoint's own settings are compared
             stored = read_config(run_dir / "run.json")
@@ -1942,7 +1942,7 @@ def resume(run: Run) -> None:
             logger.warning("Checkpoint skipped: %s: %s", path, reason)
             continue
         if other_run:
-            new_run = "a new run takes another --output_dir"
+            new_run = "a new run takes another --output_dir, without --resume_from"
             raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)

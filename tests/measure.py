@@ -60,7 +60,7 @@ RATES = {  # from published practice, for pretrained models, to what a weak base
     "biases alone (BitFit)": (1e-3, 3e-3, 1e-2, 3e-2),
     "LayerNorms alone": (1e-3, 3e-3, 1e-2, 3e-2),
 }
-# What the sweep found for a small and weakly trained GPT-2, or nearly so
+# For a small and weakly trained GPT-2: near the sweep's best, lower where a pass is much longer
 WEAK_RATES = {
     "full": 5e-4, "selective, lower half frozen": 1e-3, "LoRA r=4, all layers": 5e-3,
     "LoRA r=4, query and value": 5e-3, "DoRA r=4, all layers": 5e-3, "adapters 64, houlsby": 5e-3,

@@ -2050,8 +2050,12 @@ def test_a_runs_directory_stands_for_its_best_or_else_its_final(base, tmp_path):
     for name, model in models.items():
         save_trained(model, tmp_path / name)
         assert close(logits(load_trained(tmp_path, base)), logits(model))
-        merge = ["--adapter_path", str(tmp_path), "--model_name_or_path", str(base)]
-        assert modify_llm.main([*merge, "--merge_to", str(tmp_path / f"merged {name}")]) == 0
+        merge = ["--adapter_path", str(tmp_path), "--merge_to", str(tmp_path / f"merged {name}")]
+        assert modify_llm.main([*merge, "--model_name_or_path", str(base)]) == 0
+        merged = GPT2LMHeadModel.from_pretrained(tmp_path / f"merged {name}")
+        assert close(logits(merged), logits(model))
+    save_trained(models["final"], tmp_path)  # a result itself, whatever else is there
+    assert close(logits(load_trained(tmp_path, base)), logits(models["final"]))
 
 
 def test_a_directory_without_anything_trained_is_refused(tmp_path):

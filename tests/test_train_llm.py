@@ -1769,9 +1769,10 @@ def test_a_run_resumed_within_the_second_adds_to_its_log(flags, tmp_path, monkey
 
 def test_a_run_directory_that_is_not_there_is_named(flags, tmp_path, capsys):
     for argv in (flags(tmp_path / "run"), []):
-        with pytest.raises(SystemExit, match="2"):
-            train_llm.main([*argv, "--resume_from", str(tmp_path / "rum")])
-        assert f"--resume_from {tmp_path / 'rum'}: no such directory" in capsys.readouterr().err
+        for path in (tmp_path / "rum", tmp_path / ("r" * 300)):
+            with pytest.raises(SystemExit, match="2"):
+                train_llm.main([*argv, "--resume_from", str(path)])
+            assert f"--resume_from {path}: no such directory" in capsys.readouterr().err
 
 
 def test_held_out_rows_that_are_trained_on_too_are_counted(flags, tmp_path, capsys, rows):
