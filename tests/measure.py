@@ -168,7 +168,7 @@ def results(args: argparse.Namespace) -> None:
     """What each technique trains, learns, saves and costs, a row each: means over the seeds."""
     columns = "trainable | share | held-out perplexity before | after | tokens right | saved"
     # the time of a table to repeat to the digit is not one of its digits
-    columns += "" if args.demo else " | chrF | stop | CPU time"
+    columns += "" if args.demo else " | chrF | BLEU | tokens | stop | CPU time"
     print(f"| technique | {columns} |\n| --- {'| ---: ' * (columns.count('|') + 1)}|", flush=True)
     rows, rates = [], args.rates
     if args.demo:
@@ -191,11 +191,12 @@ def results(args: argparse.Namespace) -> None:
         saved = row["saved_mb"]
         cost = f"{saved:.1f} MB" if saved >= 1 else f"{1000 * saved:.1f} kB"
         if not args.demo:
-            chrf, stopped, seconds = (
-                statistics.mean(run[key] for run in runs)
-                for key in ("eval_chrf", "eval_stopped", "seconds")
+            keys = ("eval_chrf", "eval_bleu", "eval_answer_length", "eval_stopped", "seconds")
+            means = {key: statistics.mean(run[key] for run in runs) for key in keys}
+            figures = (
+                "{eval_chrf:.1f} | {eval_bleu:.1f} | {eval_answer_length:.0f} | {eval_stopped:.0%}"
             )
-            cost += f" | {chrf:.1f} | {stopped:.0%} | {seconds / 60:.1f} min"
+            cost += f" | {figures.format(**means)} | {means['seconds'] / 60:.1f} min"
         label = name.replace("prefix 50", "prefix 8") if args.demo else name
         print(f"| {label} | {counts} | {perplexity} | {cost} |", flush=True)
     if args.plot:
