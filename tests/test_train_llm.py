@@ -3449,6 +3449,7 @@ def test_a_hub_that_never_answers_ends_in_exit_2_within_seconds(flags, tmp_path,
         environment = {
             "HF_ENDPOINT": f"http://127.0.0.1:{deaf.getsockname()[1]}",
             "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub would ask a question of its own first
         }
         environment["HF_HOME"] = str(tmp_path / "home")
         processes = {
