@@ -2045,15 +2045,17 @@ def test_settings_of_another_type_are_refused_in_one_line_that_says_where(
     assert "\n" not in str(error.value)
 
 
-def test_a_runs_directory_stands_for_its_best_or_else_its_final(base, tmp_path):
+def test_a_runs_directory_stands_for_its_best_or_else_its_final(base, tmp_path, tokenizer):
     models = {name: perturb(modified(base), seed=len(name)) for name in ("final", "best")}
     for name, model in models.items():
         save_trained(model, tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
         assert close(logits(load_trained(tmp_path, base)), logits(model))
         merge = ["--adapter_path", str(tmp_path), "--merge_to", str(tmp_path / f"merged {name}")]
         assert modify_llm.main([*merge, "--model_name_or_path", str(base)]) == 0
         merged = GPT2LMHeadModel.from_pretrained(tmp_path / f"merged {name}")
         assert close(logits(merged), logits(model))
+        assert (tmp_path / f"merged {name}" / "tokenizer.json").exists()
     save_trained(models["final"], tmp_path)  # a result itself, whatever else is there
     assert close(logits(load_trained(tmp_path, base)), logits(models["final"]))
 

@@ -3626,7 +3626,8 @@ def test_a_run_with_prompts_answers_them_when_it_is_trained(flags, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"), [("x" * 300, "positions"), ('{"answer": "only"}', "'question' is missing")]
+    ("prompt", "said"),
+    [("x" * 300, "positions"), ('{"answer": "only"}', "reads ['question']; 'question' is missing")],
 )
 def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, said):
     assert said in refused(["--adapter_path", str(learned[0] / "best"), "--prompt", prompt], capsys)
@@ -4062,6 +4063,23 @@ def test_the_demo_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
 
 
 # ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_takes_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
+    threads, before = [], torch.get_num_threads()
+
+    def stand_in(args, _runtime):
+        threads.append(torch.get_num_threads())
+        Path(args.output_dir, "best").mkdir(parents=True, exist_ok=True)
+
+    for name in ("train_model", "show_demo_answers"):
+        monkeypatch.setattr(train_llm, name, stand_in)
+    try:
+        torch.set_num_threads(2)
+        assert train_llm.main(["--demo", f"--output_dir={tmp_path / 'demo'}"]) == 0
+        assert (threads, torch.get_num_threads()) == ([1, 1, 1], 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_demo_removes_no_file_that_it_did_not_write(tmp_path, monkeypatch):
