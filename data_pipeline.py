@@ -12,6 +12,8 @@ split_text (prompt and response) -> encode_rows (tokens) -> AlpacaDataset -> Glo
 rows meet) -> PadBatch (tensors).
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import copy
@@ -649,7 +651,7 @@ def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | 
     return [ids.get(piece, piece) for piece in pieces if piece]
 
 
-# ---- from text to tokens -------------------------------------------------------------------------
+# ---- tokenizers ----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -910,6 +912,9 @@ def encoding_parts(backend: Tokenizer) -> list[bytes]:
     return [part.__getstate__().replace(b"null", b'""') if part else b"" for part in parts]
 
 
+# ---- from text to tokens and labels --------------------------------------------------------------
+
+
 @dataclass(eq=False)
 class AlpacaDataset(Dataset):
     """Tokenised rows, kept unpadded: one flat array of tokens and an offset a row."""
@@ -952,17 +957,17 @@ class AlpacaDataset(Dataset):
         in_responses = np.add.reduceat(self.labelled, starts, dtype=np.int64)
         return in_responses - self.labelled[starts]  # position 0 carries none
 
-    def select(self, keep: np.ndarray) -> "AlpacaDataset":
+    def select(self, keep: np.ndarray) -> AlpacaDataset:
         """The rows where `keep` (rows,) bool is true, in their order."""
         kept = np.repeat(keep, self.lengths)  # (total tokens,)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
         return AlpacaDataset(self.tokens[kept], offsets, self.labelled[kept], self.truncated[keep])
 
-    def first(self, number: int) -> "AlpacaDataset":
+    def first(self, number: int) -> AlpacaDataset:
         """The first `number` rows; 0: all."""
         return self.select(np.arange(len(self)) < number) if number else self
 
-    def split(self, fraction: float, seed: int) -> tuple["AlpacaDataset", "AlpacaDataset"]:
+    def split(self, fraction: float, seed: int) -> tuple[AlpacaDataset, AlpacaDataset]:
         """(training rows, held-out rows): the seed draws round(rows x fraction) held-out ones."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
         held_out = np.zeros(len(self), dtype=bool)
@@ -970,7 +975,7 @@ class AlpacaDataset(Dataset):
         return self.select(~held_out), self.select(held_out)
 
     @staticmethod
-    def join(parts: "list[AlpacaDataset]") -> "AlpacaDataset":
+    def join(parts: list[AlpacaDataset]) -> AlpacaDataset:
         """The rows of all parts, one after the other."""
         lengths = np.concatenate([part.lengths for part in parts])
         return AlpacaDataset(
