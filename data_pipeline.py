@@ -7,9 +7,14 @@
 
 From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format="alpaca")`.
 
-A row walks through this file from top to bottom: read_frames (a DataFrame of checked rows) ->
-split_text (prompt and response) -> encode_rows (tokens) -> AlpacaDataset -> GlobalBatches (which
-rows meet) -> PadBatch (tensors).
+Rooms, in the order of a row's walk; the first three are the heart:
+    from a row to its text           prompt and response, as templates and turns make them
+    from text to tokens and labels   what is learned; AlpacaDataset, load_dataset, encode_prompt
+    from rows to batches             GlobalBatches (which rows meet), PadBatch, final_dataset_loader
+    from a file to checked rows      .json, .jsonl, .csv, .parquet, packed, at a URL, on the hub
+    tokenizers                       GPT-2's own, through tiktoken, and any other
+    flags                            each with its range, declared once for all scripts
+    the script                       shows and checks the rows
 """
 
 from __future__ import annotations
