@@ -89,15 +89,12 @@ from modify_llm import (
     TECHNIQUES,
     Flag,
     add_flags,
-    at_least_one,
-    at_least_zero,
-    boolean,
     final_modify,
     load_trained,
     names,
     nonempty,
-    number_type,
-    one_of,
+    number,
+    parsed,
     save_trained,
     trained_settings,
 )
@@ -154,90 +151,91 @@ class Stopped(Exception):
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-zero_or_more, above_zero = number_type(float, 0), number_type(float, sys.float_info.min)
-below_one = number_type(float, 0, 1)
+above_zero = number(float, sys.float_info.min)
 
 
-def temperature(value: object) -> float:
+def temperature(text: str) -> float:
     """A flag's type: 0, or what logits can be divided by."""
-    parsed = number_type(float, 0, 100.000001)(value)
-    if 0 < parsed < 0.01:
-        raise argparse.ArgumentTypeError(f"{value!r}: expected 0 (greedy), or 0.01 to 100")
-    return parsed
+    value = float(text)
+    if not (value == 0 or 0.01 <= value <= 100):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected 0 (greedy), or 0.01 to 100")
+    return value
 
 
-def trackers(value: str | Iterable[str]) -> list[str]:
+def trackers(text: str) -> list[str]:
     """A flag's type: trackers, separated by commas."""
-    legal = one_of("tensorboard", "wandb", "trackio")
-    return [legal(name) for name in names(value) if name != "none"]
+    chosen, legal = [name for name in names(text) if name != "none"], "tensorboard, wandb, trackio"
+    if unknown := [name for name in chosen if name not in names(legal)]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {legal}")
+    return chosen
 
 
-share = number_type(float, sys.float_info.min, math.nextafter(1, 2))
+share = number(float, sys.float_info.min, math.nextafter(1, 2))
 OPTIMISATION_FLAGS = {
-    "epochs": Flag(3, at_least_one, "passes over the training rows; >= 1"),
-    "max_steps": Flag(0, at_least_zero, "optimizer steps; 0: by --epochs"),
+    "epochs": Flag(3, number(int, 1), "passes over the training rows; >= 1"),
+    "max_steps": Flag(0, number(int, 0), "optimizer steps; 0: by --epochs"),
     "learning_rate": Flag(None, above_zero, "peak of the schedule; > 0 (the technique's)"),
     "lora_plus_ratio": Flag(
         1.0, above_zero, "LoRA+: the rate of B, in multiples of A's; its paper: 16"
     ),
-    "label_smoothing": Flag(0.0, below_one, "of the objective, not of logged losses; >= 0, < 1"),
-    "weight_decay": Flag(0.01, zero_or_more, "AdamW's, none on 1-D parameters; >= 0"),
-    "adam_beta1": Flag(0.9, below_one, "AdamW's mean of the gradient; >= 0 and < 1"),
-    "adam_beta2": Flag(0.999, below_one, "AdamW's mean of its square; >= 0 and < 1"),
+    "label_smoothing": Flag(0.0, number(float, 0, 1), "of the objective, not of logged losses"),
+    "weight_decay": Flag(0.01, number(float, 0), "AdamW's, none on 1-D parameters; >= 0"),
+    "adam_beta1": Flag(0.9, number(float, 0, 1), "AdamW's mean of the gradient; >= 0 and < 1"),
+    "adam_beta2": Flag(0.999, number(float, 0, 1), "AdamW's mean of its square; >= 0 and < 1"),
     "adam_epsilon": Flag(1e-8, above_zero, "added to AdamW's denominator; > 0"),
-    "max_grad_norm": Flag(1.0, zero_or_more, "gradients are clipped to it; 0: off"),
-    "gradient_accumulation_steps": Flag(1, at_least_one, "micro-batches a step; >= 1"),
+    "max_grad_norm": Flag(1.0, number(float, 0), "gradients are clipped to it; 0: off"),
+    "gradient_accumulation_steps": Flag(1, number(int, 1), "micro-batches a step; >= 1"),
     "scheduler": Flag(
-        "warmup_cosine", one_of("warmup_cosine", "cosine", "linear", "constant"),
+        "warmup_cosine", ("warmup_cosine", "cosine", "linear", "constant"),
         "warmup_cosine, cosine, linear or constant, counted in optimizer steps",
     ),
     "warmup_steps": Flag(
-        None, at_least_zero,
+        None, number(int, 0),
         "of all schedules but cosine (100, at most a tenth of the run; constant: 0)",
     ),
-    "min_lr": Flag(0.0, zero_or_more, "where the decay ends; >= 0"),
-    "compile": Flag(False, boolean, "torch.compile each block: for GPUs (a CPU gets slower)"),
-    "gradient_checkpointing": Flag(False, boolean, "less memory for a third more time"),
+    "min_lr": Flag(0.0, number(float, 0), "where the decay ends; >= 0"),
+    "compile": Flag(False, bool, "torch.compile each block: for GPUs (a CPU gets slower)"),
+    "gradient_checkpointing": Flag(False, bool, "less memory for a third more time"),
 }  # fmt: skip
 EVALUATION_FLAGS = {
-    "log_interval": Flag(10, at_least_one, "optimizer steps; >= 1"),
-    "eval_interval": Flag(0, at_least_zero, "optimizer steps; 0: each epoch"),
-    "save_interval": Flag(0, at_least_zero, "optimizer steps; 0: each evaluation"),
-    "save_total_limit": Flag(3, at_least_one, "checkpoints kept; >= 1"),
-    "early_stopping_patience": Flag(0, at_least_zero, "evaluations without gain; 0: off"),
-    "num_samples": Flag(3, at_least_zero, "held-out prompts answered at each evaluation"),
-    "eval_answers": Flag(0, at_least_zero, "scored by chrF and BLEU at each evaluation"),
+    "log_interval": Flag(10, number(int, 1), "optimizer steps; >= 1"),
+    "eval_interval": Flag(0, number(int, 0), "optimizer steps; 0: each epoch"),
+    "save_interval": Flag(0, number(int, 0), "optimizer steps; 0: each evaluation"),
+    "save_total_limit": Flag(3, number(int, 1), "checkpoints kept; >= 1"),
+    "early_stopping_patience": Flag(0, number(int, 0), "evaluations without gain; 0: off"),
+    "num_samples": Flag(3, number(int, 0), "held-out prompts answered at each evaluation"),
+    "eval_answers": Flag(0, number(int, 0), "scored by chrF and BLEU at each evaluation"),
     "report_to": Flag([], trackers, "tensorboard, wandb, trackio; several with commas (none)"),
     "resume_from": Flag(None, nonempty, "auto, a run directory or a checkpoint (none: start)"),
-    "overwrite_output_dir": Flag(False, boolean, "remove the run that the directory holds"),
+    "overwrite_output_dir": Flag(False, bool, "remove the run that the directory holds"),
 }
 RUN_FLAGS = {
     "output_dir": Flag("./outputs", nonempty, "where the run is written"),
     "config": Flag(
         None, nonempty, "a run.json, JSON or YAML of flags; the command line stands above it (none)"
     ),
-    "precision": Flag("auto", one_of("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
-    "device": Flag("auto", one_of("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
-    "demo": Flag(False, boolean, "train a tiny GPT-2 on made-up tasks, then LoRA on it"),
+    "precision": Flag("auto", ("auto", "fp32", "bf16", "fp16"), "auto, fp32, bf16 or fp16"),
+    "device": Flag("auto", ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
+    "demo": Flag(False, bool, "train a tiny GPT-2 on made-up tasks, then LoRA on it"),
 }
 USE_FLAGS = {
     "adapter_path": Flag(
         None, nonempty, "start from, evaluate or prompt a run, or its best/ or final/ (none)"
     ),
-    "eval_only": Flag(False, boolean, "evaluate on the held-out rows, train nothing"),
-    "max_new_tokens": Flag(128, at_least_one, "of an answer; >= 1"),
+    "eval_only": Flag(False, bool, "evaluate on the held-out rows, train nothing"),
+    "max_new_tokens": Flag(128, number(int, 1), "of an answer; >= 1"),
     "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
     "top_p": Flag(0.95, share, "sample from the likeliest tokens of this probability; > 0, <= 1"),
-    "repetition_penalty": Flag(1.2, number_type(float, 1), "on an answer's own tokens; 1: off"),
-    "no_repeat_ngram_size": Flag(0, at_least_zero, "no run of so many tokens twice; 0: off"),
-    "num_beams": Flag(1, at_least_one, "of beam search; 1: off"),
-    "length_penalty": Flag(1.0, number_type(float, -100), "of beam search; > 0: longer answers"),
+    "repetition_penalty": Flag(1.2, number(float, 1), "on an answer's own tokens; 1: off"),
+    "no_repeat_ngram_size": Flag(0, number(int, 0), "no run of so many tokens twice; 0: off"),
+    "num_beams": Flag(1, number(int, 1), "of beam search; 1: off"),
+    "length_penalty": Flag(1.0, number(float, -100), "of beam search; > 0: longer answers"),
     "prompts_file": Flag(
         None, nonempty,
         "a prompt a line, or rows of fields (.jsonl, .json, .csv); answers go beside it, to "
         "NAME.answers.jsonl (none)",
     ),
-    "chat": Flag(False, boolean, "talk to the model; Ctrl-C ends an answer, Ctrl-D the chat"),
+    "chat": Flag(False, bool, "talk to the model; Ctrl-C ends an answer, Ctrl-D the chat"),
 }  # fmt: skip
 TRAINING_DATA_FLAGS = DATA_FLAGS | {
     "text_format": DATA_FLAGS["text_format"]._replace(default="alpaca"),
@@ -267,7 +265,7 @@ def prompt_texts(value: object) -> list[str]:
     """One text, or a list of them. Raises ValueError."""
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{value!r}: expected a text, or a list of texts")
+        raise ValueError(f"prompt: {value!r}: expected a text, or a list of texts")
     return list(map(utf8_text, texts))
 
 
@@ -310,23 +308,23 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict
 
 def read_config(path: Path) -> dict[str, Any]:
     """The flags in a run.json, or in a JSON or YAML file of flags. Raises ValueError."""
-    flags, name = {}, ""
+    flags: dict[str, Any] = {}
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         for name, value in content.get("settings", content).items():
             if name not in DEFAULTS:
-                raise ValueError(f"no such flag{nearest(name, DEFAULTS)}")
+                raise ValueError(f"{name}: no such flag{nearest(name, DEFAULTS)}")
             if value is not None:
-                parse = prompt_texts if name == "prompt" else FLAGS[name].type
-                flags[name] = parse(value)
+                is_prompt = name == "prompt"
+                flags |= {name: prompt_texts(value)} if is_prompt else parsed(FLAGS, {name: value})
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise ValueError(f"--config {path}: line {line}: {error.problem}") from None
     except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
         raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"--config {path}: {name and f'{name}: '}{error}") from None
+        raise ValueError(f"--config {path}: {error}") from None
     of_one_start = {"config", "resume_from", "overwrite_output_dir"}
     return {name: flags[name] for name in flags.keys() - of_one_start}
 
@@ -2455,10 +2453,10 @@ def catch_signals(run: Run, closing: ExitStack) -> None:
 
     if threading.current_thread() is not threading.main_thread():
         return
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's `&` leave it
-            before = signal.signal(number, stop) or signal.SIG_DFL
-            closing.callback(signal.signal, number, before)
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup and a shell's `&` leave it
+            before = signal.signal(signum, stop) or signal.SIG_DFL
+            closing.callback(signal.signal, signum, before)
 
 
 def finish(run: Run, started: float) -> None:
