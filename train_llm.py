@@ -10,6 +10,8 @@ There is one loop for all techniques (`train`): a technique only decides which p
 A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_step.
 """
 
+from __future__ import annotations
+
 import argparse
 import ctypes
 import difflib
