@@ -70,88 +70,90 @@ PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
 class Flag(NamedTuple):
-    """A command-line flag. Its type parses the text and holds the legal range."""
+    """A command-line flag. Its type holds the legal range: a function that parses text, the legal
+    words, or bool, which may stand bare."""
 
     default: Any
-    type: Callable[[Any], Any]
+    type: Callable[[str], Any] | Iterable[str]
     help: str
 
 
-def number_type(kind: type, low: float, below: float = 2**31) -> Callable[[Any], Any]:
+def number(kind: type, low: float, below: float = 1_000_000_000) -> Callable[[str], Any]:
     """A flag's type: an int or float with low <= number < below."""
 
-    def parse(value: object) -> int | float:
-        try:
-            parsed = kind(str(value))
-        except ValueError:
-            parsed = math.nan  # lies in no range
-        if not low <= parsed < below:
-            limit = f" and < {below}" if parsed >= below or below == 1 else ""
-            legal = f"{kind.__name__} >= {low}{limit}"
-            raise argparse.ArgumentTypeError(f"{str(value)!r}: expected {legal}")
-        return parsed
-
-    return parse
-
-
-def one_of(*legal: str) -> Callable[[str], str]:
-    """A flag's type: one of a few words."""
-
-    def parse(value: str) -> str:
-        if value not in legal:
-            raise argparse.ArgumentTypeError(f"{value!r}: expected one of {', '.join(legal)}")
+    def parse(text: str) -> int | float:
+        if not low <= (value := kind(text)) < below:  # so of NaN, too
+            raise ValueError
         return value
 
+    parse.__name__ = f"{kind.__name__} >= {low} and < {below}"  # argparse states it
     return parse
 
 
-def nonempty(value: str) -> str:
+def nonempty(text: str) -> str:
     """A flag's type: any text but an empty one."""
-    if not value:
-        raise argparse.ArgumentTypeError("an empty name")
-    return str(value)  # of a Path, too
+    if not text:
+        raise ValueError
+    return text
 
 
-def boolean(value: str | bool) -> bool:
+def boolean(text: str) -> bool:
     """A flag's type: true or false."""
-    if str(value).lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{value!r}: expected true or false")
-    return str(value).lower() == "true"
+    return bool(("false", "true").index(text.lower()))
 
 
-def names(value: str | Iterable[str]) -> list[str]:
+def names(text: str) -> list[str]:
     """A flag's type: names, separated by commas."""
-    parts = value.split(",") if isinstance(value, str) else value
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def layer_numbers(value: str | Iterable[int]) -> list[int]:
+def layer_numbers(text: str) -> list[int]:
     """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
-    for part in names(value if isinstance(value, str) else map(str, value)):
-        match = re.fullmatch(r"(\d{1,4})(-(\d{1,4}))?", part)
-        numbers = range(int(match[1]), int(match[3] or match[1]) + 1) if match else ()
+    for part in names(text):
+        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
         if not numbers:
-            legal = "layer numbers below 10,000 and ranges, such as 0,1,4-7"
-            raise argparse.ArgumentTypeError(f"{part!r}: expected {legal}")
+            raise ValueError
         layers.update(numbers)
     return sorted(layers)
+
+
+boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
+layer_numbers.__name__ = "layer numbers below 10000, such as 0,1,4-7,"
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
     """Declares flags. None gets its default here, so that what was parsed is what was given."""
     group = parser.add_argument_group(title)
-    for name, flag in flags.items():
-        default = str(flag.default).translate(PLAIN_LIST)
-        shown = "" if flag.default in (None, []) else f" ({default})"
-        switch = {"nargs": "?", "const": True} if flag.type is boolean else {}  # may stand bare
-        group.add_argument(
-            f"--{name}", type=flag.type, default=argparse.SUPPRESS, help=flag.help + shown, **switch
-        )
+    for name, (default, kind, text) in flags.items():
+        typed = {"type": kind} if callable(kind) else {"choices": kind}
+        if kind is bool:
+            typed = {"type": boolean, "nargs": "?", "const": True}
+        shown = "" if default in (None, []) else f" ({str(default).translate(PLAIN_LIST)})"
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **typed)
 
 
-at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
-below_one = number_type(float, 0, 1)
+def command_line(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags, as they would be given on a command line."""
+    lists = (list, tuple, set, range)
+    return [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, lists) else value}"
+        for name, value in settings.items()
+    ]
+
+
+def parsed(flags: Mapping[str, Flag], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, as text or as values, as a command line of them is parsed; None stays where it is
+    the default. Raises ValueError that names the flag, the value and what is legal."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_flags(parser, "", {name: flags[name] for name in settings})
+    left = {name: value for name, value in settings.items() if value is flags[name].default is None}
+    given = {name: value for name, value in settings.items() if name not in left}
+    try:
+        return left | vars(parser.parse_args(command_line(given)))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: {error.message}") from None
 
 
 # ---- the base model ------------------------------------------------------------------------------
@@ -378,7 +380,7 @@ def start_modification(
     """
     check_unmodified(model)
     settings = {"modification_type": technique, "trainable_modules": trainable_modules, **settings}
-    settings = {name: checked(name, value) for name, value in settings.items()}
+    settings = parsed(model_flags(), settings)
     modules = []
     for suffix in settings["trainable_modules"]:
         for name, module in modules_named(model, suffix, "trainable_modules").items():
@@ -1474,21 +1476,21 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "lora_rank": Flag(4, at_least_one, "rank r of A and B; >= 1"),
+            "lora_rank": Flag(4, number(int, 1), "rank r of A and B; >= 1"),
             "lora_alpha": Flag(
-                8.0, number_type(float, 1e-9), "the update is scaled by alpha / r; > 0"
+                8.0, number(float, 1e-9), "the update is scaled by alpha / r; > 0"
             ),
-            "lora_dropout": Flag(0.0, below_one, "on A's input, while training; 0 <= p < 1"),
+            "lora_dropout": Flag(0.0, number(float, 0, 1), "on A's input, while training"),
             "lora_target_modules": Flag(
                 ["c_attn", "c_proj", "c_fc"], names,
                 "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
             ),
             "lora_layers": Flag(None, layer_numbers, "of these blocks alone, such as 6-11 (all)"),
             "lora_scaling": Flag(
-                "standard", one_of("standard", "rank_stabilized"),
+                "standard", ("standard", "rank_stabilized"),
                 "alpha / r, or rank_stabilized: alpha / sqrt(r)",
             ),
-            "lora_dora": Flag(False, boolean, "DoRA: a magnitude an output, and a direction"),
+            "lora_dora": Flag(False, bool, "DoRA: a magnitude an output, and a direction"),
         },
         # Hu et al., table 11: 2e-4 at alpha / r = 8 on q and v; at 2, on all layers, somewhat more
         learning_rate=lambda args: 5e-4,
@@ -1507,12 +1509,12 @@ TECHNIQUES = {
             activation=args.adapter_activation, trainable_modules=args.trainable_modules,
         ),
         flags={
-            "adapter_size": Flag(64, at_least_one, "width of the bottleneck; >= 1"),
+            "adapter_size": Flag(64, number(int, 1), "width of the bottleneck; >= 1"),
             "adapter_placement": Flag(
-                "pfeiffer", one_of("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
+                "pfeiffer", ("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
             ),
             "adapter_activation": Flag(
-                None, one_of(*ACTIVATIONS),
+                None, ACTIVATIONS,
                 "relu, gelu or silu (pfeiffer: relu, houlsby: gelu, as published)",
             ),
         },
@@ -1531,13 +1533,13 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "prefix_length": Flag(50, at_least_one, "virtual tokens; >= 1"),
+            "prefix_length": Flag(50, number(int, 1), "virtual tokens; >= 1"),
             "prefix_type": Flag(
-                "embedding", one_of("embedding", "key_value"),
+                "embedding", ("embedding", "key_value"),
                 "embedding: at the input, or key_value: in each layer",
             ),
             "prefix_projection_size": Flag(
-                0, at_least_zero, "key_value only: width of an MLP; 0: none"
+                0, number(int, 0), "key_value only: width of an MLP; 0: none"
             ),
             "prefix_init_text": Flag(
                 None, nonempty, "the words that it starts from (the of and to in ...)"
@@ -1583,7 +1585,7 @@ TECHNIQUES = {
                 None, layer_numbers, "from 0; ranges such as 0-5 (the lower half)"
             ),
             "freeze_head": Flag(
-                False, boolean, "also freeze the tied head and the final LayerNorm"
+                False, bool, "also freeze the tied head and the final LayerNorm"
             ),
         },
         learning_rate=lambda args: 5e-5,
@@ -1601,20 +1603,18 @@ TECHNIQUES = {
 
 
 SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
-    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
-    "num_hidden_layers": Flag(12, number_type(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
+    "vocab_size": Flag(50257, number(int, 1), "tokens; >= 1"),
+    "hidden_size": Flag(768, number(int, 1), "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, number(int, 1), "must divide --hidden_size"),
+    "num_hidden_layers": Flag(12, number(int, 1, 10_000), "blocks; >= 1"),
+    "max_position_embeddings": Flag(1024, number(int, 1), "longest sequence, prefix included"),
 }
 BASE_FLAGS = {
-    "modification_type": Flag(
-        "lora", lambda value: one_of(*TECHNIQUES)(value), f"what trains: {', '.join(TECHNIQUES)}"
-    ),
+    "modification_type": Flag("lora", TECHNIQUES, "what trains"),
     "model_name_or_path": Flag("gpt2", nonempty, "hub id or local directory"),
-    "from_scratch": Flag(False, boolean, "random weights of these sizes, nothing pretrained"),
+    "from_scratch": Flag(False, bool, "random weights of these sizes, nothing pretrained"),
     **SCRATCH_FLAGS,
-    "dropout": Flag(0.0, below_one, "the base model's own, while training; 0 <= p < 1"),
+    "dropout": Flag(0.0, number(float, 0, 1), "the base model's own, while training; 0 <= p < 1"),
     "trainable_modules": Flag(
         [], names, "trained in full too, by suffix: wte,wpe,ln_1,ln_f (none)"
     ),
@@ -1640,15 +1640,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def checked(name: str, value: Any) -> Any:
-    """A setting in its flag's range, or None where the default is None: the model decides. Raises
-    ValueError that names the flag."""
-    flag = model_flags()[name]
-    if value is flag.default is None:
-        return None
-    try:
-        return flag.type(value)
-    except (argparse.ArgumentTypeError, TypeError, AttributeError) as error:
-        raise ValueError(f"--{name} {error}") from None
+    """A setting as its flag parses it. Raises ValueError that names the flag."""
+    return parsed(model_flags(), {name: value})[name]
 
 
 def check_together(args: argparse.Namespace) -> None:
@@ -1665,12 +1658,11 @@ def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
 
     Raises ValueError for a value out of range, TypeError for an override that is no flag.
     """
-    flags, settings = model_flags(), argparse.Namespace()
+    flags = model_flags()
     if unknown := overrides.keys() - flags.keys():
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-    for name, flag in flags.items():
-        value = overrides.get(name, getattr(args, name, flag.default))
-        setattr(settings, name, checked(name, value))
+    given = {name: getattr(args, name, flag.default) for name, flag in flags.items()}
+    settings = argparse.Namespace(**parsed(flags, given | overrides))
     check_together(settings)
     return settings
 
@@ -1946,7 +1938,7 @@ def plot_comparison(rows: list[dict], title: str, path: str) -> None:
 
 
 TASK_FLAGS = {
-    "compare": Flag(False, boolean, "every technique side by side, no weights loaded"),
+    "compare": Flag(False, bool, "every technique side by side, no weights loaded"),
     "plot": Flag(None, nonempty, "with --compare: draw it (none)"),
     "adapter_path": Flag(None, nonempty, "a run, or what it saved in best/ or final/ (none)"),
     "merge_to": Flag(None, nonempty, "fold its LoRA into a plain GPT-2 there (none)"),
