@@ -16,8 +16,8 @@ import argparse
 import ctypes
 import difflib
 import errno
+import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -27,6 +27,7 @@ import re
 import shlex
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import tempfile
@@ -39,34 +40,31 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+from urllib.parse import urlsplit
 
 import filelock
 import torch
 import torch.distributed as dist
 import transformers
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     AttentionInterface,
     GenerationConfig,
     GPT2LMHeadModel,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
     TextStreamer,
-    TopPLogitsWarper,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.logging import (
@@ -82,6 +80,7 @@ from data_pipeline import (
     IGNORED,
     WIDTH_MULTIPLE,
     AlpacaDataset,
+    encode_prompt,
     final_dataset_loader,
     load_dataset,
     load_tokenizer,
@@ -96,7 +95,6 @@ from modify_llm import (
     names,
     nonempty,
     number,
-    parsed,
     save_trained,
     trained_settings,
 )
@@ -639,11 +637,11 @@ def show_samples(run: Run) -> None:
     prompts, references = held_out_prompts(run.eval_rows, count, tokenizer)
     answers = generate_answers(prompts, run.model, tokenizer, args, run.runtime)
     samples = []
-    for prompt, (answer, _) in zip(prompts[: args.num_samples], answers, strict=False):
-        text = tokenizer.decode(prompt)
-        asked = text if len(text) <= 60 else "..." + text[-60:].partition(" ")[2]
-        logger.info("Sample: %r -> %r", asked, textwrap.shorten(answer, 160, placeholder=" ..."))
-        samples.append(f"**{text}** {answer}")
+    for ids, (answer, _) in zip(prompts[: args.num_samples], answers, strict=False):
+        asked = as_typed(ids, run.model, tokenizer, args.text_format)
+        asked = f"--prompt {shlex.quote(asked)}" if asked else repr(tokenizer.decode(ids))
+        logger.info("Sample: %s -> %r", asked, textwrap.shorten(answer, 160, placeholder=" ..."))
+        samples.append(f"**{tokenizer.decode(ids)}** {answer}")
     if samples:
         report(run, {"samples": "\n\n".join(samples)}, step)
     if args.eval_answers and prompts:
@@ -697,6 +695,8 @@ class Run:
     signal_time: float = 0.0  # seconds, of time.monotonic
     stopping: bool = False  # what all processes agreed on after a step
     trackers: dict[str, Callable] = field(default_factory=dict)  # see start_tracker
+    tracker_runs: dict[str, str] = field(default_factory=dict)  # their names for this run
+    reported_step: int = -1  # the last one that an earlier start of this run has reported
     scores: dict[str, float] = field(default_factory=dict)  # of the latest --eval_answers
 
     @property
@@ -963,28 +963,6 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
     model.train()
 
 
-def check_processes_agree(run: Run) -> None:
-    """Raises ValueError, on every process, where one is about to do other work than process 0: on
-    a machine that does not see the shared directory, with another card, with other rows."""
-    settings = vars(run.args)
-    facts = {f"--{name}": settings[name] for name in settings if name not in FREE_TO_CHANGE} | {
-        "step": run.progress.step,
-        "precision": str(run.runtime.dtype),
-        "steps in all": run.total_steps,
-        "training rows (sha256)": run.dataset_hash,
-        "held-out rows (sha256)": run.held_out_hash,
-        "base model (sha256)": run.model.base_fingerprint,
-        "final/ there": finished(run),
-    }
-    first, *others = gather(facts, run.runtime)
-    for rank, other in enumerate(others, 1):
-        for name in first:
-            if first[name] != other[name]:
-                differs = f"{name} is {other[name]}, that of process 0 {first[name]}"
-                same = "all need the same files, a shared --output_dir and the same kind of device"
-                raise ValueError(f"process {rank}: {differs}; {same}")
-
-
 def refuse_to_overwrite_inputs(run: Run) -> None:
     """Raises ValueError where --overwrite_output_dir would remove what this run reads."""
     args = run.args
@@ -1096,14 +1074,11 @@ def finish(run: Run, started: float) -> None:
 
 
 # ---- what a run writes ---------------------------------------------------------------------------
-
-
-OUTPUTS = (  # what a run writes, and --overwrite_output_dir removes
-    "run.json", "run.json.new", "metrics.jsonl", "metrics.jsonl.new", "training_curves.png",
-    "predictions.jsonl",
-    "training_*.log", "checkpoints", "best", "final", "base", "tensorboard",
-)  # fmt: skip
-STAGED = re.compile(r"\.(?P<state>new|old|trash)_(?P<name>best|final|base|step_\d+)(_[0-9a-f]{8})?")
+STAGED = re.compile(r"\.(?P<state>new|old)_(?P<name>best|final|base)_[0-9a-f]{8}")
+STEP = re.compile(r"step_\d+")
+LOG = re.compile(r"training_\d{8}_\d{6}\.log")
+# The parts of AdamW's state, by PyTorch's names.
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 # What a file system says that has no locks, or cannot sync a directory
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
@@ -1111,19 +1086,19 @@ CARD = "README.md"  # not under the checksums: whoever publishes a model edits i
 
 def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitStack) -> None:
     """Makes and locks the output directory until `closing` closes, and puts right what a crash
-    left there. A directory made for a run that is then refused is removed again.
-
-    Raises ValueError for one that is not to be had.
-    """
+    left there. Raises ValueError for one that is not to be had."""
     if runtime.rank != 0:
         return
     output_dir = Path(args.output_dir)
     refuse_used_directory(args)
-    made: list[Path] = []
+    # A singleton: this process may take it more than once.
+    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)
     try:
-        closing.callback(lock_directory(output_dir, made).release)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=10)  # a killed run's DataLoader workers hold it for seconds
+        closing.callback(lock.release)
     except filelock.Timeout:
-        stale = f"if none is (a run killed on another host), remove {output_dir / '.lock'}"
+        stale = f"if none is (a run killed on another host), remove {lock.lock_file}"
         raise ValueError(f"--output_dir {output_dir}: another run writes there; {stale}") from None
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
@@ -1131,55 +1106,43 @@ def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitSta
             raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
         unguarded = "its file system has no locks: see that no second run writes there"
         logger.warning("--output_dir %s: %s", output_dir, unguarded)
-    closing.callback(remove_unused, made)  # while the lock is held
     refuse_used_directory(args)  # another run may have come and gone meanwhile
     recover_and_clean(output_dir)
 
 
-def lock_directory(output_dir: Path, made: list[Path]) -> filelock.BaseFileLock:
-    """Makes a directory and locks it; `made` gets it and the parents that were made for it,
-    innermost first. Raises filelock.Timeout, OSError."""
-    # A singleton: this process may take it more than once.
-    lock = filelock.FileLock(output_dir / ".lock", is_singleton=True)
-    for _ in range(10):
-        made[:] = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            lock.acquire(timeout=10)  # a killed run's DataLoader workers hold it for seconds
-            if Path(lock.lock_file).exists():
-                return lock
-            lock.release()
-        # Another start was refused, and has removed the directory that it had made.
-    raise filelock.Timeout(lock.lock_file)
-
-
-def remove_unused(directories: list[Path]) -> None:
-    """Removes directories, innermost first, where the first holds nothing but its lock."""
-    with suppress(OSError):
-        if directories and {path.name for path in directories[0].iterdir()} <= {".lock"}:
-            (directories[0] / ".lock").unlink(missing_ok=True)
-            for directory in directories:
-                directory.rmdir()
-
-
 def refuse_used_directory(args: argparse.Namespace) -> None:
-    """A run is never written over by accident, nor continued in the directory of another one."""
+    """A run is never written over by accident, nor continued in the directory of another one, and
+    only what a run wrote is ever removed."""
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
-    signs = ["run.json", "metrics.jsonl", "checkpoints", "best", "final", *EXTRAS]
-    signs += ["base"] if args.from_scratch else []
-    holds_run = any((output_dir / name).exists() for name in signs)
-    continued = args.resume_from and resumed_directory(args).resolve() == output_dir.resolve()
-    if holds_run and not continued and not args.overwrite_output_dir:
+    used = [path for name in outputs(args) if os.path.lexists(path := output_dir / name)]
+    if args.resume_from and resumed_run(args)[0].resolve() == output_dir.resolve():
+        return
+    if not args.overwrite_output_dir and used:
         ways_out = "--resume_from auto, or --overwrite_output_dir"
-        raise ValueError(f"--output_dir {output_dir}: holds a run; {ways_out}")
+        raise ValueError(f"--output_dir {output_dir}: holds a run, {used[0].name}; {ways_out}")
+    if foreign := [path for path in used if path not in written_by_a_run(output_dir)]:
+        unknown = "no run.json beside it says that a run wrote it; remove or move it yourself"
+        raise ValueError(f"--overwrite_output_dir: {foreign[0]}: {unknown}")
+
+
+def outputs(args: argparse.Namespace) -> list[str]:
+    """The names of all that a run with these flags writes into its directory, but its logs."""
+    optional = {
+        "base": args.from_scratch or args.demo,
+        "tensorboard": "tensorboard" in args.report_to,
+    }
+    names = ["checkpoints", "best", "final", "metrics.jsonl", *EXTRAS, "run.json"]
+    return [name for name, written in optional.items() if written] + names
 
 
 def recover_and_clean(output_dir: Path) -> None:
     """After a crash: puts back what was moved away for a replacement that never came, removes what
     was half-written."""
-    for path in [*output_dir.glob(".*"), *output_dir.glob("checkpoints/.*")]:
+    for path in [*output_dir.glob("checkpoints/.new_step_*"), *output_dir.glob("*.new")]:
+        path.unlink()
+    for path in output_dir.glob(".*"):
         staged = STAGED.fullmatch(path.name)
         if not staged:
             continue
@@ -1199,56 +1162,51 @@ def is_whole(directory: Path) -> bool:
     return True
 
 
-def written_by_a_run(output_dir: Path) -> Iterator[Path]:
-    """What a run wrote into a directory."""
-    return itertools.chain.from_iterable(output_dir.glob(pattern) for pattern in OUTPUTS)
+def written_by_a_run(output_dir: Path) -> list[Path]:
+    """What is there of the things that a run wrote into a directory, as its run.json says."""
+    everything = argparse.Namespace(from_scratch=True, demo=True, report_to=["tensorboard"])
+    known, paths = outputs(everything), []
+    with suppress(ValueError, TypeError):
+        for name in modify_llm.read_json(output_dir / "run.json").get("written", []):
+            if name in known or LOG.fullmatch(name):  # a file may not choose what is removed
+                paths.append(output_dir / name)
+    return list(filter(os.path.lexists, paths))
 
 
 def clear_directory(output_dir: Path) -> None:
-    """Removes what a run wrote, and nothing else; of a link to a directory its contents."""
-    for path in written_by_a_run(output_dir):
-        shutil.rmtree(path.resolve()) if path.is_dir() else path.unlink()
-        if path.is_symlink():
-            path.resolve().mkdir()
+    """Removes what a run wrote, and nothing else: of a link the link alone."""
+    written = written_by_a_run(output_dir)
+    for path in written:  # run.json, which says so, last
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if written:
+        names = ", ".join(path.name for path in written)
+        logger.info("--overwrite_output_dir: removed from %s: %s", output_dir, names)
 
 
 @contextmanager
 def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
     """A directory to fill; only when it is whole, with sha256 sums, and synced, does it become
     output_dir/name. It is filled beside what it replaces, so on the same disk."""
-    path = output_dir / name
-    new, old = staging(path, "new"), staging(path, "old")
-    path.parent.mkdir(exist_ok=True)
+    path, unique = output_dir / name, uuid.uuid4().hex[:8]
+    new, old = (output_dir / f".{state}_{name}_{unique}" for state in ("new", "old"))
     try:
         new.mkdir()
         yield new
         modify_llm.write_manifest(new, leave_out=CARD)
-        for item in [*new.iterdir(), new]:
+        for item in [*new.rglob("*"), new]:
             sync(item)
         if path.exists():
-            move_away(path, old)
+            shutil.move(path, old)  # a copy, where a container's image holds it
         new.rename(path)
-        sync(path.parent)
+        sync(output_dir)
     finally:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
     shutil.rmtree(old, ignore_errors=True)  # on NFS a file that is still read stays for a while
-
-
-def staging(path: Path, state: str) -> Path:
-    """A name beside `path` that nothing has: .new_best_1f0c92ab."""
-    return path.with_name(f".{state}_{path.name}_{uuid.uuid4().hex[:8]}")
-
-
-def move_away(path: Path, target: Path) -> None:
-    """Renames a directory; one of a container image's layers, which cannot be, is copied."""
-    try:
-        path.rename(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        shutil.move(path, target)
 
 
 def sync(path: Path) -> None:
@@ -1277,13 +1235,15 @@ def attempt(what: str, work: Callable[..., object], *args: object) -> bool:
 
 
 def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
-    """Adds a function to run.trackers that takes numbers and texts by name, and their step."""
+    """Adds a function to run.trackers that takes numbers and texts by name, and their step. A run
+    that is resumed goes on in the tracker's same run; one that fails says so there."""
+    settings = public_settings(run.args)
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(run.output_dir / name, purge_step=run.progress.step + 1)
         closing.callback(attempt, name, writer.close)
-        writer.add_text("settings", f"```\n{yaml.safe_dump(vars(run.args))}```")
+        writer.add_text("settings", f"```\n{yaml.safe_dump(settings)}```")
 
         def log(values: dict[str, float | str], step: int) -> None:
             for key, value in values.items():
@@ -1293,15 +1253,34 @@ def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
     else:
         tracker = importlib.import_module(name)  # trackio is called as wandb is
         project = os.environ.get(f"{name.upper()}_PROJECT", "train_llm")
-        tracker.init(project=project, config=vars(run.args))
-        closing.callback(attempt, name, tracker.finish)
+        run_id = run.tracker_runs.setdefault(name, uuid.uuid4().hex[:8])
+        storable = {k: v if isinstance(v, float | str) else str(v) for k, v in settings.items()}
+        same_run = {"id" if name == "wandb" else "name": run_id, "resume": "allow"}
+        tracker.init(project=project, config=storable, **same_run)
+
+        def end(kind: type | None, *_: object) -> None:
+            failed = {"exit_code": int(kind not in (None, Stopped))} if name == "wandb" else {}
+            attempt(name, partial(tracker.finish, **failed))
+
+        closing.push(end)
+        reported = run.reported_step  # by an earlier start: steps never go back
 
         def log(values: dict[str, float | str], step: int) -> None:
-            texts = {key: value for key, value in values.items() if isinstance(value, str)}
-            tables = {key: tracker.Table(columns=[key], data=[[texts[key]]]) for key in texts}
-            tracker.log(values | tables, step=step)
+            if step > reported:
+                tracker.log(values, step=step)
 
     run.trackers[name] = log
+
+
+def public_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings as they are written down: of a URL neither user, password nor query, which may
+    be secrets."""
+    settings = dict(vars(args))
+    for name in PATH_FLAGS:
+        if data_pipeline.is_url(settings[name] or ""):
+            parts = urlsplit(settings[name])
+            settings[name] = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return settings
 
 
 def report(run: Run, values: dict[str, float | str], step: int) -> None:
@@ -1326,43 +1305,51 @@ def start_records(run: Run, closing: ExitStack) -> None:
         for path in checkpoints(output_dir):
             if checkpoint_step(path) > resumed.step:  # of the way that is left
                 logger.info("%s is removed: the run goes on from step %d", path, resumed.step)
-                remove_checkpoint(path)
-    cut_metrics(output_dir / "metrics.jsonl", resumed)
+                path.unlink()
+    run.reported_step = cut_metrics(output_dir / "metrics.jsonl", resumed)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
-    closing.enter_context(log_file(log))
+    open_log_file(log, closing)
     for name in args.report_to:
         attempt(f"--report_to {name}", start_tracker, run, name, closing)
     total, trainable = run.counts
-    new = output_dir / "run.json.new"
-    modify_llm.write_json(new, {
-        "settings": vars(args),
-        "versions": {
-            "python": sys.version.split()[0], "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+    written = [log.name, *(path.name for path in written_by_a_run(output_dir)), *outputs(args)]
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    write_at_once(output_dir / "run.json", json.dumps({
+        "settings": public_settings(args),
+        "versions": {"python": sys.version.split()[0]} | versions,
         "dataset_sha256": run.dataset_hash,
         "held_out_sha256": run.held_out_hash,
         "parameters": {"total": total, "trainable": trainable},
         "world_size": runtime.world_size,
         "device": str(runtime.device),
         "dtype": str(runtime.dtype),
-    })  # fmt: skip
-    new.replace(output_dir / "run.json")  # on a full disk the one before stays
+        "trackers": run.tracker_runs,
+        "written": [*dict.fromkeys(written)],
+    }, indent=2))  # fmt: skip
 
 
-def cut_metrics(path: Path, progress: Progress | None) -> None:
+def write_at_once(path: Path, text: str) -> None:
+    """Replaces a file as a whole: on a full disk, or after a kill, the one before stays."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
+def cut_metrics(path: Path, progress: Progress | None) -> int:
     """Drops the rows that a run resumed at `progress` writes again: after its step, and an
-    evaluation still due."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(ValueError, KeyError, TypeError):  # the half-written last line of a kill
+    evaluation still due. Returns the last step that had been there; -1: none."""
+    rows, last_step = [], -1
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
             row = json.loads(line)
+            last_step = max(last_step, row["step"])
             due = progress and progress.evaluation_due and "eval_loss" in row
             if progress and row["step"] < progress.step + (not due):
-                rows.append(line + "\n")
-    new = path.with_name("metrics.jsonl.new")
-    new.write_text("".join(rows), encoding="utf-8")
-    new.replace(path)  # at once: a kill in between must not lose the rows
+                rows.append(json.dumps(row) + "\n")
+        except (ValueError, KeyError, TypeError):  # such as the half-written last line of a kill
+            logger.warning("%s: a damaged line is left out: %.60r", path, line)
+    write_at_once(path, "".join(rows))
+    return last_step
 
 
 def write_metrics(run: Run, row: dict[str, Any]) -> None:
@@ -1509,66 +1496,50 @@ def write_extras(run: Run) -> None:
 
 
 def save_checkpoint(run: Run) -> None:
-    """checkpoints/step_N: trainable weights, optimizer, random states, progress. What rotates out
-    is removed."""
-    runtime, step = run.runtime, run.progress.step
-    tensors = {"trainable": run.trainable, "random": gathered_random_states(runtime)}
+    """checkpoints/step_N, one safetensors file: trainable weights, optimizer and random states; in
+    its metadata the progress, and a sum over all. What rotates out is removed."""
+    runtime, step, tensors = run.runtime, run.progress.step, {}
+    random = {"cpu": torch.get_rng_state()}
+    if (kind := runtime.device.type) != "cpu":
+        random[kind] = getattr(torch, kind).get_rng_state()
+    for rank, states in enumerate(gather(random, runtime)):
+        tensors |= {f"random.{kind}.{rank}": state for kind, state in states.items()}
     if runtime.rank != 0:
         return
-    tensors["optimizer"] = {
-        f"{name}.{key}": value
-        for name, parameter in run.trainable.items()
-        for key, value in run.optimizer.state[parameter].items()
-    }
-    with whole_directory(run.output_dir, f"checkpoints/step_{step:08d}") as directory:
-        for name, group in tensors.items():
-            group = {key: value.detach().cpu().contiguous() for key, value in group.items()}
-            save_file(group, directory / f"{name}.safetensors")
-        modify_llm.write_json(directory / "state.json", {
-            "progress": asdict(run.progress),
-            "settings": vars(run.args),
-            "world_size": runtime.world_size,
-            "dtype": str(runtime.dtype),
-            "total_steps": run.total_steps,
-            "rows_per_step": run.rows_per_step,
-            "dataset_sha256": run.dataset_hash,
-            "held_out_sha256": run.held_out_hash,
-            "base_fingerprint": run.model.base_fingerprint,
-            "grad_scaler": run.scaler.state_dict(),
-        })  # fmt: skip
+    for name, parameter in run.trainable.items():
+        moments = run.optimizer.state[parameter]
+        tensors |= {f"{kind}.{name}": t for kind, t in moments.items()} | {
+            f"weight.{name}": parameter
+        }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    state = json.dumps({
+        "progress": asdict(run.progress), "settings": public_settings(run.args),
+        "facts": facts(run), "circumstances": circumstances(run),
+        "grad_scaler": run.scaler.state_dict(), "trackers": run.tracker_runs,
+    })  # fmt: skip
+    path = run.output_dir / "checkpoints" / f"step_{step:08d}"
+    new = path.with_name(f".new_{path.name}")
+    path.parent.mkdir(exist_ok=True)
+    try:
+        save_file(tensors, new, {"state": state, "sha256": checksum(state, tensors)})
+        sync(new)
+        new.replace(path)
+        sync(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
     others = [path for path in checkpoints(run.output_dir) if checkpoint_step(path) != step]
     for path in others[run.args.save_total_limit - 1 :]:
         if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
-            remove_checkpoint(path)
+            attempt(f"{path} cannot be removed", path.unlink)
 
 
-def remove_checkpoint(path: Path) -> None:
-    """At once, so that no half of it is ever found."""
-    try:
-        trash = staging(path, "trash")
-        move_away(path, trash)
-        shutil.rmtree(trash)
-    except OSError as error:
-        logger.warning("%s: cannot be removed: %s", path, error)
-
-
-def random_states(runtime: Runtime) -> dict[str, Tensor]:
-    """The states of this process's generators, by kind of device."""
-    states, kind = {"cpu": torch.get_rng_state()}, runtime.device.type
-    return states if kind == "cpu" else states | {kind: getattr(torch, kind).get_rng_state()}
-
-
-def set_random_states(states: dict[str, Tensor]) -> None:
-    for kind, state in states.items():
-        (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(state)
-
-
-def gathered_random_states(runtime: Runtime) -> dict[str, Tensor]:
-    """The states of every process's generators: {"cpu.0": ..., "cuda.0": ..., "cpu.1": ...}"""
-    gathered = gather(random_states(runtime), runtime)
-    return {
-        f"{kind}.{rank}": s for rank, states in enumerate(gathered) for kind, s in states.items()
-    }
+def checksum(state: str, tensors: dict[str, Tensor]) -> str:
+    """sha256 of all that a checkpoint holds: a flipped bit would load without a word."""
+    digest = hashlib.sha256(state.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def gather(value: Any, runtime: Runtime) -> list[Any]:
@@ -1585,9 +1556,65 @@ def checkpoint_step(path: Path) -> int:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """checkpoints/step_*, newest first."""
-    found = output_dir.glob("checkpoints/step_*")
-    found = [path for path in found if re.fullmatch(r"step_\d+", path.name) and path.is_dir()]
+    found = [path for path in output_dir.glob("checkpoints/step_*") if STEP.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step, reverse=True)
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """What a checkpoint shares with the run that goes on from it, and every process with the
+    first: the same work."""
+    settings, rows = (
+        vars(run.args),
+        "rows a step (--batch_size x --gradient_accumulation_steps x processes)",
+    )
+    return {f"--{name}": settings[name] for name in settings if name not in FREE_TO_CHANGE} | {
+        rows: run.rows_per_step,
+        "training rows (sha256)": run.dataset_hash,
+        "base model (sha256)": run.model.base_fingerprint,
+    }
+
+
+def circumstances(run: Run) -> dict[str, Any]:
+    """What a run may go on with otherwise than before, but all its processes alike."""
+    return {
+        "processes": run.runtime.world_size,
+        "precision": str(run.runtime.dtype),
+        "steps in all": run.total_steps,
+        "held-out rows (sha256)": run.held_out_hash,
+    }
+
+
+def shapes(run: Run, step: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a checkpoint of this step."""
+    kinds = ("weight", *MOMENTS) if step else ("weight",)
+    return {
+        f"{kind}.{name}": () if kind == "step" else tuple(parameter.shape)
+        for name, parameter in run.trainable.items()
+        for kind in kinds
+    }
+
+
+def difference(ours: dict[str, Any], theirs: dict[str, Any], whose: str = "this run's") -> str:
+    """The first fact that differs, "" where all agree. A flag that one side does not know counts as
+    not given."""
+    for name in sorted(ours.keys() | theirs.keys()):
+        default = DEFAULTS.get(name.removeprefix("--"))
+        mine, other = ours.get(name, default), theirs.get(name, default)
+        if mine != other and not (name.startswith("--") and name not in ours):
+            return f"{name} is {other}, {whose} {mine}"
+    return ""
+
+
+def check_processes_agree(run: Run) -> None:
+    """Raises ValueError, on every process, where one is about to do other work than process 0: on
+    a machine that does not see the shared directory, with another card, with other rows."""
+    state = {"step": run.progress.step, "best step": run.progress.best_step}
+    mine = facts(run) | circumstances(run) | state | {"final/ there": finished(run)}
+    first, *others = gather(mine, run.runtime)
+    for rank, other in enumerate(others, 1):
+        if odd := difference(first, other, "that of process 0"):
+            same = "all need the same files, a shared --output_dir and the same kind of device"
+            raise ValueError(f"process {rank}: {odd}; {same}")
 
 
 def resume(run: Run) -> None:
@@ -1596,30 +1623,34 @@ def resume(run: Run) -> None:
 
     Raises ValueError for a checkpoint of another run, or a bad one that was asked for by its path.
     """
-    wanted, root = run.args.resume_from, resumed_directory(run.args)
-    by_path = named_checkpoint(run.args)
+    wanted, (root, by_path) = run.args.resume_from, resumed_run(run.args)
     for path in [by_path] if by_path else checkpoints(root):
         try:
             state = read_checkpoint(path)
-            if not (other_run := difference(run, state)):
-                check_shapes(run, state)
-        except (ValueError, OSError) as error:
-            reason = str(error).removeprefix(f"{path}: ")
+            if run.args.warmup_steps is None:  # a longer run keeps its warm-up
+                run.args.warmup_steps = state["settings"].get("warmup_steps")
+            other_run = difference(facts(run), state["facts"])
+            found = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
+            odd = difference(shapes(run, state["progress"].step), found)
+            if odd and not other_run:
+                raise ValueError(odd)
+        except ValueError as error:
             if by_path:
-                raise ValueError(f"--resume_from {path}: {reason}") from None
-            logger.warning("Checkpoint skipped: %s: %s", path, reason)
+                raise ValueError(f"--resume_from {path}: {error}") from None
+            logger.warning("Checkpoint skipped: %s: %s", path, error)
             continue
+        if (steps := state["circumstances"]["steps in all"]) > run.total_steps:
+            other_run = f"was to take {steps} steps, not {run.total_steps}: a run may not shrink"
         if other_run:
             new_run = "a new run takes another --output_dir, without --resume_from"
             raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
         restore(run, state)
         logger.info("Resumed from %s at step %d", path, run.progress.step)
         for line in changes(run, state):
-            logger.info("%s", line)
+            logger.info(line)
         return
     if wanted != "auto":
-        missing = "no such directory, or no good checkpoint in it"
-        raise ValueError(f"--resume_from {wanted}: {missing}")
+        raise ValueError(f"--resume_from {wanted}: no good checkpoint in it")
     if (root / "final").exists() and not checkpoints(root):  # they were removed
         starts_over = "but a result: --overwrite_output_dir in its place starts over"
         raise ValueError(f"--resume_from auto: no checkpoint in {root}, {starts_over}")
@@ -1627,99 +1658,62 @@ def resume(run: Run) -> None:
     logger.warning(none, run.output_dir)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint, verified by its checksums; nothing is unpickled.
-
-    Raises ValueError.
-    """
-    modify_llm.verify_directory(path)
-    state = modify_llm.read_json(path / "state.json")
-    for name in ("trainable", "optimizer", "random"):
-        state[name] = modify_llm.read_tensors(path / f"{name}.safetensors")
+def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
+    """Everything in a checkpoint, verified by its sum; nothing is unpickled. Not the whole: only
+    its state, unverified. Raises ValueError."""
     try:
-        state["progress"] = Progress(**state["progress"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"state.json: {error}") from None
-    return state
-
-
-def difference(run: Run, state: dict) -> str:
-    """What sets the run that wrote a checkpoint apart from this one; nothing: ""."""
-    if run.args.warmup_steps is None:  # a longer run keeps its warm-up
-        run.args.warmup_steps = state["settings"].get("warmup_steps")
-    for name, now in vars(run.args).items():
-        before = state["settings"].get(name, DEFAULTS[name])  # newer flags: as if not given
-        if name not in FREE_TO_CHANGE and before != now:
-            return f"was trained with --{name} {before}, not {now}"
-    rows, steps = state.get("rows_per_step"), state.get("total_steps", 0)
-    if rows != run.rows_per_step:
-        product = "--batch_size x --gradient_accumulation_steps x processes"
-        return f"took {rows} rows a step ({product}), not {run.rows_per_step}"
-    if steps > run.total_steps:
-        return f"was to take {steps} steps, not {run.total_steps}: a run may grow, not shrink"
-    if state["dataset_sha256"] != run.dataset_hash:
-        return "the dataset has changed since (its content hash differs)"
-    if state["base_fingerprint"] != run.model.base_fingerprint:
-        return "was trained on another base model"
-    return ""
+        tensors = modify_llm.read_tensors(path) if whole else {}
+        with safe_open(path, "pt") as file:
+            text, expected = (file.metadata()[name] for name in ("state", "sha256"))
+        if whole and expected != checksum(text, tensors):
+            raise ValueError("is damaged (its checksum differs)")
+        state = json.loads(text)
+        progress = Progress(**state["progress"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = modify_llm.first_line(error).removeprefix(f"{path}: ")
+        raise ValueError(f"no good checkpoint: {reason}") from None
+    random = {name: tensors.pop(name) for name in [*tensors] if name.startswith("random.")}
+    return state | {"progress": progress, "tensors": tensors, "random": random}
 
 
 def changes(run: Run, state: dict) -> list[str]:
     """A line for each thing that is another one from here on."""
-    runtime, lines = run.runtime, []
-    if state["world_size"] != runtime.world_size:
-        lines += [f"By {runtime.world_size} processes from here on, not {state['world_size']}"]
-    if f"{runtime.device.type}.{runtime.world_size - 1}" not in state["random"]:
+    before, lines = state["circumstances"], []
+    for name, now in circumstances(run).items():
+        if before[name] != now:
+            lines += [f"From here on {name}: {now}, not {before[name]}"]
+    runtime = run.runtime
+    if f"random.{runtime.device.type}.{runtime.world_size - 1}" not in state["random"]:
         lines += ["Random states of processes or devices that were not there are seeded anew"]
-    if state["dtype"] != str(runtime.dtype):
-        lines += [f"In {runtime.dtype} from here on, not {state['dtype']}"]
-    if state["total_steps"] < run.total_steps:
-        longer = f"The run grows from {state['total_steps']} to {run.total_steps} steps"
-        lines += [f"{longer}: from here on with the learning rates of the longer one"]
-    if state["held_out_sha256"] != run.held_out_hash:
-        lines += ["Other held-out rows from here on: the best loss is sought anew"]
-    elif run.output_dir.resolve() != (root := resumed_directory(run.args)).resolve():
-        lines += [f"best/ of the steps before stays in {root}: here the best loss is sought anew"]
     return lines
-
-
-def check_shapes(run: Run, state: dict) -> None:
-    """Raises ValueError unless a checkpoint holds the tensors that this run trains, and no more."""
-    expected = {name: parameter.shape for name, parameter in run.trainable.items()}
-    for name, shape in [*expected.items()] if state["progress"].step else ():
-        moments = {f"{name}.exp_avg": shape, f"{name}.exp_avg_sq": shape}
-        expected |= {f"{name}.step": ()} | moments
-    tensors = state["trainable"] | state["optimizer"]
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if found.get(name) != expected.get(name):
-            raise ValueError(f"{name} is {found.get(name)}, this run's {expected.get(name)}")
 
 
 def restore(run: Run, state: dict) -> None:
     """Puts a checkpoint's tensors, progress and random state into the run."""
     run.progress = progress = state["progress"]
-    run.resumed_from = progress.step
-    if resumed_directory(run.args).resolve() != run.output_dir.resolve():
-        progress.best_loss, progress.best_step = None, 0  # best/ stays there
-    if state["held_out_sha256"] != run.held_out_hash:
-        progress.best_loss = progress.first_loss = progress.last_loss = None
-        progress.best_step = progress.evaluations_without_gain = 0
-        progress.evaluation_due = True
+    run.resumed_from, run.tracker_runs = progress.step, state["trackers"]
+    elsewhere = progress.best_step not in (progress.step, step_of(run.output_dir / "best"))
+    other_rows = state["circumstances"]["held-out rows (sha256)"] != run.held_out_hash
+    if other_rows:
+        progress.first_loss = progress.last_loss = None
+        progress.evaluations_without_gain, progress.evaluation_due = 0, True
+    if other_rows or (elsewhere and progress.best_loss is not None):
+        logger.info("best/ is sought anew: that of step %d is not of this run", progress.best_step)
+        progress.best_loss, progress.best_step = None, 0
     patience = run.args.early_stopping_patience
     progress.stopped_early = 0 < patience <= progress.evaluations_without_gain
-    modify_llm.put_tensors(run.model, state["trainable"], run.output_dir)
-    for name, parameter in run.trainable.items() if run.progress.step else ():
-        run.optimizer.state[parameter] = {
-            key: state["optimizer"][f"{name}.{key}"].to(parameter.device)
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+    tensors, rank = state["tensors"], run.runtime.rank
+    for name, parameter in run.trainable.items():
+        parameter.data.copy_(tensors[f"weight.{name}"])
+        if progress.step:
+            moments = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+            run.optimizer.state[parameter] = moments
     if state["grad_scaler"] and run.runtime.fp16:  # empty from a run that needed none
         run.scaler.load_state_dict(state["grad_scaler"])
-    rank, states = run.runtime.rank, state["random"]
     torch.manual_seed(run.args.seed + rank + 100_003 * progress.step)  # where there is no state
-    kinds = [kind for kind in ("cpu", run.runtime.device.type) if f"{kind}.{rank}" in states]
-    set_random_states({kind: states[f"{kind}.{rank}"] for kind in kinds})
+    for kind in ("cpu", run.runtime.device.type):
+        if (random := state["random"].get(f"random.{kind}.{rank}")) is not None:
+            (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(random)
 
 
 def finished(run: Run) -> bool:
@@ -1736,37 +1730,58 @@ def finished(run: Run) -> bool:
 
 
 ANSWERS_AT_ONCE = 32  # sequences; a beam each
-BEAM_SETTINGS = ("num_beams", "length_penalty")
+GENERATION_FLAGS = (
+    "max_new_tokens", "temperature", "top_p", "repetition_penalty", "no_repeat_ngram_size",
+    "num_beams", "length_penalty",
+)  # fmt: skip
+
+
+def prompt_templates(text_format: str) -> list[str]:
+    """What stands before a response, as templates over a row's fields."""
+    alpaca = [data_pipeline.PROMPT_WITH_INPUT, data_pipeline.PROMPT_WITHOUT_INPUT]
+    named = {"output": ["{output}"], "alpaca": alpaca, "messages": alpaca[1:]}
+    return named.get(text_format) or [text_format.split("||")[0]]
 
 
 def prompt_columns(text_format: str) -> list[str]:
     """The columns that stand before the response."""
-    prompts = {"alpaca": data_pipeline.PROMPT_WITH_INPUT, "output": "{output}"}
-    before_response = prompts.get(text_format, text_format.split("||")[0])
-    columns = data_pipeline.format_columns(text_format)
-    return [name for name in columns if f"{{{name}}}" in before_response]
+    columns, template = data_pipeline.format_columns(text_format), prompt_templates(text_format)[0]
+    return [name for name in columns if f"{{{name}}}" in template]
 
 
 def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
     """The fields of a row that a prompt gives: a text is the only one before the response.
 
     For formats with several, and for turns, it may be a dict or JSON object of them; null is
-    empty. Raises ValueError for a field that is missing.
+    empty, and an answer that ends a conversation is left out. Raises ValueError for a field that
+    is missing or misspelt.
     """
-    given, text = (prompt, "") if isinstance(prompt, dict) else ({}, str(prompt))
-    if text.lstrip().startswith("{") and text_format != "output":
+    is_turns = text_format == "messages"
+    columns = data_pipeline.format_columns(text_format)
+    known = ["messages", "conversations"] if is_turns else columns
+    given = prompt if isinstance(prompt, dict) else {}
+    if not given and str(prompt).lstrip().startswith("{") and text_format != "output":
         with suppress(ValueError, RecursionError):
-            given = json.loads(text)
-    if text_format == "messages":
-        is_turns = given.keys() & {"messages", "conversations"}
-        if isinstance(prompt, dict) and not is_turns:
+            given = json.loads(prompt)
+    for name in given.keys() - {*known}:
+        if near := [column for column in known if column.lower() == str(name).strip().lower()]:
+            raise ValueError(f"the field {name!r} must be named {near[0]!r}")
+    if not (isinstance(prompt, dict) or given.keys() & {*known}):
+        given = {}  # a text that looks like JSON
+    if is_turns:
+        if not given:
+            return {"messages": [{"role": "user", "content": str(prompt)}]}
+        turns = data_pipeline.first_of(given, *known)
+        if not turns or not isinstance(turns, list):
             raise ValueError("its fields are neither 'messages' nor 'conversations'")
-        return given if is_turns else {"messages": [{"role": "user", "content": text}]}
-    columns, read = data_pipeline.format_columns(text_format), prompt_columns(text_format)
+        last = turns[-1] if isinstance(turns[-1], dict) else {}
+        answered = data_pipeline.first_of(last, "role", "from") in ("assistant", "gpt")
+        return given | dict.fromkeys(known) | {"messages": turns[:-1] if answered else turns}
+    read = prompt_columns(text_format)
     required = [name for name in read if name != "input"] or read  # an input may be empty
     fields = {name: "" if value is None else str(value) for name, value in given.items()}
     if not given and len(required) == 1:
-        fields = {required[0]: text}
+        fields = {required[0]: str(prompt)}
     if missing := [name for name in required if name not in fields]:
         needs = "" if given else "give a JSON object, "
         raise ValueError(f"the format reads {read}; {needs}{missing[0]!r} is missing")
@@ -1788,18 +1803,43 @@ def prompt_ids(
     return ids or [tokenizer.eos_token_id]
 
 
+def as_typed(
+    ids: list[int], model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, text_format: str
+) -> str:
+    """What has to be typed as --prompt to get these tokens; "" where there is no such text."""
+    for template in prompt_templates(text_format):
+        parts = [part[:2] for part in string.Formatter().parse(template)]
+        pattern = "".join(re.escape(text) + "(.*)" * (name is not None) for text, name in parts)
+        found = re.fullmatch(pattern, tokenizer.decode(ids), re.DOTALL)
+        names = [name for _, name in parts if name is not None]
+        fields = dict(zip(names, found.groups() if found else (), strict=False))
+        texts = [
+            json.dumps(fields, ensure_ascii=False),
+            *(fields.values() if len(fields) == 1 else ()),
+        ]
+        for text in reversed(texts):
+            with suppress(ValueError):
+                if prompt_ids(text, model, tokenizer, text_format) == ids:
+                    return text
+    return ""
+
+
 @contextmanager
-def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iterator[None]:
+def answering(
+    model: GPT2LMHeadModel, runtime: Runtime, settings: GenerationConfig
+) -> Iterator[None]:
     """Inside, the model generates by these settings alone, whatever its base's
-    generation_config.json says, and with a mask, which padding on the left needs."""
+    generation_config.json says, and with a mask, which padding on the left needs. Training's random
+    state is left alone."""
     training, before = model.training, model.generation_config
     attention, pad_token_id = model.config._attn_implementation, model.config.pad_token_id
     model.config.pad_token_id = None  # or transformers warns of padding after an answer's end
     model.set_attn_implementation("sdpa")
     model.eval()
-    model.generation_config = GenerationConfig(**settings)
+    model.generation_config = settings
+    gpus = [runtime.device] if runtime.device.type == "cuda" else []
     try:
-        with torch.no_grad(), runtime.autocast():
+        with torch.no_grad(), runtime.autocast(), torch.random.fork_rng(gpus):
             yield
     finally:
         model.generation_config, model.config.pad_token_id = before, pad_token_id
@@ -1807,81 +1847,46 @@ def answering(model: GPT2LMHeadModel, runtime: Runtime, **settings: Any) -> Iter
         model.train(training)
 
 
-def drawn_by_row(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Logits (rows, vocabulary) whose largest is a draw from the softmax of those given: Gumbel
-    noise is added (Maddison et al., 2014, section 2). Each row has its own generator, so that an
-    answer does not depend on those beside it, and training's random state is left alone."""
-    noise = torch.empty_like(logits)
-    for row, generator in zip(noise, generators, strict=True):
-        row.exponential_(generator=generator)
-    return logits - noise.log()
-
-
 def generate_answers(
     prompts: list[list[int]], model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase,
     args: argparse.Namespace, runtime: Runtime, streamer: TextStreamer | None = None,
+    first: int = 0,
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """(answer, whether it stopped by itself) for the ids of each prompt, in batches of about one
-    length. Equal prompts draw different answers. streamer: shows the answer to a single one."""
+    length. Equal prompts draw different answers. streamer: shows the answer to a single one.
+    first: the number of the first prompt among all, so that parts draw as the whole."""
     room, eos = model.config.n_positions - prefix_length(model), tokenizer.eos_token_id
     limits = [min(args.max_new_tokens, room - len(ids)) for ids in prompts]
-    settings = {name: getattr(args, name) for name in BEAM_SETTINGS}
-    settings |= {"do_sample": False, "eos_token_id": eos, "pad_token_id": eos}
+    settings = GenerationConfig(
+        eos_token_id=eos, pad_token_id=eos, num_beams=args.num_beams,
+        length_penalty=args.length_penalty, repetition_penalty=args.repetition_penalty,
+        no_repeat_ngram_size=args.no_repeat_ngram_size,
+    )  # fmt: skip
+    if args.temperature:
+        settings.update(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0)
     answers: dict[int, tuple[str, bool]] = {}
     size = max(1, ANSWERS_AT_ONCE // args.num_beams)
-    quiet = True if streamer or not prompts else None
-    bar = tqdm(total=sum(limits), desc="answering", unit="tok", leave=False, disable=quiet)
-    left = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    while left:
-        limit = limits[left[0]]
-        batch = [i for i in left[:size] if limits[i] == limit]
-        left = left[len(batch) :]
-        rows = [torch.tensor(prompts[i], device=runtime.device) for i in batch]
-        ids = pad_sequence(rows, batch_first=True, padding_value=eos, padding_side="left")
-        ones = [torch.ones_like(row) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side="left")
-        with answering(model, runtime, **settings, max_new_tokens=limit):
-            output = model.generate(
-                ids, attention_mask=mask, streamer=streamer,
-                logits_processor=processors(args, ids, [args.seed + i for i in batch], bar),
-            )  # fmt: skip
-        output = output[:, ids.shape[1] :].tolist()
-        bar.update(len(batch) * (limit - len(output[0])))  # what early ends have saved
-        for i, answer in zip(batch, output, strict=True):
-            stopped = eos in answer
-            text = tokenizer.decode(answer[: answer.index(eos)] if stopped else answer)
-            # a character may be cut in half
-            answers[i] = (text if stopped else text.removesuffix("\ufffd"), stopped)
-    bar.close()
+    quiet = True if len(prompts) <= size else None
+    bar = tqdm(total=len(prompts), desc="answering", leave=False, disable=quiet)
+    left = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])))
+    with bar, answering(model, runtime, settings):
+        torch.manual_seed(args.seed + first)
+        while left:
+            settings.max_new_tokens = limits[left[0]]
+            batch = [i for i in left[:size] if limits[i] == limits[left[0]]]
+            left = left[len(batch) :]
+            padded = tokenizer.pad(
+                {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
+            ).to(runtime.device)
+            output = model.generate(**padded, streamer=streamer)
+            width = padded["input_ids"].shape[1]
+            for i, answer in zip(batch, output[:, width:].tolist(), strict=True):
+                stopped = eos in answer
+                text = tokenizer.decode(answer[: answer.index(eos)] if stopped else answer)
+                # a character may be cut in half
+                answers[i] = (text if stopped else text.removesuffix("\ufffd"), stopped)
+            bar.update(len(batch))
     return [answers[i] for i in range(len(prompts))]
-
-
-def processors(
-    args: argparse.Namespace, prompts: Tensor, seeds: list[int], bar: tqdm
-) -> LogitsProcessorList:
-    """What changes the logits before the largest is taken. The repetition penalty (Keskar et al.,
-    2019, section 4.1) is for what the answer itself has said, not for its prompt or the padding."""
-    penalty, width = args.repetition_penalty, prompts.shape[1]
-
-    def centred(_ids: Tensor, logits: Tensor) -> Tensor:
-        # The penalty divides positive logits; GPT-2's lie around -100, where it would be a ban.
-        # The median, since some may be -inf. Beam search has log-probabilities to add up.
-        beams = args.num_beams > 1
-        return logits if beams else logits - logits.median(1, keepdim=True).values
-
-    chain = [centred, RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=width)]
-    if args.no_repeat_ngram_size:  # transformers' own setting would ban the prompt's names, too
-        no_repeat = NoRepeatNGramLogitsProcessor(args.no_repeat_ngram_size)
-        chain += [lambda ids, logits: no_repeat(ids[:, width:], logits)]
-    generators = [torch.Generator(prompts.device).manual_seed(seed) for seed in seeds]
-    if args.temperature:
-        chain += [TemperatureLogitsWarper(args.temperature), TopPLogitsWarper(args.top_p)]
-
-    def draw(_ids: Tensor, logits: Tensor) -> Tensor:
-        bar.update(len(seeds))
-        return drawn_by_row(logits, generators) if args.temperature else logits
-
-    return LogitsProcessorList([*chain, draw])
 
 
 def answer_prompts(
@@ -1891,29 +1896,66 @@ def answer_prompts(
     """Prints the answer to each --prompt, writes those to --prompts_file, and chats."""
     if runtime.rank != 0:
         return
-    prompts = read_prompts(args)
-    encoded = [prompt_ids(prompt, model, tokenizer, args.text_format) for prompt in prompts]
-    rows = []
+    encoded = [prompt_ids(text, model, tokenizer, args.text_format) for text in args.prompt]
     answers = generate_answers(encoded, model, tokenizer, args, runtime)
-    for prompt, (answer, stopped) in zip(prompts, answers, strict=True):
-        answer = re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip())  # indentation stays
-        rows.append({"prompt": prompt, "answer": answer, "stopped": stopped})
-    for row in rows[: len(args.prompt)]:
-        end = "" if row["stopped"] else " [...]"
-        table.info("Prompt: %s\nAnswer: %s%s", row["prompt"], row["answer"], end)
+    for prompt, (answer, stopped) in zip(args.prompt, answers, strict=True):
+        end = "" if stopped else " [...]"
+        table.info("Prompt: %s\nAnswer: %s%s", prompt, without_frame(answer), end)
     if args.prompts_file:
-        path = Path(args.prompts_file).with_suffix(".answers.jsonl")
-        write_rows(path, rows[len(args.prompt) :])
-        table.info("Answers written to %s", path)
+        answer_file(args, runtime, model, tokenizer)
     if args.chat:
         chat(args, runtime, model, tokenizer)
 
 
-def read_prompts(args: argparse.Namespace) -> list[Any]:
-    """Each --prompt, and the rows of fields, or else the lines, of --prompts_file."""
-    path, read = args.prompts_file, []
-    if not path:
-        return args.prompt
+def without_frame(answer: str) -> str:
+    """An answer without the empty lines and blanks around it; indentation stays."""
+    return re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip())
+
+
+def answers_path(args: argparse.Namespace) -> Path:
+    """Where the answers to --prompts_file go: beside it, by the name of the model that answers."""
+    model = args.output_dir
+    if uses_only(args):
+        model = args.adapter_path or args.model_name_or_path
+    label = "-".join(Path(model).parts[-2:]).strip("/.-")
+    return Path(args.answers_file or f"{args.prompts_file}.{label}.answers.jsonl")
+
+
+def answer_file(
+    args: argparse.Namespace, runtime: Runtime, model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:  # fmt: skip
+    """Writes the answers to --prompts_file, each batch as it comes: stopped at any moment, the same
+    command goes on with the rest. Raises ValueError where the file holds other answers."""
+    path, prompts, done = answers_path(args), read_prompts(args), []
+    settings = [getattr(args, name) for name in ("seed", "text_format", *GENERATION_FLAGS)]
+    identity = json.dumps([settings, modify_llm.fingerprint(model)])
+    by = hashlib.sha256(identity.encode()).hexdigest()[:12]  # who answered, and how
+    with suppress(FileNotFoundError, ValueError):  # a kill may have cut the last line
+        for line in path.read_text(encoding="utf-8").splitlines():
+            done.append(json.loads(line))
+    for row, (prompt, _) in itertools.zip_longest(done, prompts[: len(done)], fillvalue=("", "")):
+        if row.get("prompt") != prompt or row.get("by") != by:
+            other = "holds answers to other prompts, or of another model or other settings"
+            raise ValueError(f"--answers_file {path}: {other}; remove it, or name another")
+    if len(done) < len(prompts):
+        del done[len(done) // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE :]  # whole batches alone
+    write_at_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+    for first in tqdm(range(len(done), len(prompts), ANSWERS_AT_ONCE), "answering", leave=False):
+        batch = prompts[first : first + ANSWERS_AT_ONCE]
+        ids = [prompt_ids(fields, model, tokenizer, args.text_format) for _, fields in batch]
+        answers = generate_answers(ids, model, tokenizer, args, runtime, first=first)
+        with open(path, "a", encoding="utf-8") as file:
+            for (prompt, _), (answer, stopped) in zip(batch, answers, strict=True):
+                row = {"prompt": prompt, "answer": without_frame(answer), "stopped": stopped}
+                file.write(json.dumps(row | {"by": by}, ensure_ascii=False) + "\n")
+    table.info("Answers written to %s", path)
+
+
+def read_prompts(args: argparse.Namespace) -> list[tuple[Any, Any]]:
+    """The rows of fields, or else the lines, of --prompts_file, each as it stands there and as
+    `prompt_ids` takes it. Raises ValueError."""
+    path, prompts = args.prompts_file, []
     try:
         if data_pipeline.file_kind(path):
             read = list(itertools.chain(*data_pipeline.read_records(path)))
@@ -1928,11 +1970,15 @@ def read_prompts(args: argparse.Namespace) -> list[Any]:
                 raise ValueError(f"row {row}: more fields than the header names")
             for text in (*fields, *fields.values()):
                 data_pipeline.check_text(str(text), f"row {row}")
+            is_text = isinstance(prompt, str) and data_pipeline.file_kind(path)
+            prompts.append(
+                (prompt, literal_fields(prompt, args.text_format) if is_text else prompt)
+            )
         if not read:
             raise ValueError("holds no prompts")
     except (ValueError, OSError) as error:
         raise ValueError(f"--prompts_file {path}: {error}") from None
-    return [*args.prompt, *read]
+    return prompts
 
 
 class ScreenStreamer(TextStreamer):
@@ -1954,17 +2000,27 @@ def chat(
     with suppress(ImportError):  # Windows has none
         importlib.import_module("readline")  # arrow keys
     turns: list[dict[str, str]] = []
-    room = model.config.n_positions - prefix_length(model) - args.max_new_tokens
+    positions, is_chat = (
+        model.config.n_positions - prefix_length(model),
+        args.text_format == "messages",
+    )
+    room = positions - min(args.max_new_tokens, positions // 4)  # the rest is the answer's
     table.info("Ctrl-C ends an answer, Ctrl-D the chat")
+    if not is_chat:
+        table.info("The model was trained on single questions: it reads each one alone")
     while True:
         streamer = ScreenStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         try:
             prompt: Any = input("> ")
             turns.append({"role": "user", "content": prompt})
-            if args.text_format == "messages":
-                prompt, encode = {"messages": turns}, data_pipeline.encode_prompt
-                while len(turns) > 1 and len(encode(prompt, "messages", tokenizer)) > room:
+            if is_chat:
+                prompt, before = {"messages": turns}, len(turns)
+                while len(turns) > 1 and len(encode_prompt(prompt, "messages", tokenizer)) > room:
                     del turns[:2]
+                if dropped := before - len(turns):
+                    table.info(
+                        "(no room for the first %d turns: the model has forgotten them)", dropped
+                    )
             ids = prompt_ids(prompt, model, tokenizer, args.text_format)
             generate_answers([ids], model, tokenizer, args, runtime, streamer)
         except EOFError:
@@ -2034,6 +2090,7 @@ class Runtime:
     dtype: torch.dtype  # of matrix products and frozen weights; trainable weights stay fp32
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0  # on its own machine
 
     @property
     def fp16(self) -> bool:
@@ -2049,6 +2106,28 @@ class Runtime:
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
+
+
+def place_of_process() -> dict[str, int]:
+    """rank, world_size and local_rank by torchrun's environment variables. A rank counts only among
+    several processes, since shells and batch systems leave such variables behind.
+
+    Raises ValueError that names the variable.
+    """
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    variables = {name: os.environ.get(name, "") for name in names}
+    if variables["WORLD_SIZE"] in ("", "0", "1"):
+        return {"rank": 0, "world_size": 1, "local_rank": 0}
+    for name, text in variables.items():
+        if not (text if name == "MASTER_ADDR" else text.isdecimal()):
+            torchrun = "start with torchrun, or unset WORLD_SIZE"
+            raise ValueError(f"{name}={text} in the environment: not usable; {torchrun}")
+    world_size, rank, local_rank = (int(variables[name]) for name in names[:3])
+    if rank >= world_size:
+        raise ValueError(
+            f"RANK={rank} in the environment: WORLD_SIZE={world_size} has no such rank"
+        )
+    return {"rank": rank, "world_size": world_size, "local_rank": local_rank}
 
 
 def bf16_in_hardware(device: torch.device) -> bool:
@@ -2077,7 +2156,7 @@ def unusable_gpu() -> str:
     return f"{gpu}, driver {driver}: this PyTorch is {built} and cannot use it; {way_out}"
 
 
-def choose_device(wanted: str, processes: int) -> torch.device:
+def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torch.device:
     """--device, this process's own GPU under torchrun. Raises ValueError for one not there."""
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
@@ -2089,12 +2168,11 @@ def choose_device(wanted: str, processes: int) -> torch.device:
         raise ValueError(f"--device {name}: {why}; auto takes what there is")
     if reason:
         logger.warning("Training on the %s, not on the GPU: %s", name, reason)
-    if processes > 1 and name == "mps":
+    if world_size > 1 and name == "mps":
         raise ValueError("--device mps: a Mac's GPU takes one process; torchrun with --device cpu")
     if name != "cuda":
         return torch.device(name)
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if local_rank >= gpus:
+    if local_rank >= (gpus := torch.cuda.device_count()):
         raise ValueError(f"--device cuda: {gpus} GPUs here; torchrun with --nproc_per_node={gpus}")
     return torch.device("cuda", local_rank)
 
@@ -2113,8 +2191,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 def choose_runtime(args: argparse.Namespace) -> Runtime:
     """Where and how the run computes; joins the other processes under torchrun. Raises ValueError
     for a device or precision that is not there."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    device = choose_device(args.device, world_size)
+    place = place_of_process()
+    device = choose_device(args.device, place["world_size"], place["local_rank"])
     dtype, cuda = choose_dtype(args.precision, device), device.type == "cuda"
     return_freed_memory()
     if cuda:
@@ -2122,14 +2200,24 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
         torch.set_float32_matmul_precision("high")  # TF32 where a product is still fp32
         # Where PyTorch prefers cuDNN's attention, as on an H100, each new width is planned anew.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if world_size > 1 and not dist.is_initialized():
-        # The others wait while process 0 answers prompts, writes and hashes: for hours at most,
-        # not NCCL's ten minutes. One that fails ends them all at once, see `main`.
+    if place["world_size"] > 1 and not dist.is_initialized():
+        join_processes(device if cuda else None)
+    return Runtime(device, dtype, **place)
+
+
+def join_processes(gpu: torch.device | None) -> None:
+    """Waits until all processes are there, and says so where that takes longer than seconds."""
+    waiting = "Waiting for the other processes: {WORLD_SIZE} in all at {MASTER_ADDR}:{MASTER_PORT}"
+    said = threading.Timer(5, logger.warning, [waiting.format_map(os.environ)])
+    said.start()
+    # The others wait while process 0 answers prompts, writes and hashes: for hours at most, not
+    # NCCL's ten minutes. One that fails ends them all at once, see `main`.
+    try:
         dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(hours=3),
-            device_id=device if cuda else None,
-        )  # fmt: skip
-    return Runtime(device, dtype, int(os.environ.get("RANK", 0)), world_size)
+            "nccl" if gpu else "gloo", timeout=timedelta(hours=3), device_id=gpu
+        )
+    finally:
+        said.cancel()
 
 
 def return_freed_memory() -> None:
@@ -2145,51 +2233,55 @@ def return_freed_memory() -> None:
 @contextmanager
 def one_first(runtime: Runtime) -> Iterator[None]:
     """One process of each machine goes ahead, and the others find what it has downloaded."""
-    ahead = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if runtime.world_size > 1 and not ahead:
+    if runtime.world_size > 1 and runtime.local_rank > 0:
         dist.barrier()
     yield
-    if runtime.world_size > 1 and ahead:
+    if runtime.world_size > 1 and runtime.local_rank == 0:
         dist.barrier()
 
 
-SPEAKERS = {"root", __name__, "table", "data_pipeline", "modify_llm"}
 EMOJI = re.compile("[🔧📊🔢] ?")
-
-
-class LogHandler(logging.Handler):
-    """Lines on stdout, past a progress bar on stderr, and in the run's log file, or kept for it
-    until it opens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.file: TextIO = io.StringIO()
-
-    def format(self, record: logging.LogRecord) -> str:
-        prefix = "" if record.name == table.name else f"{record.levelname}:{record.name}:"
-        return prefix + record.getMessage()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING and record.name not in SPEAKERS:
-            return  # an HTTP client's lines
-        line = self.format(record)
-        with suppress(OSError):  # on a full disk, what fails next tells it in one line
-            print(line, file=self.file, flush=True)
-        try:
-            tqdm.write(for_terminal(line), file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def for_terminal(line: str) -> str:
     """The line as stdout's encoding can show it: emoji left out, other characters escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        line.encode(encoding)
-        return line
-    except UnicodeEncodeError:
-        return EMOJI.sub("", line).encode(encoding, "backslashreplace").decode(encoding)
+    if "utf" not in encoding.lower():
+        line = EMOJI.sub("", line)
+    return line.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Screen(logging.Handler):
+    """Lines on stdout, past a progress bar on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(for_terminal(self.format(record)), file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def open_log_file(path: Path, closing: ExitStack) -> None:
+    """Until `closing` closes, what is logged goes to a file too, and what was kept for it."""
+    for kept in logging.getLogger().handlers:
+        if isinstance(kept, MemoryHandler):  # not inside another program, whose logging this is
+            file = logging.FileHandler(path, encoding="utf-8", errors="replace")
+            file.setFormatter(kept.formatter)
+            file.handleError = lambda record: None  # a full disk: what fails next tells it
+            for end in (file.close, partial(setattr, kept, "capacity", sys.maxsize)):
+                closing.callback(end)
+            closing.callback(kept.setTarget, None)
+            kept.setTarget(file)
+            kept.capacity = 1  # from now on at once
+            kept.flush()
+
+
+def is_ours(record: logging.LogRecord) -> bool:
+    """A handler's filter: no HTTP client's lines but warnings. Lines of the table have no prefix."""
+    record.prefix = "" if record.name == "table" else f"{record.levelname}:{record.name}:"
+    ours = {"root", __name__, "table", "data_pipeline", "modify_llm"}
+    return record.levelno >= logging.WARNING or record.name in ours
 
 
 @contextmanager
@@ -2200,7 +2292,11 @@ def logging_to_screen(rank: int) -> Iterator[None]:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     root, bars = logging.getLogger(), is_progress_bar_enabled()
     before = root.handlers[:], root.level
-    root.handlers = [LogHandler() if rank == 0 else logging.NullHandler()]
+    # What is logged before the run's log file opens is kept for it.
+    root.handlers = [Screen(), MemoryHandler(sys.maxsize)] if rank == 0 else [logging.NullHandler()]
+    for handler in root.handlers:
+        handler.addFilter(is_ours)
+        handler.setFormatter(logging.Formatter("%(prefix)s%(message)s"))
     root.setLevel(logging.INFO)
     disable_progress_bar()
     try:
@@ -2210,25 +2306,6 @@ def logging_to_screen(rank: int) -> Iterator[None]:
         root.setLevel(level)
         if bars:
             enable_progress_bar()
-
-
-@contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Directs to a file what is logged, and what was since the start or the file before."""
-    handler = next((h for h in logging.getLogger().handlers if isinstance(h, LogHandler)), None)
-    if handler is None:  # inside another program, whose logging this is
-        yield
-        return
-    file = open(path, "a", encoding="utf-8", errors="replace")  # noqa: SIM115
-    file.write(handler.file.getvalue())
-    file.flush()
-    handler.file = file
-    try:
-        yield
-    finally:
-        handler.file = io.StringIO()
-        with suppress(OSError):  # a full disk is told already
-            file.close()
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -2243,14 +2320,6 @@ def temperature(text: str) -> float:
     if not (value == 0 or 0.01 <= value <= 100):
         raise argparse.ArgumentTypeError(f"{text!r}: expected 0 (greedy), or 0.01 to 100")
     return value
-
-
-def trackers(text: str) -> list[str]:
-    """A flag's type: trackers, separated by commas."""
-    chosen, legal = [name for name in names(text) if name != "none"], "tensorboard, wandb, trackio"
-    if unknown := [name for name in chosen if name not in names(legal)]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r}: expected {legal}")
-    return chosen
 
 
 share = number(float, sys.float_info.min, math.nextafter(1, 2))
@@ -2288,7 +2357,11 @@ EVALUATION_FLAGS = {
     "early_stopping_patience": Flag(0, number(int, 0), "evaluations without gain; 0: off"),
     "num_samples": Flag(3, number(int, 0), "held-out prompts answered at each evaluation"),
     "eval_answers": Flag(0, number(int, 0), "scored by chrF and BLEU at each evaluation"),
-    "report_to": Flag([], trackers, "tensorboard, wandb, trackio; several with commas (none)"),
+    "report_to": Flag(
+        [],
+        lambda text: names(text.replace("none", "")),
+        "tensorboard, wandb, trackio; several with commas (none)",
+    ),
     "resume_from": Flag(None, nonempty, "auto, a run directory or a checkpoint (none: start)"),
     "overwrite_output_dir": Flag(False, bool, "remove the run that the directory holds"),
 }
@@ -2309,14 +2382,15 @@ USE_FLAGS = {
     "max_new_tokens": Flag(128, number(int, 1), "of an answer; >= 1"),
     "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
     "top_p": Flag(0.95, share, "sample from the likeliest tokens of this probability; > 0, <= 1"),
-    "repetition_penalty": Flag(1.2, number(float, 1), "on an answer's own tokens; 1: off"),
+    "repetition_penalty": Flag(1.0, number(float, 1), "on tokens that were there; 1: off"),
     "no_repeat_ngram_size": Flag(0, number(int, 0), "no run of so many tokens twice; 0: off"),
     "num_beams": Flag(1, number(int, 1), "of beam search; 1: off"),
     "length_penalty": Flag(1.0, number(float, -100), "of beam search; > 0: longer answers"),
     "prompts_file": Flag(
-        None, nonempty,
-        "a prompt a line, or rows of fields (.jsonl, .json, .csv); answers go beside it, to "
-        "NAME.answers.jsonl (none)",
+        None, nonempty, "a prompt a line, or rows of fields (.jsonl, .json, .csv) (none)"
+    ),
+    "answers_file": Flag(
+        None, nonempty, "where their answers go (beside it, by the names of file and model)"
     ),
     "chat": Flag(False, bool, "talk to the model; Ctrl-C ends an answer, Ctrl-D the chat"),
 }  # fmt: skip
@@ -2337,21 +2411,6 @@ FREE_TO_CHANGE |= {"max_eval_samples", "epochs", "max_steps", "gradient_checkpoi
 FREE_TO_CHANGE |= {"batch_size", "gradient_accumulation_steps"}
 
 
-def utf8_text(value: str) -> str:
-    """A flag's type: text without lone surrogates."""
-    if data_pipeline.SURROGATES.search(value):
-        raise argparse.ArgumentTypeError(f"{value!r}: not UTF-8")
-    return value
-
-
-def prompt_texts(value: object) -> list[str]:
-    """One text, or a list of them. Raises ValueError."""
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"prompt: {value!r}: expected a text, or a list of texts")
-    return list(map(utf8_text, texts))
-
-
 def build_parser() -> argparse.ArgumentParser:
     """All flags. None has its default here, so that what was parsed is what was given."""
     parser = argparse.ArgumentParser(
@@ -2359,6 +2418,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune GPT-2 on instruction rows.",
         usage=argparse.SUPPRESS,
         allow_abbrev=False,
+        exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:7]),
     )
@@ -2369,9 +2429,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(parser, "run", RUN_FLAGS)
     add_flags(parser, "using a model", USE_FLAGS)
     parser.add_argument_group("prompts").add_argument(
-        "--prompt", action="append", default=argparse.SUPPRESS, type=utf8_text,
-        help="answer it; repeatable (none)",
-    )  # fmt: skip
+        "--prompt", action="append", default=argparse.SUPPRESS, help="answer it; repeatable (none)"
+    )
     return parser
 
 
@@ -2380,68 +2439,117 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
-    """The flags given on the command line. A bad one ends the process with status 2."""
-    given, unknown = parser.parse_known_args(argv)
+def parse_flags(argv: list[str] | None, where: str = "") -> dict[str, Any]:
+    """The flags given on a command line, or in a file that stands for one (`where` names it).
+
+    Raises ValueError.
+    """
+    try:
+        given, unknown = build_parser().parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{where}{error.argument_name}: {error.message}") from None
     if unknown:
         flag = unknown[0].partition("=")[0]
-        parser.error(f"{flag}: no such flag{nearest(flag, [f'--{name}' for name in DEFAULTS])}")
+        did_you_mean = nearest(flag, [f"--{name}" for name in DEFAULTS])
+        raise ValueError(f"{where}{flag}: no such flag{did_you_mean}")
+    for name, value in vars(given).items():
+        texts = value if isinstance(value, list) else [value]
+        if any(data_pipeline.SURROGATES.search(str(text)) for text in texts):
+            raise ValueError(f"{where}--{name}: {value!r} is not UTF-8")
     return vars(given)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The flags in a run.json, or in a JSON or YAML file of flags. Raises ValueError."""
-    flags: dict[str, Any] = {}
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run.json, or in a JSON or YAML file of flags. Raises ValueError."""
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        for name, value in content.get("settings", content).items():
-            if name not in DEFAULTS:
-                raise ValueError(f"{name}: no such flag{nearest(name, DEFAULTS)}")
-            if value is not None:
-                is_prompt = name == "prompt"
-                flags |= {name: prompt_texts(value)} if is_prompt else parsed(FLAGS, {name: value})
+        return dict(content.get("settings", content))
     except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1
-        raise ValueError(f"--config {path}: line {line}: {error.problem}") from None
-    except (OSError, yaml.YAMLError, AttributeError, RecursionError) as error:
-        raise ValueError(f"--config {path}: {modify_llm.first_line(error)}") from None
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise ValueError(f"--config {path}: {error}") from None
-    of_one_start = {"config", "resume_from", "overwrite_output_dir"}
-    return {name: flags[name] for name in flags.keys() - of_one_start}
+        raise ValueError(f"line {error.problem_mark.line + 1}: {error.problem}") from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        yaml.YAMLError,
+    ) as error:
+        raise ValueError(modify_llm.first_line(error)) from None
+
+
+def as_command_line(settings: dict[str, Any], stored: bool = True) -> list[str]:
+    """The flags that give these settings. stored: as a run has written them; a person's file of
+    flags has them as they are typed."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    prompts = given.pop("prompt", [])
+    if stored and "text_format" in given:  # whose backslashes are read once more
+        given["text_format"] = given["text_format"].replace("\\", r"\\")
+    texts = prompts if isinstance(prompts, list) else [prompts]
+    return modify_llm.command_line(given) + [f"--prompt={text}" for text in texts]
 
 
 def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
     """What stands below the command line: the flags of --config, and below these those of the run
     that --resume_from continues. Raises ValueError."""
-    config = read_config(Path(given["config"])) if "config" in given else {}
-    stored: dict[str, Any] = {}
-    if "resume_from" in given:
-        run_dir = resumed_directory(argparse.Namespace(**DEFAULTS | config | given))
-        if given["resume_from"] != "auto" and not os.path.isdir(run_dir):
-            raise ValueError(f"--resume_from {given['resume_from']}: no such directory")
-        with suppress(ValueError):  # without one, the checkpoint's own settings are compared
-            stored = read_config(run_dir / "run.json")
-        stored["output_dir"] = str(run_dir)
-        if "epochs" in given | config:
-            stored.pop("max_steps", None)  # it would stand above them
-    return stored | config
+    config: dict[str, Any] = {}
+    of_one_start = {"config", "resume_from", "overwrite_output_dir"}
+    if path := given.get("config"):
+        where = f"--config {path}: "
+        try:
+            settings = read_settings(Path(path))
+        except ValueError as error:
+            raise ValueError(f"{where}{error}") from None
+        flags = as_command_line(settings, stored="versions" in settings)
+        config = parse_flags(flags, where)
+        config = {name: config[name] for name in config.keys() - of_one_start}
+    if "resume_from" not in given:
+        return config
+    run_dir, checkpoint = resumed_run(argparse.Namespace(**DEFAULTS | config | given))
+    if checkpoint and checkpoint.parent != run_dir / "checkpoints" and "output_dir" not in given:
+        alone = "lies in no run; --output_dir DIR says where it goes on"
+        raise ValueError(f"--resume_from {given['resume_from']}: {alone}")
+    if given["resume_from"] != "auto" and not (checkpoint or run_dir.is_dir()):
+        raise ValueError(f"--resume_from {given['resume_from']}: no such directory")
+    stored = settings_of_run(run_dir, checkpoint)
+    stored = {name: stored[name] for name in stored.keys() - of_one_start}
+    if "epochs" in given | config:
+        stored.pop("max_steps", None)  # it would stand above them
+    return stored | config | {"output_dir": str(run_dir)}
 
 
-def resumed_directory(args: argparse.Namespace) -> Path:
-    """The directory of the run that --resume_from continues."""
-    if checkpoint := named_checkpoint(args):
-        return checkpoint.parent.parent
-    path = Path(args.output_dir if args.resume_from == "auto" else args.resume_from)
-    return path.parent if path.name == "checkpoints" else path
+def settings_of_run(run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
+    """The flags of a run by its run.json, or where that is damaged by a checkpoint; warnings name
+    what is not taken over. Raises ValueError for a value that cannot be read."""
+    for path in (run_dir / "run.json", *([checkpoint] if checkpoint else checkpoints(run_dir))):
+        if not path.exists():
+            continue
+        try:
+            stored = (
+                read_checkpoint(path, whole=False)["settings"]
+                if path.suffix != ".json"
+                else read_settings(path)
+            )
+        except (ValueError, OSError) as error:
+            logger.warning("%s: its settings cannot be read: %s", path, error)
+            continue
+        if unknown := ", ".join(sorted(stored.keys() - DEFAULTS.keys())):
+            logger.warning("%s: of another version, not taken over: %s", path, unknown)
+        known = {name: stored[name] for name in stored.keys() & DEFAULTS.keys()}
+        return parse_flags(as_command_line(known), f"{path}: ")
+    return {}
 
 
-def named_checkpoint(args: argparse.Namespace) -> Path | None:
-    """The checkpoint that --resume_from names, itself or as the target of a link; None: a run."""
+def resumed_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """(the directory of the run that --resume_from continues, the checkpoint that it names, itself
+    or as the target of a link). A checkpoint that lies in no run goes on in --output_dir."""
     path = Path(os.path.abspath(args.resume_from))
-    names = (path, path.resolve())
-    return next((name for name in names if re.fullmatch(r"step_\d+", name.name)), None)
+    for checkpoint in (path, path.resolve()):
+        if STEP.fullmatch(checkpoint.name):
+            in_run = checkpoint.parent.name == "checkpoints"
+            return checkpoint.parent.parent if in_run else Path(args.output_dir), checkpoint
+    path = Path(args.output_dir if args.resume_from == "auto" else args.resume_from)
+    return path.parent if path.name == "checkpoints" else path, None
 
 
 def resolve(given: dict[str, Any]) -> argparse.Namespace:
@@ -2643,17 +2751,15 @@ def main(argv: list[str] | None = None) -> int:
 
     In another program, KeyboardInterrupt is raised: it is not for this function to swallow.
     """
-    parser = build_parser()
-    given = parse_flags(parser, argv)
-    try:
-        args = resolve(stored_flags(given) | given)
-    except ValueError as error:
-        parser.error(in_one_line(error, given))
-    rank, status = int(os.environ.get("RANK", 0)), 1
-    with logging_to_screen(rank):
-        for line in idle_flags(given, args):
-            logger.warning(line)
+    status, given, rank = 1, {}, 0
+    with ExitStack() as closing:
         try:
+            rank = place_of_process()["rank"]
+            closing.enter_context(logging_to_screen(rank))
+            given = parse_flags(argv)
+            args = resolve(stored_flags(given) | given)
+            for line in idle_flags(given, args):
+                logger.warning(line)
             work = demo if args.demo else use_model if uses_only(args) else train_model
             work(args, choose_runtime(args))
             status = 0
