@@ -12,6 +12,8 @@ model, and, where it is saved in a format of others, how it is saved and loaded.
 TECHNIQUES below them holds all that the scripts know of a technique.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import inspect
@@ -751,7 +753,7 @@ def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) 
     tensors = peft_tensors(path)
     tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
     untie_if_apart(model, tensors)
-    TECHNIQUES["ia3"].apply(model, args)
+    modify(model, args)
     put_tensors(model, tensors, path, required=trainable_state(model))
     train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
 
@@ -1063,7 +1065,7 @@ def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
 def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
     """The virtual tokens, and the modules trained besides them, from PEFT's file."""
     args.prefix_init_text = None  # what it started from does not count any more
-    TECHNIQUES["prefix"].apply(model, args)
+    modify(model, args)
     path = directory / WEIGHTS
     tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
     if "prompt_embeddings" in tensors:
@@ -1446,12 +1448,15 @@ def save_state(model: GPT2LMHeadModel, directory: Path) -> dict:
 
 
 def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """What save_state wrote (for a plain model nothing: its own weights are the base)."""
-    row = TECHNIQUES[args.modification_type]
-    row.apply(model, args)
-    if row.save is save_state:
-        path = directory / STATE
-        put_tensors(model, read_tensors(path), path, required=trainable_state(model))
+    """What save_state wrote."""
+    modify(model, args)
+    path = directory / STATE
+    put_tensors(model, read_tensors(path), path, required=trainable_state(model))
+
+
+def load_plain(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """Nothing is left to load: a plain model's own weights are the base."""
+    modify(model, args)
 
 
 class Technique(NamedTuple):
@@ -1461,9 +1466,8 @@ class Technique(NamedTuple):
     flags: dict[str, Flag]  # its settings, kept in modification.json
     learning_rate: Callable[[argparse.Namespace], float]
     compared: list[tuple[str, str, dict]]  # rows of --compare: label, paper, settings
-    save: Callable[[GPT2LMHeadModel, Path], dict] = save_state  # returns settings that it changed
-    load: Callable[[GPT2LMHeadModel, Path, argparse.Namespace], None] = load_state
-    merges: bool = True  # what it trains can be folded into the base's weights
+    layout: str = "state"  # of its files, one of LAYOUTS
+    merges: bool = False  # what it trains can be folded into the base's weights
 
 
 # Learning rates as published for pretrained models: of GPT-2 where there is one, else the nearest.
@@ -1500,8 +1504,8 @@ TECHNIQUES = {
              {"lora_target_modules": ["c_attn.q", "c_attn.v"]}),
             ("DoRA r=4, all Conv1D", "Liu 2024", {"lora_dora": True}),
         ],
-        save=save_lora,
-        load=load_lora,
+        layout="lora",
+        merges=True,
     ),
     "adapter": Technique(
         apply=lambda model, args: apply_adapters(
@@ -1523,7 +1527,6 @@ TECHNIQUES = {
             ("adapters 64, two a block", "Houlsby 2019", {"adapter_placement": "houlsby"}),
             ("adapters 64, one a block", "Pfeiffer 2020", {}),
         ],
-        merges=False,
     ),
     "prefix": Technique(
         apply=lambda model, args: apply_prefix(
@@ -1551,29 +1554,29 @@ TECHNIQUES = {
             ("prefix 50, keys and values", "Li & Liang 2021", {"prefix_type": "key_value"}),
             ("prefix 50, embeddings", "Lester 2021", {}),
         ],
-        save=save_prefix,
-        load=load_prefix,
-        merges=False,
+        layout="prefix",
     ),
     "ia3": Technique(
         apply=lambda model, args: apply_ia3(model, args.trainable_modules),
         flags={},
         learning_rate=lambda args: 3e-3,  # the paper's recipe, T-Few
         compared=[("IA3", "Liu 2022", {})],
-        save=save_ia3,
-        load=load_ia3,
+        layout="ia3",
+        merges=True,
     ),
     "bitfit": Technique(
         apply=lambda model, args: apply_bitfit(model, args.trainable_modules),
         flags={},
         learning_rate=lambda args: 1e-3,  # the largest that the paper tries, for BERT
         compared=[("biases alone (BitFit)", "Ben Zaken 2022", {})],
+        merges=True,
     ),
     "layernorm": Technique(
         apply=lambda model, args: apply_layernorm_tuning(model, args.trainable_modules),
         flags={},
         learning_rate=lambda args: 1e-3,  # as for biases, which are vectors too
         compared=[("LayerNorms alone", "Zhao 2023", {})],
+        merges=True,
     ),
     "selective": Technique(
         apply=lambda model, args: apply_selective_freezing(
@@ -1590,16 +1593,28 @@ TECHNIQUES = {
         },
         learning_rate=lambda args: 5e-5,
         compared=[("selective, lower half frozen", "", {})],
-        save=save_plain,
+        layout="plain",
+        merges=True,
     ),
     "full": Technique(
         apply=lambda model, args: apply_full_finetuning(model),
         flags={},
         learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
         compared=[("full fine-tuning", "", {})],
-        save=save_plain,
+        layout="plain",
+        merges=True,
     ),
 }  # fmt: skip
+
+
+# How each layout is saved and loaded. To save returns the settings that it changed.
+LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
+    "lora": (save_lora, load_lora),
+    "ia3": (save_ia3, load_ia3),
+    "prefix": (save_prefix, load_prefix),
+    "state": (save_state, load_state),
+    "plain": (save_plain, load_plain),
+}
 
 
 SCRATCH_FLAGS = {
@@ -1737,7 +1752,8 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     our own for adapters. `load_trained` reads all of them. Raises OSError, SafetensorError."""
     directory, settings, config = Path(directory), dict(model.modification), model.config
     directory.mkdir(parents=True, exist_ok=True)
-    settings |= TECHNIQUES[settings["modification_type"]].save(model, directory)
+    save, _ = LAYOUTS[TECHNIQUES[settings["modification_type"]].layout]
+    settings |= save(model, directory)
     sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
     settings["base_model_name_or_path"] = base_reference(model, directory)
@@ -1790,7 +1806,8 @@ def load_trained(
         raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
     try:
         check_base(model, settings, directory, chosen=bool(model_name_or_path))
-        TECHNIQUES[args.modification_type].load(model, directory, args)
+        _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
+        load(model, directory, args)
     except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
         raise ValueError(f"{directory}: its settings are damaged: {error}") from error
     model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
@@ -1799,7 +1816,7 @@ def load_trained(
 
 def is_plain(technique: str) -> bool:
     """Whether a technique is saved as a plain Hugging Face model, that is its own base."""
-    return TECHNIQUES[technique].save is save_plain
+    return TECHNIQUES[technique].layout == "plain"
 
 
 def trained_settings(directory: Path) -> dict:
