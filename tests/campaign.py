@@ -12,6 +12,7 @@ line of figures, and with status 1 if anything was lost; everything is written t
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
 import contextlib
@@ -33,12 +34,13 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-from conftest import tiny_gpt2
 from matplotlib.figure import Figure
+from tiny import tiny_gpt2
 from tokenizers import pre_tokenizers
 from transformers import GPT2Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_pipeline
 import train_llm
 from train_llm import STOP_SIGNALS

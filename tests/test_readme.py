@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_gpt2
+from tiny import tiny_gpt2
 
 import data_pipeline
 import modify_llm
