@@ -1810,6 +1810,9 @@ def load_trained(
         load(model, directory, args)
     except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
         raise ValueError(f"{directory}: its settings are damaged: {error}") from error
+    except ValueError as error:
+        where = "" if str(error).startswith(("--model_name_or_path", str(directory))) else directory
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
     model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
     return model
 
