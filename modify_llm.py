@@ -12,6 +12,8 @@ model, and, where it is saved in a format of others, how it is saved and loaded.
 TECHNIQUES below them holds all that the scripts know of a technique.
 """
 
+from __future__ import annotations
+
 import argparse
 import hashlib
 import inspect
@@ -42,431 +44,8 @@ from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
-# (layers, hidden size, heads): enough to count parameters with no weights at hand
-GPT2_SIZES = {
-    "distilgpt2": (6, 768, 12), "gpt2": (12, 768, 12),
-    "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
-}  # fmt: skip
-WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
-VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*",
-)  # fmt: skip
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LFS_POINTER = b"version https://git-lfs"
-# Keys of config.json that are about generating or about other code, not about the model.
-SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
-NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
-NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
-STATE, METADATA, MANIFEST = "adapter.safetensors", "modification.json", "manifest.json"  # ours
-PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
-PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
 
-
-# ---- flags ---------------------------------------------------------------------------------------
-
-
-class Flag(NamedTuple):
-    """A command-line flag. Its type holds the legal range: a function that parses text, the legal
-    words, or bool, which may stand bare."""
-
-    default: Any
-    type: Callable[[str], Any] | Iterable[str]
-    help: str
-
-
-def number(kind: type, low: float, below: float = 1_000_000_000) -> Callable[[str], Any]:
-    """A flag's type: an int or float with low <= number < below."""
-
-    def parse(text: str) -> int | float:
-        if not low <= (value := kind(text)) < below:  # so of NaN, too
-            raise ValueError
-        return value
-
-    parse.__name__ = f"{kind.__name__} >= {low} and < {below}"  # argparse states it
-    return parse
-
-
-def nonempty(text: str) -> str:
-    """A flag's type: any text but an empty one."""
-    if not text:
-        raise ValueError
-    return text
-
-
-def boolean(text: str) -> bool:
-    """A flag's type: true or false."""
-    return bool(("false", "true").index(text.lower()))
-
-
-def names(text: str) -> list[str]:
-    """A flag's type: names, separated by commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def layer_numbers(text: str) -> list[int]:
-    """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
-    layers: set[int] = set()
-    for part in names(text):
-        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
-        if not numbers:
-            raise ValueError
-        layers.update(numbers)
-    return sorted(layers)
-
-
-boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
-layer_numbers.__name__ = "layer numbers below 10000, such as 0,1,4-7,"
-
-
-def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
-    """Declares flags. None gets its default here, so that what was parsed is what was given."""
-    group = parser.add_argument_group(title)
-    for name, (default, kind, text) in flags.items():
-        typed = {"type": kind} if callable(kind) else {"choices": kind}
-        if kind is bool:
-            typed = {"type": boolean, "nargs": "?", "const": True}
-        shown = "" if default in (None, []) else f" ({str(default).translate(PLAIN_LIST)})"
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **typed)
-
-
-def command_line(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as flags, as they would be given on a command line."""
-    lists = (list, tuple, set, range)
-    return [
-        f"--{name}={','.join(map(str, value)) if isinstance(value, lists) else value}"
-        for name, value in settings.items()
-    ]
-
-
-def parsed(flags: Mapping[str, Flag], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings, as text or as values, as a command line of them is parsed; None stays where it is
-    the default. Raises ValueError that names the flag, the value and what is legal."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_flags(parser, "", {name: flags[name] for name in settings})
-    left = {name: value for name, value in settings.items() if value is flags[name].default is None}
-    given = {name: value for name, value in settings.items() if name not in left}
-    try:
-        return left | vars(parser.parse_args(command_line(given)))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error.argument_name}: {error.message}") from None
-
-
-# ---- the base model ------------------------------------------------------------------------------
-
-
-def named_base(args: argparse.Namespace) -> str:
-    """The flag that messages about the base model name."""
-    name = args.model_name_or_path
-    return "--from_scratch" if args.from_scratch else f"--model_name_or_path {name}"
-
-
-def read_config(args: argparse.Namespace) -> GPT2Config:
-    """The base model's configuration: the flags', a published size's or a directory's.
-
-    Raises ValueError for anything but a GPT-2.
-    """
-    if args.from_scratch:
-        return GPT2Config(
-            vocab_size=args.vocab_size,
-            n_embd=args.hidden_size,
-            n_head=args.num_attention_heads,
-            n_layer=args.num_hidden_layers,
-            n_positions=args.max_position_embeddings,
-            bos_token_id=args.vocab_size - 1,  # GPT-2's end-of-text is its last token
-            eos_token_id=args.vocab_size - 1,
-        )
-    name = args.model_name_or_path
-    size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
-    if size and not Path(name).exists():
-        return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
-    return stored_config(locate(name), named_base(args))
-
-
-def stored_config(directory: str, where: str) -> GPT2Config:
-    """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
-    try:
-        settings = read_json(Path(directory) / "config.json")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    architecture = settings.get("model_type")
-    if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
-        architecture = "gpt2"  # the oldest files do not say what they are
-    if architecture != "gpt2":
-        raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
-    try:
-        if settings.get("quantization_config"):
-            raise ValueError("quantised weights; give the model in full precision")
-        settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
-        config = GPT2Config.from_dict(settings)
-        sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
-        if min(*sizes, config.vocab_size) < 1:
-            raise ValueError("a size below 1")
-        return config
-    except Exception as error:  # of any type, for values that are none of GPT-2's
-        raise ValueError(f"{where}: config.json: {first_line(error)}") from None
-
-
-def locate(name: str) -> str:
-    """A directory that holds the model: a local one, or the hub's, downloaded if need be.
-
-    Raises ValueError.
-    """
-    where = f"--model_name_or_path {name}"
-    directory = name if Path(name).exists() else from_hub(name)
-    if not (Path(directory) / "config.json").is_file():
-        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
-        if (Path(directory) / PEFT_CONFIG).is_file():
-            ways_out = "it is an adapter, give it as --adapter_path"
-        raise ValueError(f"{where}: holds no config.json; {ways_out}")
-    return directory
-
-
-def from_hub(name: str) -> str:
-    """The hub's copy in the cache, downloaded or completed if need be.
-
-    Raises ValueError within seconds, where transformers would retry for a minute.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-
-    cached = ""
-    with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
-        cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
-        weight_files(Path(cached))
-        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
-            return cached
-    try:
-        files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
-        has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
-        weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
-        patterns = ["config.json", *TOKENIZER_FILES, weights]
-        return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
-    except Exception as error:
-        where, reason = f"--model_name_or_path {name}", first_line(error)
-        if cached:
-            logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
-            return cached
-        neither = "neither a local directory nor to be had from the hub"
-        ways_out = "give a local directory, or --from_scratch"
-        raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Which files are this model's weights: the only place that decides.
-
-    model.safetensors comes before pytorch_model.bin, one file before its shards. Nothing else in
-    the directory counts, such as an adapter. Raises ValueError for a file that is missing.
-    """
-    for name in WEIGHT_FILES:
-        if (directory / name).exists():
-            return [directory / name]
-        index = directory / f"{name}.index.json"
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index.name} names no weight file")
-            files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
-            return files
-    raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
-
-
-def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
-    """The files of a directory whose names match a pattern."""
-    found = [file for pattern in patterns for file in Path(directory).glob(pattern)]
-    return [file for file in found if file.is_file()]
-
-
-def first_line(error: Exception) -> str:
-    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # the line after a colon belongs to it
-    return text.partition("\n")[0] or type(error).__name__
-
-
-def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The base model in fp32, all of it trainable, its own dropouts set to --dropout.
-
-    `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never
-    filled in quietly.
-    """
-    path, name = None, None
-    if args.from_scratch:
-        logger.warning("RANDOM WEIGHTS: --from_scratch starts at random, nothing is pretrained")
-        model = build(read_config(args), named_base(args))
-    else:
-        name = args.model_name_or_path
-        path = locate(name)
-        model = load_weights(path, named_base(args))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = args.dropout
-    model.base_path, model.base_name, model.base_fingerprint = path, name, fingerprint(model)
-    return model
-
-
-def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadModel:
-    """A model with random weights; with none, only shapes, on PyTorch's device "meta".
-
-    Raises ValueError."""
-    try:
-        with torch.device(device):
-            return GPT2LMHeadModel(config)
-    except Exception as error:  # of any type, for sizes that no model can have
-        raise ValueError(f"{where}: its settings make no model: {first_line(error)}") from None
-
-
-def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
-    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
-
-    from_pretrained would load an adapter that lies beside the model, take over its generation
-    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
-    Raises ValueError.
-    """
-    model = build(stored_config(directory, where), where, "meta")
-    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
-    try:
-        files = weight_files(Path(directory))
-        for name, tensor in (item for file in files for item in read_tensors(file).items()):
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
-                whole_name = f"transformer.{name}"  # the published files leave the start out
-                tensors[whole_name if whole_name in parameters else name] = tensor
-        if is_tied(model) and "lm_head.weight" in tensors:
-            # Some files hold the tied pair under the head's name alone.
-            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
-            untie_if_apart(model, tensors)
-        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
-        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
-        model.tie_weights()
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
-    model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return model.float().eval()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Tells one base model from another: a hash of the first values of each of its parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()[:256].float().cpu().numpy()
-        digest.update(name.encode() + values.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def is_tied(model: GPT2LMHeadModel) -> bool:
-    """Whether the head is the token embeddings, as in every published GPT-2."""
-    return getattr(model.lm_head, "weight", None) is model.transformer.wte.weight
-
-
-def check_unmodified(model: GPT2LMHeadModel) -> None:
-    """Raises ValueError for a model that carries a technique already."""
-    if done := getattr(model, "modification", None):
-        technique = done["modification_type"]
-        raise ValueError(f"the model carries {technique} already; load a fresh base")
-
-
-def start_modification(
-    model: GPT2LMHeadModel, technique: str, trainable_modules: Iterable[str] = (),
-    wrapped: Iterable[str] = (), **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Freezes all but the `trainable_modules` and notes the settings in `model.modification`, for
-    saving and loading. Returns them, as their flags parse them.
-
-    wrapped: the layers that LoRA is about to wrap. Raises ValueError, before anything is changed,
-    for a setting out of its flag's range and a module that is not there, or wrapped.
-    """
-    check_unmodified(model)
-    settings = {"modification_type": technique, "trainable_modules": trainable_modules, **settings}
-    settings = parsed(model_flags(), settings)
-    modules = []
-    for suffix in settings["trainable_modules"]:
-        for name, module in modules_named(model, suffix, "trainable_modules").items():
-            if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
-                both = f"{name} is wrapped by LoRA; choose one of the two"
-                raise ValueError(f"--trainable_modules {suffix}: {both}")
-            modules.append(module)
-    model.requires_grad_(False)
-    for module in modules:
-        module.requires_grad_(True)
-    model.modification, model.end_tokens = settings, {}
-    return settings
-
-
-def modules_named(
-    model: nn.Module, suffix: str, flag: str, kinds: type | tuple[type, ...] = nn.Module
-) -> dict[str, nn.Module]:
-    """The modules with weights whose dotted name is, or ends in, `suffix`.
-
-    Raises ValueError that names the flag, and the modules of these kinds, where there is none.
-    """
-    modules = {name: m for name, m in model.named_modules() if list(m.parameters())}
-    found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
-    if not found:
-        held = [n for n, m in modules.items() if isinstance(m, kinds) and list(m.parameters(False))]
-        legal = ", ".join(sorted({name.split(".")[-1] for name in held}))
-        raise ValueError(f"--{flag} {suffix}: matches nothing; the model has {legal}")
-    return found
-
-
-# ---- LoRA ----------------------------------------------------------------------------------------
-
-
-class LoRAProduct(torch.autograd.Function):
-    """x W + b + s (x A^T) B^T with W (in, out) and b frozen, for a LoRALayer without dropout.
-
-    The plain version, to which a test holds it equal:
-
-        torch.addmm(b, x, W) + s * (x @ A.T) @ B.T
-
-    Here the update is added in place, forward and backward, and the products of rank r are ordered
-    so that nothing larger than what goes in or comes out is made.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
-    ) -> Tensor:
-        shape, dtype, grad_dtype = x.shape, autocast_dtype(x.device) or x.dtype, A.dtype
-        x = x.reshape(-1, shape[-1])  # (tokens, in)
-        x, W, A, B = (tensor.to(dtype) for tensor in (x, W, A, B))
-        h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
-        low_rank = x @ A.t()  # (tokens, r)
-        h.addmm_(low_rank, B.t(), alpha=scaling)
-        ctx.save_for_backward(x, W, A, B, low_rank)
-        ctx.scaling, ctx.grad_dtype = scaling, grad_dtype
-        return h.view(*shape[:-1], h.shape[-1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, B, low_rank = ctx.saved_tensors
-        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        low_rank_grad = grad @ B  # (tokens, r), without its factor s, as low_rank
-        A_grad = scaled_product(low_rank_grad.t(), x, ctx.scaling).to(ctx.grad_dtype)  # (r, in)
-        B_grad = scaled_product(low_rank.t(), grad, ctx.scaling).t()  # (out, r)
-        # Contiguous, as AdamW keeps it: otherwise it would be copied once more.
-        B_grad = B_grad.to(ctx.grad_dtype, memory_format=torch.contiguous_format)
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A, alpha=ctx.scaling)
-            x_grad = x_grad.view(*shape[:-1], x.shape[-1])
-        return x_grad, None, None, A_grad, B_grad, None
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast brings products to on a device; None outside of autocast."""
-    kind = device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling x a @ b, in one kernel."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+# ---- LoRA and DoRA -------------------------------------------------------------------------------
 
 
 class LoRALayer(nn.Module):
@@ -583,9 +162,36 @@ def scaling_divisor(rank: int, rslora: bool) -> float:
     return math.sqrt(rank) if rslora else rank
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The LoRA layers by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
+def apply_lora(
+    model: GPT2LMHeadModel, rank: int = 4, alpha: float = 8.0, *, dropout: float = 0.0,
+    target_modules: Iterable[str] = ("c_attn", "c_proj", "c_fc"),
+    layers: Iterable[int] | None = None, scaling: str = "standard", dora: bool = False,
+    trainable_modules: Iterable[str] = (),
+) -> GPT2LMHeadModel:  # fmt: skip
+    """Wraps every Conv1D or Linear layer that a target names in a LoRALayer; freezes all else.
+
+    target_modules: suffixes of layer names. The paper adapts the query and value projections alone
+    (section 5.1): ("c_attn.q", "c_attn.v"). layers: numbers of the blocks (None: all). scaling:
+    "standard" or "rank_stabilized". In place. Raises ValueError for a target that matches nothing,
+    or no layer of these types.
+    """
+    check_unmodified(model)
+    targets, layers = checked("lora_target_modules", target_modules), checked("lora_layers", layers)
+    matched = match_targets(model, targets, layers, logging.INFO)
+    if dora and (parts := [name for name, thirds in matched.items() if thirds]):
+        raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
+    settings = start_modification(
+        model, "lora", trainable_modules, matched, lora_rank=rank, lora_alpha=alpha,
+        lora_dropout=dropout, lora_target_modules=targets, lora_layers=layers,
+        lora_scaling=scaling, lora_dora=dora,
+    )  # fmt: skip
+    rank, alpha, dropout = (settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
+    rslora = settings["lora_scaling"] == "rank_stabilized"
+    for name, thirds in matched.items():
+        original = model.get_submodule(name)
+        layer = LoRALayer(original, rank, alpha, dropout, thirds, rslora, settings["lora_dora"])
+        model.set_submodule(name, layer)
+    return model
 
 
 def match_targets(
@@ -622,61 +228,64 @@ def match_targets(
     return matched
 
 
-def check_blocks(model: GPT2LMHeadModel, flag: str, blocks: Iterable[int]) -> None:
-    """Raises ValueError for the number of a block that is not there."""
-    if outside := [block for block in blocks if block >= model.config.n_layer]:
-        has = f"the model has layers 0 to {model.config.n_layer - 1}"
-        raise ValueError(f"--{flag} {outside[0]}: {has}")
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The LoRA layers by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALayer)}
 
 
-def apply_lora(
-    model: GPT2LMHeadModel, rank: int = 4, alpha: float = 8.0, *, dropout: float = 0.0,
-    target_modules: Iterable[str] = ("c_attn", "c_proj", "c_fc"),
-    layers: Iterable[int] | None = None, scaling: str = "standard", dora: bool = False,
-    trainable_modules: Iterable[str] = (),
-) -> GPT2LMHeadModel:  # fmt: skip
-    """Wraps every Conv1D or Linear layer that a target names in a LoRALayer; freezes all else.
+class LoRAProduct(torch.autograd.Function):
+    """x W + b + s (x A^T) B^T with W (in, out) and b frozen, for a LoRALayer without dropout.
 
-    target_modules: suffixes of layer names. The paper adapts the query and value projections alone
-    (section 5.1): ("c_attn.q", "c_attn.v"). layers: numbers of the blocks (None: all). scaling:
-    "standard" or "rank_stabilized". In place. Raises ValueError for a target that matches nothing,
-    or no layer of these types.
+    The plain version, to which a test holds it equal:
+
+        torch.addmm(b, x, W) + s * (x @ A.T) @ B.T
+
+    Here the update is added in place, forward and backward, and the products of rank r are ordered
+    so that nothing larger than what goes in or comes out is made.
     """
-    check_unmodified(model)
-    targets, layers = checked("lora_target_modules", target_modules), checked("lora_layers", layers)
-    matched = match_targets(model, targets, layers, logging.INFO)
-    if dora and (parts := [name for name, thirds in matched.items() if thirds]):
-        raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
-    settings = start_modification(
-        model, "lora", trainable_modules, matched, lora_rank=rank, lora_alpha=alpha,
-        lora_dropout=dropout, lora_target_modules=targets, lora_layers=layers,
-        lora_scaling=scaling, lora_dora=dora,
-    )  # fmt: skip
-    rank, alpha, dropout = (settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
-    rslora = settings["lora_scaling"] == "rank_stabilized"
-    for name, thirds in matched.items():
-        original = model.get_submodule(name)
-        layer = LoRALayer(original, rank, alpha, dropout, thirds, rslora, settings["lora_dora"])
-        model.set_submodule(name, layer)
-    return model
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    ) -> Tensor:
+        shape, dtype, grad_dtype = x.shape, autocast_dtype(x.device) or x.dtype, A.dtype
+        x = x.reshape(-1, shape[-1])  # (tokens, in)
+        x, W, A, B = (tensor.to(dtype) for tensor in (x, W, A, B))
+        h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
+        low_rank = x @ A.t()  # (tokens, r)
+        h.addmm_(low_rank, B.t(), alpha=scaling)
+        ctx.save_for_backward(x, W, A, B, low_rank)
+        ctx.scaling, ctx.grad_dtype = scaling, grad_dtype
+        return h.view(*shape[:-1], h.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, A, B, low_rank = ctx.saved_tensors
+        shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+        low_rank_grad = grad @ B  # (tokens, r), without its factor s, as low_rank
+        A_grad = scaled_product(low_rank_grad.t(), x, ctx.scaling).to(ctx.grad_dtype)  # (r, in)
+        B_grad = scaled_product(low_rank.t(), grad, ctx.scaling).t()  # (out, r)
+        # Contiguous, as AdamW keeps it: otherwise it would be copied once more.
+        B_grad = B_grad.to(ctx.grad_dtype, memory_format=torch.contiguous_format)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A, alpha=ctx.scaling)
+            x_grad = x_grad.view(*shape[:-1], x.shape[-1])
+        return x_grad, None, None, A_grad, B_grad, None
 
 
-def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out: a plain model
-    remains. Raises ValueError for a technique that is no change of weights."""
-    technique = getattr(model, "modification", {}).get("modification_type")
-    if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
-        carried = technique or "a plain model"
-        raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
-    for name, layer in [*model.named_modules()]:
-        if isinstance(layer, LoRALayer | IA3Layer):
-            if layer.merged is None:
-                layer.merge()
-            model.set_submodule(name, layer.original_layer)
-    del model.modification
-    model.base_path = model.base_name = None  # the merged weights lie in no file yet
-    model.base_fingerprint = fingerprint(model)
-    return model
+def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling x a @ b, in one kernel."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast brings products to on a device; None outside of autocast."""
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 # ---- IA3, biases, LayerNorms ---------------------------------------------------------------------
@@ -727,35 +336,6 @@ def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> 
     return model
 
 
-def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's IA3 layout."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
-    besides = trained_besides(model, ".ia3_l")
-    tensors = {
-        f"{PEFT_PREFIX}{name}.ia3_l": layer.ia3_l.view((1, -1) if layer.feedforward else (-1, 1))
-        for name, layer in layers.items()
-    }
-    write_as_peft(model, tensors | besides, directory, {
-        "peft_type": "IA3",
-        "target_modules": sorted(layers),
-        "feedforward_modules": sorted(name for name, layer in layers.items() if layer.feedforward),
-        "fan_in_fan_out": True,
-        "modules_to_save": whole_modules(besides),
-    })  # fmt: skip
-    return {}
-
-
-def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
-    path = directory / WEIGHTS
-    tensors = peft_tensors(path)
-    tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
-    untie_if_apart(model, tensors)
-    TECHNIQUES["ia3"].apply(model, args)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
-
-
 def apply_bitfit(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
     """Trains the biases alone (Ben Zaken et al., 2022). In place."""
     start_modification(model, "bitfit", trainable_modules)
@@ -777,7 +357,6 @@ def apply_layernorm_tuning(
 
 
 # ---- bottleneck adapters -------------------------------------------------------------------------
-
 
 ACTIVATIONS = {"relu": F.relu, "gelu": partial(F.gelu, approximate="tanh"), "silu": F.silu}
 
@@ -845,13 +424,6 @@ def apply_adapters(
 
 # ---- prefix tuning -------------------------------------------------------------------------------
 # Both kinds of prefix end as keys and values before those of the text, in every layer: one cache.
-
-# " the of and to in a is that for it was on are as with his they at be this from have or by", in
-# GPT-2's tokens.
-FREQUENT_WORDS = [
-    262, 286, 290, 284, 287, 257, 318, 326, 329, 340, 373, 319, 389, 355, 351, 465, 484, 379, 307,
-    428, 422, 423, 393, 416,
-]  # fmt: skip
 
 
 class PromptEmbedding(nn.Module):
@@ -924,17 +496,6 @@ class KeyValuePrefix(nn.Module):
         return zip(parts[::2], parts[1::2], strict=True)
 
 
-class UncopiedLayer(DynamicLayer):
-    """A layer's cache that takes its first states as they are; DynamicLayer would copy them."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        if self.is_initialized:
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-
 def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """GPT2Model's forward pre-hook: `transformer.prefix` comes before the text, in training, in
     evaluation and at generate()'s first step.
@@ -971,11 +532,23 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
     return (), kwargs
 
 
-def check_projection(prefix_type: str, projection_size: int) -> None:
-    """Raises ValueError: an embedding prefix has no reparametrisation."""
-    if projection_size and prefix_type != "key_value":
-        needs = "needs --prefix_type key_value"
-        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
+class UncopiedLayer(DynamicLayer):
+    """A layer's cache that takes its first states as they are; DynamicLayer would copy them."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        if self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+# " the of and to in a is that for it was on are as with his they at be this from have or by", in
+# GPT-2's tokens.
+FREQUENT_WORDS = [
+    262, 286, 290, 284, 287, 257, 318, 326, 329, 340, 373, 319, 389, 355, 351, 465, 484, 379, 307,
+    428, 422, 423, 393, 416,
+]  # fmt: skip
 
 
 def apply_prefix(
@@ -1018,18 +591,11 @@ def apply_prefix(
     return model
 
 
-def text_ids(model: GPT2LMHeadModel, text: str | None) -> list[int] | None:
-    """The tokens of --prefix_init_text, by the tokenizer that lies beside the base's weights.
-
-    None for no text, and for a model without weights. Raises ValueError.
-    """
-    if not text or model.device.type == "meta":
-        return None
-    directory = getattr(model, "base_path", None)
-    if not directory or not matching_files(directory, VOCABULARY_FILES):
-        reason = "the base brings no tokenizer to read it with"
-        raise ValueError(f"--prefix_init_text {text!r}: {reason}")
-    return AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
+def check_projection(prefix_type: str, projection_size: int) -> None:
+    """Raises ValueError: an embedding prefix has no reparametrisation."""
+    if projection_size and prefix_type != "key_value":
+        needs = "needs --prefix_type key_value"
+        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
 
 
 def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor:
@@ -1042,33 +608,18 @@ def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor
     return parts.permute(2, 0, 1, 3).flatten(1).float()
 
 
-def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out.
+def text_ids(model: GPT2LMHeadModel, text: str | None) -> list[int] | None:
+    """The tokens of --prefix_init_text, by the tokenizer that lies beside the base's weights.
 
-    PEFT has no such place for the modules trained besides, but loads what is named as it names the
-    base's weights.
+    None for no text, and for a model without weights. Raises ValueError.
     """
-    prefix = model.transformer.prefix
-    tensors = {f"base_model.{name}": tensor for name, tensor in trainable_state(model).items()}
-    tensors = {name: t for name, t in tensors.items() if ".prefix." not in name}
-    tensors["prompt_embeddings"] = prefix.prompt_embeddings()
-    write_as_peft(model, tensors, directory, {
-        "peft_type":
-            "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
-        "num_virtual_tokens": len(prefix.embedding),
-    })  # fmt: skip
-    return {"prefix_projection_size": 0}
-
-
-def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
-    args.prefix_init_text = None  # what it started from does not count any more
-    TECHNIQUES["prefix"].apply(model, args)
-    path = directory / WEIGHTS
-    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
-    if "prompt_embeddings" in tensors:
-        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
-    put_tensors(model, tensors, path, required=trainable_state(model))
+    if not text or model.device.type == "meta":
+        return None
+    directory = getattr(model, "base_path", None)
+    if not directory or not matching_files(directory, VOCABULARY_FILES):
+        reason = "the base brings no tokenizer to read it with"
+        raise ValueError(f"--prefix_init_text {text!r}: {reason}")
+    return AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
 
 
 # ---- selective freezing and full fine-tuning -----------------------------------------------------
@@ -1111,6 +662,460 @@ def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     return model
 
 
+# ---- what every technique asks of the model ------------------------------------------------------
+
+
+def start_modification(
+    model: GPT2LMHeadModel, technique: str, trainable_modules: Iterable[str] = (),
+    wrapped: Iterable[str] = (), **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Freezes all but the `trainable_modules` and notes the settings in `model.modification`, for
+    saving and loading. Returns them, as their flags parse them.
+
+    wrapped: the layers that LoRA is about to wrap. Raises ValueError, before anything is changed,
+    for a setting out of its flag's range and a module that is not there, or wrapped.
+    """
+    check_unmodified(model)
+    settings = {"modification_type": technique, "trainable_modules": trainable_modules, **settings}
+    settings = parsed(model_flags(), settings)
+    modules = []
+    for suffix in settings["trainable_modules"]:
+        for name, module in modules_named(model, suffix, "trainable_modules").items():
+            if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
+                both = f"{name} is wrapped by LoRA; choose one of the two"
+                raise ValueError(f"--trainable_modules {suffix}: {both}")
+            modules.append(module)
+    model.requires_grad_(False)
+    for module in modules:
+        module.requires_grad_(True)
+    model.modification, model.end_tokens = settings, {}
+    return settings
+
+
+def check_unmodified(model: GPT2LMHeadModel) -> None:
+    """Raises ValueError for a model that carries a technique already."""
+    if done := getattr(model, "modification", None):
+        technique = done["modification_type"]
+        raise ValueError(f"the model carries {technique} already; load a fresh base")
+
+
+def modules_named(
+    model: nn.Module, suffix: str, flag: str, kinds: type | tuple[type, ...] = nn.Module
+) -> dict[str, nn.Module]:
+    """The modules with weights whose dotted name is, or ends in, `suffix`.
+
+    Raises ValueError that names the flag, and the modules of these kinds, where there is none.
+    """
+    modules = {name: m for name, m in model.named_modules() if list(m.parameters())}
+    found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
+    if not found:
+        held = [n for n, m in modules.items() if isinstance(m, kinds) and list(m.parameters(False))]
+        legal = ", ".join(sorted({name.split(".")[-1] for name in held}))
+        raise ValueError(f"--{flag} {suffix}: matches nothing; the model has {legal}")
+    return found
+
+
+def check_blocks(model: GPT2LMHeadModel, flag: str, blocks: Iterable[int]) -> None:
+    """Raises ValueError for the number of a block that is not there."""
+    if outside := [block for block in blocks if block >= model.config.n_layer]:
+        has = f"the model has layers 0 to {model.config.n_layer - 1}"
+        raise ValueError(f"--{flag} {outside[0]}: {has}")
+
+
+def is_tied(model: GPT2LMHeadModel) -> bool:
+    """Whether the head is the token embeddings, as in every published GPT-2."""
+    return getattr(model.lm_head, "weight", None) is model.transformer.wte.weight
+
+
+# ---- the table of techniques ---------------------------------------------------------------------
+
+
+class Flag(NamedTuple):
+    """A command-line flag. Its type holds the legal range: a function that parses text, the legal
+    words, or bool, which may stand bare."""
+
+    default: Any
+    type: Callable[[str], Any] | Iterable[str]
+    help: str
+
+
+def number(kind: type, low: float, below: float = 1_000_000_000) -> Callable[[str], Any]:
+    """A flag's type: an int or float with low <= number < below."""
+
+    def parse(text: str) -> int | float:
+        if not low <= (value := kind(text)) < below:  # so of NaN, too
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} >= {low} and < {below}"  # argparse states it
+    return parse
+
+
+def nonempty(text: str) -> str:
+    """A flag's type: any text but an empty one."""
+    if not text:
+        raise ValueError
+    return text
+
+
+def names(text: str) -> list[str]:
+    """A flag's type: names, separated by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def layer_numbers(text: str) -> list[int]:
+    """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
+    layers: set[int] = set()
+    for part in names(text):
+        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
+        if not numbers:
+            raise ValueError
+        layers.update(numbers)
+    return sorted(layers)
+
+
+def boolean(text: str) -> bool:
+    """A flag's type: true or false."""
+    return bool(("false", "true").index(text.lower()))
+
+
+boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
+layer_numbers.__name__ = "layer numbers below 10000, such as 0,1,4-7,"
+
+
+class Technique(NamedTuple):
+    """All that the scripts know of a technique: a new one is a row of TECHNIQUES."""
+
+    apply: Callable[[GPT2LMHeadModel, argparse.Namespace], GPT2LMHeadModel]
+    flags: dict[str, Flag]  # its settings, kept in modification.json
+    learning_rate: Callable[[argparse.Namespace], float]
+    compared: list[tuple[str, str, dict]]  # rows of --compare: label, paper, settings
+    layout: str = "state"  # of its files, one of LAYOUTS
+    merges: bool = False  # what it trains can be folded into the base's weights
+
+
+# Learning rates as published for pretrained models: of GPT-2 where there is one, else the nearest.
+TECHNIQUES = {
+    "lora": Technique(
+        apply=lambda model, args: apply_lora(
+            model, args.lora_rank, args.lora_alpha, dropout=args.lora_dropout,
+            target_modules=args.lora_target_modules, layers=args.lora_layers,
+            scaling=args.lora_scaling, dora=args.lora_dora,
+            trainable_modules=args.trainable_modules,
+        ),
+        flags={
+            "lora_rank": Flag(4, number(int, 1), "rank r of A and B; >= 1"),
+            "lora_alpha": Flag(
+                8.0, number(float, 1e-9), "the update is scaled by alpha / r; > 0"
+            ),
+            "lora_dropout": Flag(0.0, number(float, 0, 1), "on A's input, while training"),
+            "lora_target_modules": Flag(
+                ["c_attn", "c_proj", "c_fc"], names,
+                "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
+            ),
+            "lora_layers": Flag(None, layer_numbers, "of these blocks alone, such as 6-11 (all)"),
+            "lora_scaling": Flag(
+                "standard", ("standard", "rank_stabilized"),
+                "alpha / r, or rank_stabilized: alpha / sqrt(r)",
+            ),
+            "lora_dora": Flag(False, bool, "DoRA: a magnitude an output, and a direction"),
+        },
+        # Hu et al., table 11: 2e-4 at alpha / r = 8 on q and v; at 2, on all layers, somewhat more
+        learning_rate=lambda args: 5e-4,
+        compared=[
+            ("LoRA r=4, all Conv1D", "Hu 2021", {}),
+            ("LoRA r=4, query and value", "Hu 2021",
+             {"lora_target_modules": ["c_attn.q", "c_attn.v"]}),
+            ("DoRA r=4, all Conv1D", "Liu 2024", {"lora_dora": True}),
+        ],
+        layout="lora",
+        merges=True,
+    ),
+    "adapter": Technique(
+        apply=lambda model, args: apply_adapters(
+            model, args.adapter_size, placement=args.adapter_placement,
+            activation=args.adapter_activation, trainable_modules=args.trainable_modules,
+        ),
+        flags={
+            "adapter_size": Flag(64, number(int, 1), "width of the bottleneck; >= 1"),
+            "adapter_placement": Flag(
+                "pfeiffer", ("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
+            ),
+            "adapter_activation": Flag(
+                None, ACTIVATIONS,
+                "relu, gelu or silu (pfeiffer: relu, houlsby: gelu, as published)",
+            ),
+        },
+        learning_rate=lambda args: 1e-4,  # AdapterFusion, appendix A.2; Hu et al., table 12
+        compared=[
+            ("adapters 64, two a block", "Houlsby 2019", {"adapter_placement": "houlsby"}),
+            ("adapters 64, one a block", "Pfeiffer 2020", {}),
+        ],
+    ),
+    "prefix": Technique(
+        apply=lambda model, args: apply_prefix(
+            model, args.prefix_length, prefix_type=args.prefix_type,
+            projection_size=args.prefix_projection_size,
+            init_ids=text_ids(model, args.prefix_init_text),
+            trainable_modules=args.trainable_modules,
+        ),
+        flags={
+            "prefix_length": Flag(50, number(int, 1), "virtual tokens; >= 1"),
+            "prefix_type": Flag(
+                "embedding", ("embedding", "key_value"),
+                "embedding: at the input, or key_value: in each layer",
+            ),
+            "prefix_projection_size": Flag(
+                0, number(int, 0), "key_value only: width of an MLP; 0: none"
+            ),
+            "prefix_init_text": Flag(
+                None, nonempty, "the words that it starts from (the of and to in ...)"
+            ),
+        },
+        # Li & Liang, table 6, with their MLP; without it, P-tuning v2's scripts
+        learning_rate=lambda args: 8e-5 if args.prefix_projection_size else 5e-3,
+        compared=[
+            ("prefix 50, keys and values", "Li & Liang 2021", {"prefix_type": "key_value"}),
+            ("prefix 50, embeddings", "Lester 2021", {}),
+        ],
+        layout="prefix",
+    ),
+    "ia3": Technique(
+        apply=lambda model, args: apply_ia3(model, args.trainable_modules),
+        flags={},
+        learning_rate=lambda args: 3e-3,  # the paper's recipe, T-Few
+        compared=[("IA3", "Liu 2022", {})],
+        layout="ia3",
+        merges=True,
+    ),
+    "bitfit": Technique(
+        apply=lambda model, args: apply_bitfit(model, args.trainable_modules),
+        flags={},
+        learning_rate=lambda args: 1e-3,  # the largest that the paper tries, for BERT
+        compared=[("biases alone (BitFit)", "Ben Zaken 2022", {})],
+        merges=True,
+    ),
+    "layernorm": Technique(
+        apply=lambda model, args: apply_layernorm_tuning(model, args.trainable_modules),
+        flags={},
+        learning_rate=lambda args: 1e-3,  # as for biases, which are vectors too
+        compared=[("LayerNorms alone", "Zhao 2023", {})],
+        merges=True,
+    ),
+    "selective": Technique(
+        apply=lambda model, args: apply_selective_freezing(
+            model, args.freeze_layers, freeze_head=args.freeze_head,
+            trainable_modules=args.trainable_modules,
+        ),
+        flags={
+            "freeze_layers": Flag(
+                None, layer_numbers, "from 0; ranges such as 0-5 (the lower half)"
+            ),
+            "freeze_head": Flag(
+                False, bool, "also freeze the tied head and the final LayerNorm"
+            ),
+        },
+        learning_rate=lambda args: 5e-5,
+        compared=[("selective, lower half frozen", "", {})],
+        layout="plain",
+        merges=True,
+    ),
+    "full": Technique(
+        apply=lambda model, args: apply_full_finetuning(model),
+        flags={},
+        learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
+        compared=[("full fine-tuning", "", {})],
+        layout="plain",
+        merges=True,
+    ),
+}  # fmt: skip
+
+
+def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
+    """Applies the technique that the flags name, in place."""
+    return TECHNIQUES[args.modification_type].apply(model, args)
+
+
+def final_modify(args: object = None, **overrides: Any) -> GPT2LMHeadModel:
+    """The base model with a technique applied, fp32, called like any GPT2LMHeadModel.
+
+    args: any object with the model flags as attributes (an argparse Namespace, a dataclass); what
+    it lacks takes the flag's default, and keyword arguments stand above both:
+    `final_modify(modification_type="prefix")`.
+    Raises ValueError that names the flag, its value and what is legal.
+    """
+    settings = with_defaults(args, **overrides)
+    return modify(load_base(settings), settings)
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """(all parameters, trainable ones); tied weights count once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters by name, not copied."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def statistics(model: GPT2LMHeadModel) -> str:
+    """The model's parameter counts and what trains, a line a parameter."""
+    total, trainable = parameter_counts(model)
+    lines = [
+        "📊 Final Parameter Statistics:",
+        f"   Total parameters: {total:,}",
+        f"   Trainable parameters: {trainable:,}",
+        f"   Trainable ratio: {trainable / total:.4f} ({trainable / total:.2%})",
+        "",
+        "🔍 Parameter Trainability Status:",
+    ]
+    for name, parameter in model.named_parameters():
+        mark, status = ("✅", "Trainable") if parameter.requires_grad else ("❄️ ", "Frozen")
+        lines.append(f"  {mark} {name}: {status} ({parameter.numel():,} params)")
+    if is_tied(model):
+        lines.append("  🔗 lm_head.weight: tied to transformer.wte.weight")
+    return "\n".join(lines)
+
+
+# ---- saving and loading --------------------------------------------------------------------------
+
+STATE, METADATA, MANIFEST = "adapter.safetensors", "modification.json", "manifest.json"  # ours
+
+
+def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
+    """Writes what was trained, in its technique's layout, and `modification.json` beside it:
+    PEFT's for LoRA and prefixes, a plain Hugging Face model for selective and full, safetensors of
+    our own for adapters. `load_trained` reads all of them. Raises OSError, SafetensorError."""
+    directory, settings, config = Path(directory), dict(model.modification), model.config
+    directory.mkdir(parents=True, exist_ok=True)
+    save, _ = LAYOUTS[TECHNIQUES[settings["modification_type"]].layout]
+    settings |= save(model, directory)
+    sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
+    settings["base_config"] = {name: getattr(config, name) for name in sizes}
+    settings["base_model_name_or_path"] = base_reference(model, directory)
+    settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
+    write_json(directory / METADATA, settings | model.end_tokens)
+
+
+def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
+    """The base as it was named; a local one by its path from the result, so that both can move and
+    what is published names no directory of this machine."""
+    name = getattr(model, "base_name", None)
+    local = name and Path(name).is_dir()
+    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
+
+
+def load_trained(
+    directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
+) -> GPT2LMHeadModel:
+    """What a run saved (in best/ or final/, see `result_directory`), on its base model, ready to
+    use or to train on; a PEFT-made LoRA too.
+
+    model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
+    """
+    directory = result_directory(directory)
+    if (directory / MANIFEST).exists():
+        try:
+            verify_directory(directory, links=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
+    settings = trained_settings(directory)
+    base = model_name_or_path or settings.get("base_model_name_or_path")
+    if is_plain(settings["modification_type"]):
+        base = str(directory)  # it holds all its weights
+    if not base:
+        raise ValueError(f"{directory}: names no base model; give --model_name_or_path")
+    loading = {"model_name_or_path": base, "from_scratch": False, "dropout": dropout}
+    args = with_defaults(argparse.Namespace(**settings), **loading)
+    try:
+        model = load_base(args)
+    except ValueError as error:
+        known = model_name_or_path or base == str(directory)
+        raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
+    try:
+        check_base(model, settings, directory, chosen=bool(model_name_or_path))
+        _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
+        load(model, directory, args)
+    except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
+        raise ValueError(f"{directory}: its settings are damaged: {error}") from error
+    except ValueError as error:
+        where = "" if str(error).startswith(("--model_name_or_path", str(directory))) else directory
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+    model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
+    return model
+
+
+def result_directory(directory: str | Path) -> Path:
+    """The directory itself if it holds a result; else, of a run, best/ or final/."""
+    if any(os.path.exists(Path(directory, name)) for name in (METADATA, PEFT_CONFIG)):
+        return Path(directory)
+    results = [Path(directory, name) for name in ("best", "final")]
+    return next(filter(os.path.isdir, results), Path(directory))
+
+
+def trained_settings(directory: Path) -> dict:
+    """The settings of what a run of ours saved, or PEFT. Raises ValueError that names the file."""
+    path = directory / METADATA
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such directory")
+    if path.is_file():
+        settings = read_json(path)
+    elif (path := directory / PEFT_CONFIG).is_file():
+        settings = peft_settings(path)
+    else:
+        neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained to its end"
+        raise ValueError(f"{directory}: {neither}")
+    try:
+        technique = with_defaults(argparse.Namespace(**settings)).modification_type
+        if "modification_type" not in settings:
+            raise ValueError("lacks modification_type")
+        if technique == "adapter" and "adapter_activation" not in settings:
+            raise ValueError("adapters of an earlier version stand elsewhere: train them again")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    base = str(settings.get("base_model_name_or_path"))
+    if base.startswith(os.pardir):  # from the result, wherever the two are now
+        beside = os.path.normpath(directory / base)
+        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
+        settings["base_model_name_or_path"] = beside if is_beside else base
+    return settings
+
+
+def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chosen: bool) -> None:
+    """Raises ValueError for a base of another size than the one trained on; for one with other
+    weights only if it was not chosen by name."""
+    where = f"--model_name_or_path {model.base_name}"
+    for key, trained_on in settings.get("base_config", {}).items():
+        if (size := getattr(model.config, key, None)) != trained_on:
+            trained = f"{directory} was trained on {trained_on}"
+            raise ValueError(f"{where}: {key} is {size}; {trained}")
+    trained_on = settings.get("base_fingerprint")
+    if is_plain(settings["modification_type"]) or trained_on in (None, model.base_fingerprint):
+        return
+    message = f"{where}: not the weights that {directory} was trained on"
+    if not chosen:
+        raise ValueError(f"{message}; they have changed since")
+    logger.warning(message)  # perhaps the same model at another precision
+
+
+def save_state(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """All that trains, by its names in the model."""
+    write_tensors(trainable_state(model), directory / STATE)
+    return {}
+
+
+def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """What save_state wrote."""
+    modify(model, args)
+    path = directory / STATE
+    put_tensors(model, read_tensors(path), path, required=trainable_state(model))
+
+
 def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     """A plain Hugging Face model, at the precision of the base's files, which are not read again.
 
@@ -1129,6 +1134,16 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     return {}
 
 
+def load_plain(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """Nothing is left to load: a plain model's own weights are the base."""
+    modify(model, args)
+
+
+def is_plain(technique: str) -> bool:
+    """Whether a technique is saved as a plain Hugging Face model, that is its own base."""
+    return TECHNIQUES[technique].layout == "plain"
+
+
 def set_end_token(model: GPT2LMHeadModel, token_id: int, pad_token_id: int | None = None) -> None:
     """Notes the token that ends a text, as training teaches it, and the padding (by default the
     same). The configuration of what is saved or merged names them, so that generation stops there;
@@ -1144,7 +1159,322 @@ def write_plain(model: GPT2LMHeadModel, directory: Path, special: Mapping[str, i
     model.save_pretrained(directory)
 
 
+# ---- PEFT's layout -------------------------------------------------------------------------------
+
+WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
+PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
+
+
+def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """PEFT's LoRA layout.
+
+    n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
+    of rank n r with the same scaling, A stacked and B in blocks. What differs from layer to layer
+    goes into PEFT's patterns.
+    """
+    layers, settings = lora_layers(model), model.modification
+    rank, alpha, rslora = settings["lora_rank"], settings["lora_alpha"], False
+    tensors, ranks, alphas, besides = {}, {}, {}, trained_besides(model, ".lora_")
+    for name, layer in layers.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.full_B()
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+        ranks[name], rslora = len(layer.lora_A), layer.rslora
+        alphas[name] = layer.scaling * scaling_divisor(ranks[name], rslora)
+    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    biases = {PEFT_PREFIX + name.replace(".original_layer", ".base_layer") for name in biases}
+    wrapped_biases = "lora_only" if any(".base_layer" in name for name in besides) else "none"
+    conv1d = [isinstance(layer.original_layer, Conv1D) for layer in layers.values()]
+    write_as_peft(model, tensors | besides, directory, {
+        "peft_type": "LORA",
+        "use_rslora": rslora,
+        "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": settings["lora_dropout"],
+        "target_modules": sorted(layers),
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {n: a for n, a in alphas.items() if not math.isclose(a, alpha)},
+        "fan_in_fan_out": all(conv1d),
+        "bias": "all" if biases <= besides.keys() else wrapped_biases,
+        "modules_to_save": whole_modules(besides),
+    })  # fmt: skip
+    return {}
+
+
+def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """Wraps the layers whose A and B the file holds, and loads everything into its place.
+
+    Ranks come from the tensors' shapes; alpha and its exceptions from PEFT's configuration; the
+    thirds that a run of ours adapted from its own metadata.
+    """
+    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
+    path = older if older.exists() and not path.exists() else path
+    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
+    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
+    if not wrapped:
+        raise ValueError(f"{path}: holds no LoRA")
+    targets = args.lora_target_modules or wrapped
+    matched = match_targets(model, targets, args.lora_layers)
+    embeddings = tensors.get("transformer.wte.weight")
+    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
+        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
+        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
+    untie_if_apart(model, tensors)
+    start_modification(
+        model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
+        lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
+        lora_layers=args.lora_layers, lora_scaling=args.lora_scaling, lora_dora=args.lora_dora,
+    )  # fmt: skip
+    rslora = args.lora_scaling == "rank_stabilized"
+    for name, thirds in matched.items():
+        A, B = f"{name}.lora_A", f"{name}.lora_B"
+        if lacking := {A, B} - tensors.keys():
+            raise ValueError(f"{path}: lacks {min(lacking)}")
+        n = len(thirds) or 1
+        rank, original = max(1, len(tensors[A]) // n), model.get_submodule(name)
+        alpha = alpha_of(name, config) / scaling_divisor(n, rslora)
+        settings = (args.lora_dropout, thirds, rslora, args.lora_dora)
+        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *settings))
+        if thirds and tensors[B].shape == layer.full_B().shape:
+            blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
+            blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
+            tensors[B] = torch.cat(blocks)
+    put_tensors(model, tensors, path, required=trainable_state(model))
+    train_whole_modules(model, tensors, config)
+
+
+def alpha_of(layer_name: str, config: dict) -> float:
+    """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
+    for pattern, exception in (config.get("alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
+            return exception  # as in PEFT, the first that matches
+    return config.get("lora_alpha", 8)
+
+
+def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """PEFT's IA3 layout."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
+    besides = trained_besides(model, ".ia3_l")
+    tensors = {
+        f"{PEFT_PREFIX}{name}.ia3_l": layer.ia3_l.view((1, -1) if layer.feedforward else (-1, 1))
+        for name, layer in layers.items()
+    }
+    write_as_peft(model, tensors | besides, directory, {
+        "peft_type": "IA3",
+        "target_modules": sorted(layers),
+        "feedforward_modules": sorted(name for name, layer in layers.items() if layer.feedforward),
+        "fan_in_fan_out": True,
+        "modules_to_save": whole_modules(besides),
+    })  # fmt: skip
+    return {}
+
+
+def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
+    path = directory / WEIGHTS
+    tensors = peft_tensors(path)
+    tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
+    untie_if_apart(model, tensors)
+    modify(model, args)
+    put_tensors(model, tensors, path, required=trainable_state(model))
+    train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
+
+
+def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
+    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out.
+
+    PEFT has no such place for the modules trained besides, but loads what is named as it names the
+    base's weights.
+    """
+    prefix = model.transformer.prefix
+    tensors = {f"base_model.{name}": tensor for name, tensor in trainable_state(model).items()}
+    tensors = {name: t for name, t in tensors.items() if ".prefix." not in name}
+    tensors["prompt_embeddings"] = prefix.prompt_embeddings()
+    write_as_peft(model, tensors, directory, {
+        "peft_type":
+            "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
+        "num_virtual_tokens": len(prefix.embedding),
+    })  # fmt: skip
+    return {"prefix_projection_size": 0}
+
+
+def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
+    args.prefix_init_text = None  # what it started from does not count any more
+    modify(model, args)
+    path = directory / WEIGHTS
+    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
+    if "prompt_embeddings" in tensors:
+        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
+    put_tensors(model, tensors, path, required=trainable_state(model))
+
+
+def write_as_peft(
+    model: GPT2LMHeadModel, tensors: dict[str, Tensor], directory: Path, config: dict
+) -> None:
+    """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
+    write_tensors(tensors, directory / WEIGHTS)
+    base = {"base_model_name_or_path": base_reference(model, directory)}
+    common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
+    write_json(directory / PEFT_CONFIG, config | common)
+
+
+def peft_settings(path: Path) -> dict:
+    """The settings of a LoRA or IA3 directory that PEFT itself wrote, from its configuration."""
+    config = read_json(path)
+    base = {"base_model_name_or_path": config.get("base_model_name_or_path")}
+    if (kind := config.get("peft_type")) == "IA3":
+        return {"modification_type": "ia3"} | base
+    if kind != "LORA":
+        loads = "of PEFT's own directories LORA and IA3 load"
+        raise ValueError(f"{path}: peft_type {kind!r}; {loads}")
+    unsupported = ("lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices")
+    for option in unsupported:
+        if config.get(option):
+            raise ValueError(f"{path}: {option} is not supported")
+    start = config.get("init_lora_weights", True)
+    if start not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(f"{path}: init_lora_weights {start!r} changes the base; not supported")
+    return base | {
+        "modification_type": "lora",
+        "lora_rank": config.get("r", 8),
+        "lora_alpha": config.get("lora_alpha", 8),
+        "lora_dropout": config.get("lora_dropout", 0.0),
+        "lora_target_modules": [],  # PEFT's may be patterns: the layers in its file are taken
+        "lora_scaling": "rank_stabilized" if config.get("use_rslora") else "standard",
+        "lora_dora": bool(config.get("use_dora")),
+    }
+
+
+def peft_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of PEFT's file by the names that they have in our models."""
+    tensors = {}
+    for key, tensor in read_tensors(path).items():
+        # PEFT writes resized embeddings under two further names.
+        if ".original_module." not in key and ".modules_to_save." not in key:
+            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
+            tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
+    return tensors
+
+
+def trained_besides(model: GPT2LMHeadModel, marker: str) -> dict[str, Tensor]:
+    """What trains besides the parameters that hold the marker, by PEFT's names."""
+    others = {name: t for name, t in trainable_state(model).items() if marker not in name}
+    if "transformer.wte.weight" in others and is_tied(model):
+        # With wte alone, PEFT would keep the old head.
+        others["lm_head.weight"] = others["transformer.wte.weight"].clone()
+    return {
+        PEFT_PREFIX + name.replace(".original_layer", ".base_layer"): tensor
+        for name, tensor in others.items()
+    }
+
+
+def whole_modules(besides: Iterable[str]) -> list[str] | None:
+    """PEFT's modules_to_save."""
+    names = (name.removeprefix(PEFT_PREFIX) for name in besides if not name.endswith(".bias"))
+    return sorted({name.rpartition(".")[0] for name in names}) or None
+
+
+def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
+    """Whole modules and biases that were trained (modules_to_save, bias) train on."""
+    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
+    for name in loaded:
+        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
+            model.get_parameter(name).requires_grad_(True)
+
+
+def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
+    """Gives a tied head a weight of its own where the tensors change one of the two alone."""
+    wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
+    together = wte is head is None or (None not in (wte, head) and torch.equal(wte, head))
+    if is_tied(model) and not together:
+        separate = model.lm_head.weight.detach().clone()
+        model.lm_head.weight = nn.Parameter(separate, requires_grad=False)
+        model.config.tie_word_embeddings = False
+
+
+# How each layout is saved and loaded. To save returns the settings that it changed.
+LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
+    "lora": (save_lora, load_lora),
+    "ia3": (save_ia3, load_ia3),
+    "prefix": (save_prefix, load_prefix),
+    "state": (save_state, load_state),
+    "plain": (save_plain, load_plain),
+}
+
+
+# ---- merging -------------------------------------------------------------------------------------
+
+
+def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out: a plain model
+    remains. Raises ValueError for a technique that is no change of weights."""
+    technique = getattr(model, "modification", {}).get("modification_type")
+    if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
+        carried = technique or "a plain model"
+        raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, LoRALayer | IA3Layer):
+            if layer.merged is None:
+                layer.merge()
+            model.set_submodule(name, layer.original_layer)
+    del model.modification
+    model.base_path = model.base_name = None  # the merged weights lie in no file yet
+    model.base_fingerprint = fingerprint(model)
+    return model
+
+
+def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
+    """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
+    the adapter's tokenizer or else the base's. Raises ValueError."""
+    adapter_path = str(result_directory(adapter_path))
+    model = load_trained(adapter_path, model_name_or_path)
+    technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
+    if is_plain(technique):
+        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
+    target, base_name = Path(merge_to), str(model.base_name)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
+    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
+    source = adapter_path if has_vocabulary else model.base_path
+    tokenizer = matching_files(source, TOKENIZER_FILES)
+    try:
+        merge_lora(model)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    write_plain(model.to(model.stored_dtype), target, model.end_tokens)
+    for file in tokenizer:
+        shutil.copy(file, target)
+    load = "AutoModelForCausalLM.from_pretrained"
+    card = f"# {technique}, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
+    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
+    logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
+
+
+def card_metadata(base_name: str, library: str) -> str:
+    """The head of a model card, as the hub reads it; the base and its licence where it has it."""
+    metadata = {"library_name": library} if library else {}
+    if not Path(base_name).exists():
+        metadata["base_model"] = base_name
+        size = base_name.removeprefix("openai-community/").removeprefix("distilbert/")
+        if size in GPT2_SIZES:
+            metadata["license"] = "apache-2.0" if size == "distilgpt2" else "mit"
+    metadata["pipeline_tag"] = "text-generation"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
+    return "\n".join(["---", *lines, "---", ""])
+
+
 # ---- files ---------------------------------------------------------------------------------------
+
+VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template*",
+)  # fmt: skip
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LFS_POINTER = b"version https://git-lfs"
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -1227,20 +1557,11 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: {error}") from None
 
 
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(directory: Path, leave_out: str = "") -> None:
     """sha256 sums of the files in a directory, and one of the sums themselves."""
     files = [file for file in sorted(directory.iterdir()) if file.name != leave_out]
     sums = {file.name: file_hash(file) for file in files}
     write_json(directory / MANIFEST, {"files": sums, "manifest_sha256": sum_of_sums(sums)})
-
-
-def sum_of_sums(sums: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def verify_directory(directory: Path, links: bool = False) -> None:
@@ -1261,347 +1582,230 @@ def verify_directory(directory: Path, links: bool = False) -> None:
             raise ValueError(f"{directory}: {name} is damaged (its checksum differs)")
 
 
-# ---- PEFT's layout -------------------------------------------------------------------------------
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_as_peft(
-    model: GPT2LMHeadModel, tensors: dict[str, Tensor], directory: Path, config: dict
-) -> None:
-    """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
-    write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": base_reference(model, directory)}
-    common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
-    write_json(directory / PEFT_CONFIG, config | common)
+def sum_of_sums(sums: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
-def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's LoRA layout.
-
-    n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
-    of rank n r with the same scaling, A stacked and B in blocks. What differs from layer to layer
-    goes into PEFT's patterns.
-    """
-    layers, settings = lora_layers(model), model.modification
-    rank, alpha, rslora = settings["lora_rank"], settings["lora_alpha"], False
-    tensors, ranks, alphas, besides = {}, {}, {}, trained_besides(model, ".lora_")
-    for name, layer in layers.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.full_B()
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
-        ranks[name], rslora = len(layer.lora_A), layer.rslora
-        alphas[name] = layer.scaling * scaling_divisor(ranks[name], rslora)
-    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
-    biases = {PEFT_PREFIX + name.replace(".original_layer", ".base_layer") for name in biases}
-    wrapped_biases = "lora_only" if any(".base_layer" in name for name in besides) else "none"
-    conv1d = [isinstance(layer.original_layer, Conv1D) for layer in layers.values()]
-    write_as_peft(model, tensors | besides, directory, {
-        "peft_type": "LORA",
-        "use_rslora": rslora,
-        "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": settings["lora_dropout"],
-        "target_modules": sorted(layers),
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {n: a for n, a in alphas.items() if not math.isclose(a, alpha)},
-        "fan_in_fan_out": all(conv1d),
-        "bias": "all" if biases <= besides.keys() else wrapped_biases,
-        "modules_to_save": whole_modules(besides),
-    })  # fmt: skip
-    return {}
+def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a directory whose names match a pattern."""
+    found = [file for pattern in patterns for file in Path(directory).glob(pattern)]
+    return [file for file in found if file.is_file()]
 
 
-def trained_besides(model: GPT2LMHeadModel, marker: str) -> dict[str, Tensor]:
-    """What trains besides the parameters that hold the marker, by PEFT's names."""
-    others = {name: t for name, t in trainable_state(model).items() if marker not in name}
-    if "transformer.wte.weight" in others and is_tied(model):
-        # With wte alone, PEFT would keep the old head.
-        others["lm_head.weight"] = others["transformer.wte.weight"].clone()
-    return {
-        PEFT_PREFIX + name.replace(".original_layer", ".base_layer"): tensor
-        for name, tensor in others.items()
-    }
+def first_line(error: Exception) -> str:
+    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # the line after a colon belongs to it
+    return text.partition("\n")[0] or type(error).__name__
 
 
-def whole_modules(besides: Iterable[str]) -> list[str] | None:
-    """PEFT's modules_to_save."""
-    names = (name.removeprefix(PEFT_PREFIX) for name in besides if not name.endswith(".bias"))
-    return sorted({name.rpartition(".")[0] for name in names}) or None
+# ---- base models ---------------------------------------------------------------------------------
 
-
-def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
-    """Whole modules and biases that were trained (modules_to_save, bias) train on."""
-    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
-    for name in loaded:
-        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
-            model.get_parameter(name).requires_grad_(True)
-
-
-def peft_settings(path: Path) -> dict:
-    """The settings of a LoRA or IA3 directory that PEFT itself wrote, from its configuration."""
-    config = read_json(path)
-    base = {"base_model_name_or_path": config.get("base_model_name_or_path")}
-    if (kind := config.get("peft_type")) == "IA3":
-        return {"modification_type": "ia3"} | base
-    if kind != "LORA":
-        loads = "of PEFT's own directories LORA and IA3 load"
-        raise ValueError(f"{path}: peft_type {kind!r}; {loads}")
-    unsupported = ("lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices")
-    for option in unsupported:
-        if config.get(option):
-            raise ValueError(f"{path}: {option} is not supported")
-    start = config.get("init_lora_weights", True)
-    if start not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise ValueError(f"{path}: init_lora_weights {start!r} changes the base; not supported")
-    return base | {
-        "modification_type": "lora",
-        "lora_rank": config.get("r", 8),
-        "lora_alpha": config.get("lora_alpha", 8),
-        "lora_dropout": config.get("lora_dropout", 0.0),
-        "lora_target_modules": [],  # PEFT's may be patterns: the layers in its file are taken
-        "lora_scaling": "rank_stabilized" if config.get("use_rslora") else "standard",
-        "lora_dora": bool(config.get("use_dora")),
-    }
-
-
-def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """Wraps the layers whose A and B the file holds, and loads everything into its place.
-
-    Ranks come from the tensors' shapes; alpha and its exceptions from PEFT's configuration; the
-    thirds that a run of ours adapted from its own metadata.
-    """
-    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
-    path = older if older.exists() and not path.exists() else path
-    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
-    wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
-    if not wrapped:
-        raise ValueError(f"{path}: holds no LoRA")
-    targets = args.lora_target_modules or wrapped
-    matched = match_targets(model, targets, args.lora_layers)
-    embeddings = tensors.get("transformer.wte.weight")
-    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
-        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
-        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
-    untie_if_apart(model, tensors)
-    start_modification(
-        model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
-        lora_layers=args.lora_layers, lora_scaling=args.lora_scaling, lora_dora=args.lora_dora,
-    )  # fmt: skip
-    rslora = args.lora_scaling == "rank_stabilized"
-    for name, thirds in matched.items():
-        A, B = f"{name}.lora_A", f"{name}.lora_B"
-        if lacking := {A, B} - tensors.keys():
-            raise ValueError(f"{path}: lacks {min(lacking)}")
-        n = len(thirds) or 1
-        rank, original = max(1, len(tensors[A]) // n), model.get_submodule(name)
-        alpha = alpha_of(name, config) / scaling_divisor(n, rslora)
-        settings = (args.lora_dropout, thirds, rslora, args.lora_dora)
-        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *settings))
-        if thirds and tensors[B].shape == layer.full_B().shape:
-            blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
-            blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
-            tensors[B] = torch.cat(blocks)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, config)
-
-
-def peft_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of PEFT's file by the names that they have in our models."""
-    tensors = {}
-    for key, tensor in read_tensors(path).items():
-        # PEFT writes resized embeddings under two further names.
-        if ".original_module." not in key and ".modules_to_save." not in key:
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
-            tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
-    return tensors
-
-
-def alpha_of(layer_name: str, config: dict) -> float:
-    """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
-    for pattern, exception in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
-            return exception  # as in PEFT, the first that matches
-    return config.get("lora_alpha", 8)
-
-
-def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
-    """Gives a tied head a weight of its own where the tensors change one of the two alone."""
-    wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
-    together = wte is head is None or (None not in (wte, head) and torch.equal(wte, head))
-    if is_tied(model) and not together:
-        separate = model.lm_head.weight.detach().clone()
-        model.lm_head.weight = nn.Parameter(separate, requires_grad=False)
-        model.config.tie_word_embeddings = False
-
-
-# ---- the table of techniques ---------------------------------------------------------------------
-
-
-def save_state(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """All that trains, by its names in the model."""
-    write_tensors(trainable_state(model), directory / STATE)
-    return {}
-
-
-def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """What save_state wrote (for a plain model nothing: its own weights are the base)."""
-    row = TECHNIQUES[args.modification_type]
-    row.apply(model, args)
-    if row.save is save_state:
-        path = directory / STATE
-        put_tensors(model, read_tensors(path), path, required=trainable_state(model))
-
-
-class Technique(NamedTuple):
-    """All that the scripts know of a technique: a new one is a row of TECHNIQUES."""
-
-    apply: Callable[[GPT2LMHeadModel, argparse.Namespace], GPT2LMHeadModel]
-    flags: dict[str, Flag]  # its settings, kept in modification.json
-    learning_rate: Callable[[argparse.Namespace], float]
-    compared: list[tuple[str, str, dict]]  # rows of --compare: label, paper, settings
-    save: Callable[[GPT2LMHeadModel, Path], dict] = save_state  # returns settings that it changed
-    load: Callable[[GPT2LMHeadModel, Path, argparse.Namespace], None] = load_state
-    merges: bool = True  # what it trains can be folded into the base's weights
-
-
-# Learning rates as published for pretrained models: of GPT-2 where there is one, else the nearest.
-TECHNIQUES = {
-    "lora": Technique(
-        apply=lambda model, args: apply_lora(
-            model, args.lora_rank, args.lora_alpha, dropout=args.lora_dropout,
-            target_modules=args.lora_target_modules, layers=args.lora_layers,
-            scaling=args.lora_scaling, dora=args.lora_dora,
-            trainable_modules=args.trainable_modules,
-        ),
-        flags={
-            "lora_rank": Flag(4, number(int, 1), "rank r of A and B; >= 1"),
-            "lora_alpha": Flag(
-                8.0, number(float, 1e-9), "the update is scaled by alpha / r; > 0"
-            ),
-            "lora_dropout": Flag(0.0, number(float, 0, 1), "on A's input, while training"),
-            "lora_target_modules": Flag(
-                ["c_attn", "c_proj", "c_fc"], names,
-                "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
-            ),
-            "lora_layers": Flag(None, layer_numbers, "of these blocks alone, such as 6-11 (all)"),
-            "lora_scaling": Flag(
-                "standard", ("standard", "rank_stabilized"),
-                "alpha / r, or rank_stabilized: alpha / sqrt(r)",
-            ),
-            "lora_dora": Flag(False, bool, "DoRA: a magnitude an output, and a direction"),
-        },
-        # Hu et al., table 11: 2e-4 at alpha / r = 8 on q and v; at 2, on all layers, somewhat more
-        learning_rate=lambda args: 5e-4,
-        compared=[
-            ("LoRA r=4, all Conv1D", "Hu 2021", {}),
-            ("LoRA r=4, query and value", "Hu 2021",
-             {"lora_target_modules": ["c_attn.q", "c_attn.v"]}),
-            ("DoRA r=4, all Conv1D", "Liu 2024", {"lora_dora": True}),
-        ],
-        save=save_lora,
-        load=load_lora,
-    ),
-    "adapter": Technique(
-        apply=lambda model, args: apply_adapters(
-            model, args.adapter_size, placement=args.adapter_placement,
-            activation=args.adapter_activation, trainable_modules=args.trainable_modules,
-        ),
-        flags={
-            "adapter_size": Flag(64, number(int, 1), "width of the bottleneck; >= 1"),
-            "adapter_placement": Flag(
-                "pfeiffer", ("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
-            ),
-            "adapter_activation": Flag(
-                None, ACTIVATIONS,
-                "relu, gelu or silu (pfeiffer: relu, houlsby: gelu, as published)",
-            ),
-        },
-        learning_rate=lambda args: 1e-4,  # AdapterFusion, appendix A.2; Hu et al., table 12
-        compared=[
-            ("adapters 64, two a block", "Houlsby 2019", {"adapter_placement": "houlsby"}),
-            ("adapters 64, one a block", "Pfeiffer 2020", {}),
-        ],
-        merges=False,
-    ),
-    "prefix": Technique(
-        apply=lambda model, args: apply_prefix(
-            model, args.prefix_length, prefix_type=args.prefix_type,
-            projection_size=args.prefix_projection_size,
-            init_ids=text_ids(model, args.prefix_init_text),
-            trainable_modules=args.trainable_modules,
-        ),
-        flags={
-            "prefix_length": Flag(50, number(int, 1), "virtual tokens; >= 1"),
-            "prefix_type": Flag(
-                "embedding", ("embedding", "key_value"),
-                "embedding: at the input, or key_value: in each layer",
-            ),
-            "prefix_projection_size": Flag(
-                0, number(int, 0), "key_value only: width of an MLP; 0: none"
-            ),
-            "prefix_init_text": Flag(
-                None, nonempty, "the words that it starts from (the of and to in ...)"
-            ),
-        },
-        # Li & Liang, table 6, with their MLP; without it, P-tuning v2's scripts
-        learning_rate=lambda args: 8e-5 if args.prefix_projection_size else 5e-3,
-        compared=[
-            ("prefix 50, keys and values", "Li & Liang 2021", {"prefix_type": "key_value"}),
-            ("prefix 50, embeddings", "Lester 2021", {}),
-        ],
-        save=save_prefix,
-        load=load_prefix,
-        merges=False,
-    ),
-    "ia3": Technique(
-        apply=lambda model, args: apply_ia3(model, args.trainable_modules),
-        flags={},
-        learning_rate=lambda args: 3e-3,  # the paper's recipe, T-Few
-        compared=[("IA3", "Liu 2022", {})],
-        save=save_ia3,
-        load=load_ia3,
-    ),
-    "bitfit": Technique(
-        apply=lambda model, args: apply_bitfit(model, args.trainable_modules),
-        flags={},
-        learning_rate=lambda args: 1e-3,  # the largest that the paper tries, for BERT
-        compared=[("biases alone (BitFit)", "Ben Zaken 2022", {})],
-    ),
-    "layernorm": Technique(
-        apply=lambda model, args: apply_layernorm_tuning(model, args.trainable_modules),
-        flags={},
-        learning_rate=lambda args: 1e-3,  # as for biases, which are vectors too
-        compared=[("LayerNorms alone", "Zhao 2023", {})],
-    ),
-    "selective": Technique(
-        apply=lambda model, args: apply_selective_freezing(
-            model, args.freeze_layers, freeze_head=args.freeze_head,
-            trainable_modules=args.trainable_modules,
-        ),
-        flags={
-            "freeze_layers": Flag(
-                None, layer_numbers, "from 0; ranges such as 0-5 (the lower half)"
-            ),
-            "freeze_head": Flag(
-                False, bool, "also freeze the tied head and the final LayerNorm"
-            ),
-        },
-        learning_rate=lambda args: 5e-5,
-        compared=[("selective, lower half frozen", "", {})],
-        save=save_plain,
-    ),
-    "full": Technique(
-        apply=lambda model, args: apply_full_finetuning(model),
-        flags={},
-        learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
-        compared=[("full fine-tuning", "", {})],
-        save=save_plain,
-    ),
+# (layers, hidden size, heads): enough to count parameters with no weights at hand
+GPT2_SIZES = {
+    "distilgpt2": (6, 768, 12), "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
 }  # fmt: skip
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
+# Keys of config.json that are about generating or about other code, not about the model.
+SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
+NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
+NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
 
 
+def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
+    """The base model in fp32, all of it trainable, its own dropouts set to --dropout.
+
+    `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never
+    filled in quietly.
+    """
+    path, name = None, None
+    if args.from_scratch:
+        logger.warning("RANDOM WEIGHTS: --from_scratch starts at random, nothing is pretrained")
+        model = build(read_config(args), named_base(args))
+    else:
+        name = args.model_name_or_path
+        path = locate(name)
+        model = load_weights(path, named_base(args))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = args.dropout
+    model.base_path, model.base_name, model.base_fingerprint = path, name, fingerprint(model)
+    return model
+
+
+def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
+    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
+
+    from_pretrained would load an adapter that lies beside the model, take over its generation
+    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
+    Raises ValueError.
+    """
+    model = build(stored_config(directory, where), where, "meta")
+    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
+    try:
+        files = weight_files(Path(directory))
+        for name, tensor in (item for file in files for item in read_tensors(file).items()):
+            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
+                whole_name = f"transformer.{name}"  # the published files leave the start out
+                tensors[whole_name if whole_name in parameters else name] = tensor
+        if is_tied(model) and "lm_head.weight" in tensors:
+            # Some files hold the tied pair under the head's name alone.
+            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
+            untie_if_apart(model, tensors)
+        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
+        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
+        model.tie_weights()
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
+    model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
+    return model.float().eval()
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Which files are this model's weights: the only place that decides.
+
+    model.safetensors comes before pytorch_model.bin, one file before its shards. Nothing else in
+    the directory counts, such as an adapter. Raises ValueError for a file that is missing.
+    """
+    for name in WEIGHT_FILES:
+        if (directory / name).exists():
+            return [directory / name]
+        index = directory / f"{name}.index.json"
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{index.name} names no weight file")
+            files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
+            if missing := [file.name for file in files if not file.is_file()]:
+                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
+            return files
+    raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
+
+
+def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadModel:
+    """A model with random weights; with none, only shapes, on PyTorch's device "meta".
+
+    Raises ValueError."""
+    try:
+        with torch.device(device):
+            return GPT2LMHeadModel(config)
+    except Exception as error:  # of any type, for sizes that no model can have
+        raise ValueError(f"{where}: its settings make no model: {first_line(error)}") from None
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells one base model from another: a hash of the first values of each of its parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()[:256].float().cpu().numpy()
+        digest.update(name.encode() + values.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_config(args: argparse.Namespace) -> GPT2Config:
+    """The base model's configuration: the flags', a published size's or a directory's.
+
+    Raises ValueError for anything but a GPT-2.
+    """
+    if args.from_scratch:
+        return GPT2Config(
+            vocab_size=args.vocab_size,
+            n_embd=args.hidden_size,
+            n_head=args.num_attention_heads,
+            n_layer=args.num_hidden_layers,
+            n_positions=args.max_position_embeddings,
+            bos_token_id=args.vocab_size - 1,  # GPT-2's end-of-text is its last token
+            eos_token_id=args.vocab_size - 1,
+        )
+    name = args.model_name_or_path
+    size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
+    if size and not Path(name).exists():
+        return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
+    return stored_config(locate(name), named_base(args))
+
+
+def stored_config(directory: str, where: str) -> GPT2Config:
+    """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
+    try:
+        settings = read_json(Path(directory) / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    architecture = settings.get("model_type")
+    if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
+        architecture = "gpt2"  # the oldest files do not say what they are
+    if architecture != "gpt2":
+        raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
+    try:
+        if settings.get("quantization_config"):
+            raise ValueError("quantised weights; give the model in full precision")
+        settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
+        config = GPT2Config.from_dict(settings)
+        sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
+        if min(*sizes, config.vocab_size) < 1:
+            raise ValueError("a size below 1")
+        return config
+    except Exception as error:  # of any type, for values that are none of GPT-2's
+        raise ValueError(f"{where}: config.json: {first_line(error)}") from None
+
+
+def named_base(args: argparse.Namespace) -> str:
+    """The flag that messages about the base model name."""
+    name = args.model_name_or_path
+    return "--from_scratch" if args.from_scratch else f"--model_name_or_path {name}"
+
+
+def locate(name: str) -> str:
+    """A directory that holds the model: a local one, or the hub's, downloaded if need be.
+
+    Raises ValueError.
+    """
+    where = f"--model_name_or_path {name}"
+    directory = name if Path(name).exists() else from_hub(name)
+    if not (Path(directory) / "config.json").is_file():
+        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
+        if (Path(directory) / PEFT_CONFIG).is_file():
+            ways_out = "it is an adapter, give it as --adapter_path"
+        raise ValueError(f"{where}: holds no config.json; {ways_out}")
+    return directory
+
+
+def from_hub(name: str) -> str:
+    """The hub's copy in the cache, downloaded or completed if need be.
+
+    Raises ValueError within seconds, where transformers would retry for a minute.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    cached = ""
+    with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
+        cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
+        weight_files(Path(cached))
+        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
+            return cached
+    try:
+        files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
+        has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
+        weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
+        patterns = ["config.json", *TOKENIZER_FILES, weights]
+        return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
+    except Exception as error:
+        where, reason = f"--model_name_or_path {name}", first_line(error)
+        if cached:
+            logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
+            return cached
+        neither = "neither a local directory nor to be had from the hub"
+        ways_out = "give a local directory, or --from_scratch"
+        raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 SCRATCH_FLAGS = {
     "vocab_size": Flag(50257, number(int, 1), "tokens; >= 1"),
     "hidden_size": Flag(768, number(int, 1), "width of the residual stream; >= 1"),
@@ -1639,17 +1843,42 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         add_flags(parser, f"--modification_type {name}", technique.flags)
 
 
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
+    """Declares flags. None gets its default here, so that what was parsed is what was given."""
+    group = parser.add_argument_group(title)
+    for name, (default, kind, text) in flags.items():
+        typed = {"type": kind} if callable(kind) else {"choices": kind}
+        if kind is bool:
+            typed = {"type": boolean, "nargs": "?", "const": True}
+        shown = "" if default in (None, []) else f" ({str(default).translate(PLAIN_LIST)})"
+        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **typed)
+
+
+def command_line(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as flags, as they would be given on a command line."""
+    lists = (list, tuple, set, range)
+    return [
+        f"--{name}={','.join(map(str, value)) if isinstance(value, lists) else value}"
+        for name, value in settings.items()
+    ]
+
+
+def parsed(flags: Mapping[str, Flag], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings, as text or as values, as a command line of them is parsed; None stays where it is
+    the default. Raises ValueError that names the flag, the value and what is legal."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_flags(parser, "", {name: flags[name] for name in settings})
+    left = {name: value for name, value in settings.items() if value is flags[name].default is None}
+    given = {name: value for name, value in settings.items() if name not in left}
+    try:
+        return left | vars(parser.parse_args(command_line(given)))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: {error.message}") from None
+
+
 def checked(name: str, value: Any) -> Any:
     """A setting as its flag parses it. Raises ValueError that names the flag."""
     return parsed(model_flags(), {name: value})[name]
-
-
-def check_together(args: argparse.Namespace) -> None:
-    """Raises ValueError for settings that are legal each, but not together."""
-    if args.hidden_size % args.num_attention_heads:
-        heads = f"not a multiple of {args.num_attention_heads} heads"
-        raise ValueError(f"--hidden_size {args.hidden_size}: {heads}")
-    check_projection(args.prefix_type, args.prefix_projection_size)
 
 
 def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
@@ -1667,6 +1896,14 @@ def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
     return settings
 
 
+def check_together(args: argparse.Namespace) -> None:
+    """Raises ValueError for settings that are legal each, but not together."""
+    if args.hidden_size % args.num_attention_heads:
+        heads = f"not a multiple of {args.num_attention_heads} heads"
+        raise ValueError(f"--hidden_size {args.hidden_size}: {heads}")
+    check_projection(args.prefix_type, args.prefix_projection_size)
+
+
 def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
     """A line for each flag that was given and that the chosen technique does not look at."""
     technique, idle = args.modification_type, {}
@@ -1679,212 +1916,6 @@ def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
     if technique == "full":
         idle["trainable_modules"] = ", full trains every module"
     return [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
-
-
-def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
-    """Applies the technique that the flags name, in place."""
-    return TECHNIQUES[args.modification_type].apply(model, args)
-
-
-def final_modify(args: object = None, **overrides: Any) -> GPT2LMHeadModel:
-    """The base model with a technique applied, fp32, called like any GPT2LMHeadModel.
-
-    args: any object with the model flags as attributes (an argparse Namespace, a dataclass); what
-    it lacks takes the flag's default, and keyword arguments stand above both:
-    `final_modify(modification_type="prefix")`.
-    Raises ValueError that names the flag, its value and what is legal.
-    """
-    settings = with_defaults(args, **overrides)
-    return modify(load_base(settings), settings)
-
-
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(all parameters, trainable ones); tied weights count once."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable parameters by name, not copied."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def statistics(model: GPT2LMHeadModel) -> str:
-    """The model's parameter counts and what trains, a line a parameter."""
-    total, trainable = parameter_counts(model)
-    lines = [
-        "📊 Final Parameter Statistics:",
-        f"   Total parameters: {total:,}",
-        f"   Trainable parameters: {trainable:,}",
-        f"   Trainable ratio: {trainable / total:.4f} ({trainable / total:.2%})",
-        "",
-        "🔍 Parameter Trainability Status:",
-    ]
-    for name, parameter in model.named_parameters():
-        mark, status = ("✅", "Trainable") if parameter.requires_grad else ("❄️ ", "Frozen")
-        lines.append(f"  {mark} {name}: {status} ({parameter.numel():,} params)")
-    if is_tied(model):
-        lines.append("  🔗 lm_head.weight: tied to transformer.wte.weight")
-    return "\n".join(lines)
-
-
-# ---- saving and loading --------------------------------------------------------------------------
-
-
-def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
-    """Writes what was trained, in its technique's layout, and `modification.json` beside it:
-    PEFT's for LoRA and prefixes, a plain Hugging Face model for selective and full, safetensors of
-    our own for adapters. `load_trained` reads all of them. Raises OSError, SafetensorError."""
-    directory, settings, config = Path(directory), dict(model.modification), model.config
-    directory.mkdir(parents=True, exist_ok=True)
-    settings |= TECHNIQUES[settings["modification_type"]].save(model, directory)
-    sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
-    settings["base_config"] = {name: getattr(config, name) for name in sizes}
-    settings["base_model_name_or_path"] = base_reference(model, directory)
-    settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
-    write_json(directory / METADATA, settings | model.end_tokens)
-
-
-def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
-    """The base as it was named; a local one by its path from the result, so that both can move and
-    what is published names no directory of this machine."""
-    name = getattr(model, "base_name", None)
-    local = name and Path(name).is_dir()
-    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
-
-
-def result_directory(directory: str | Path) -> Path:
-    """The directory itself if it holds a result; else, of a run, best/ or final/."""
-    if any(os.path.exists(Path(directory, name)) for name in (METADATA, PEFT_CONFIG)):
-        return Path(directory)
-    results = [Path(directory, name) for name in ("best", "final")]
-    return next(filter(os.path.isdir, results), Path(directory))
-
-
-def load_trained(
-    directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
-) -> GPT2LMHeadModel:
-    """What a run saved (in best/ or final/, see `result_directory`), on its base model, ready to
-    use or to train on; a PEFT-made LoRA too.
-
-    model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
-    """
-    directory = result_directory(directory)
-    if (directory / MANIFEST).exists():
-        try:
-            verify_directory(directory, links=True)
-        except ValueError as error:
-            raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
-    settings = trained_settings(directory)
-    base = model_name_or_path or settings.get("base_model_name_or_path")
-    if is_plain(settings["modification_type"]):
-        base = str(directory)  # it holds all its weights
-    if not base:
-        raise ValueError(f"{directory}: names no base model; give --model_name_or_path")
-    loading = {"model_name_or_path": base, "from_scratch": False, "dropout": dropout}
-    args = with_defaults(argparse.Namespace(**settings), **loading)
-    try:
-        model = load_base(args)
-    except ValueError as error:
-        known = model_name_or_path or base == str(directory)
-        raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
-    try:
-        check_base(model, settings, directory, chosen=bool(model_name_or_path))
-        TECHNIQUES[args.modification_type].load(model, directory, args)
-    except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
-        raise ValueError(f"{directory}: its settings are damaged: {error}") from error
-    model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
-    return model
-
-
-def is_plain(technique: str) -> bool:
-    """Whether a technique is saved as a plain Hugging Face model, that is its own base."""
-    return TECHNIQUES[technique].save is save_plain
-
-
-def trained_settings(directory: Path) -> dict:
-    """The settings of what a run of ours saved, or PEFT. Raises ValueError that names the file."""
-    path = directory / METADATA
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory")
-    if path.is_file():
-        settings = read_json(path)
-    elif (path := directory / PEFT_CONFIG).is_file():
-        settings = peft_settings(path)
-    else:
-        neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained to its end"
-        raise ValueError(f"{directory}: {neither}")
-    try:
-        technique = with_defaults(argparse.Namespace(**settings)).modification_type
-        if "modification_type" not in settings:
-            raise ValueError("lacks modification_type")
-        if technique == "adapter" and "adapter_activation" not in settings:
-            raise ValueError("adapters of an earlier version stand elsewhere: train them again")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    base = str(settings.get("base_model_name_or_path"))
-    if base.startswith(os.pardir):  # from the result, wherever the two are now
-        beside = os.path.normpath(directory / base)
-        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
-        settings["base_model_name_or_path"] = beside if is_beside else base
-    return settings
-
-
-def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chosen: bool) -> None:
-    """Raises ValueError for a base of another size than the one trained on; for one with other
-    weights only if it was not chosen by name."""
-    where = f"--model_name_or_path {model.base_name}"
-    for key, trained_on in settings.get("base_config", {}).items():
-        if (size := getattr(model.config, key, None)) != trained_on:
-            trained = f"{directory} was trained on {trained_on}"
-            raise ValueError(f"{where}: {key} is {size}; {trained}")
-    trained_on = settings.get("base_fingerprint")
-    if is_plain(settings["modification_type"]) or trained_on in (None, model.base_fingerprint):
-        return
-    message = f"{where}: not the weights that {directory} was trained on"
-    if not chosen:
-        raise ValueError(f"{message}; they have changed since")
-    logger.warning(message)  # perhaps the same model at another precision
-
-
-def card_metadata(base_name: str, library: str) -> str:
-    """The head of a model card, as the hub reads it; the base and its licence where it has it."""
-    metadata = {"library_name": library} if library else {}
-    if not Path(base_name).exists():
-        metadata["base_model"] = base_name
-        size = base_name.removeprefix("openai-community/").removeprefix("distilbert/")
-        if size in GPT2_SIZES:
-            metadata["license"] = "apache-2.0" if size == "distilgpt2" else "mit"
-    metadata["pipeline_tag"] = "text-generation"
-    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
-    return "\n".join(["---", *lines, "---", ""])
-
-
-def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
-    """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
-    the adapter's tokenizer or else the base's. Raises ValueError."""
-    adapter_path = str(result_directory(adapter_path))
-    model = load_trained(adapter_path, model_name_or_path)
-    technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
-    if is_plain(technique):
-        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
-    target, base_name = Path(merge_to), str(model.base_name)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
-    source = adapter_path if has_vocabulary else model.base_path
-    tokenizer = matching_files(source, TOKENIZER_FILES)
-    try:
-        merge_lora(model)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    write_plain(model.to(model.stored_dtype), target, model.end_tokens)
-    for file in tokenizer:
-        shutil.copy(file, target)
-    load = "AutoModelForCausalLM.from_pretrained"
-    card = f"# {technique}, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
-    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
-    logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 
 # ---- the script ----------------------------------------------------------------------------------

@@ -1406,7 +1406,7 @@ def model_card(run: Run) -> str:
     if modify_llm.is_plain(technique):
         load = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers']
         library = "transformers"
-    elif TECHNIQUES[technique].save is modify_llm.save_state:  # a format of ours alone
+    elif TECHNIQUES[technique].layout == "state":  # a format of ours alone
         load, library = [], ""
     settings = [*OPTIMISATION_FLAGS, "batch_size", "max_length", *TECHNIQUES[technique].flags]
     chosen = vars(args) | run.model.modification

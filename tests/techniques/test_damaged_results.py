@@ -143,11 +143,11 @@ DAMAGED_SETTINGS = "its settings are damaged"
 @pytest.mark.parametrize(
     ("file", "key", "value", "said"),
     [
-        *(("modification.json", "lora_rank", v, "lora_rank") for v in ([1], {}, "x", None, 3.5)),
+        *(("modification.json", "lora_rank", v, "lora_rank") for v in ([1, 2], {}, "x", None, 3.5)),
         *(
             ("modification.json", key, v, key)
             for key in ("lora_target_modules", "trainable_modules")
-            for v in ([1], 5)
+            for v in (["no_such"], 5)
         ),
         ("adapter_config.json", "r", "x", "lora_rank"),
         *(
@@ -164,8 +164,7 @@ def test_settings_of_another_type_are_refused_in_one_line_that_says_where(
         (tmp_path / "modification.json").unlink()
     settings = modify_llm.read_json(tmp_path / file)
     modify_llm.write_json(tmp_path / file, settings | {key: value})
-    where = f"{tmp_path}: " if said == DAMAGED_SETTINGS else f"{tmp_path / file}: --"
-    with pytest.raises(ValueError, match=f"^{re.escape(where + said)}") as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path))}.*{said}") as error:
         load_trained(tmp_path, base)
     assert "\n" not in str(error.value)
 

@@ -31,7 +31,7 @@ def test_a_run_is_repeated_to_the_bit_from_its_run_json(finished, tmp_path):
     [
         ("c.yaml", "epochs: 1\nreport_to: [a\nlora_rank: 2\n", "line 3: expected ',' or ']'"),
         ("c.json", '{"epochs": 1,\n}', "Expecting property name enclosed in double quotes: line 2"),
-        ("c.json", '{"epochs": 0}', "epochs: "),
+        ("c.json", '{"epochs": 0}', "--epochs: "),
     ],
 )
 def test_a_file_of_flags_that_cannot_be_read_is_told_by_line_or_flag(tmp_path, name, text, said):
@@ -55,7 +55,7 @@ def test_the_command_line_stands_above_a_yaml_file_of_flags(flags, tmp_path):
     ("content", "told"),
     [
         ('{"lerning_rate": 1}', "lerning_rate: no such flag; did you mean learning_rate?"),
-        ('{"lora_rank": 0}', "lora_rank: '0': expected int >= 1"),
+        ('{"lora_rank": 0}', "--lora_rank: invalid int >= 1"),
         ("[1, 2]", "flags.json"),
         ("{", "flags.json"),
     ],
