@@ -4,10 +4,25 @@
     python train_llm.py --dataset_path alpaca_data.json --output_dir ./outputs
     python train_llm.py --dataset_path alpaca_data.json --resume_from auto
     python train_llm.py --adapter_path outputs/best --prompt "Name a colour."
+    python train_llm.py --dataset_path alpaca_data.json --compare
     torchrun --nproc_per_node=2 train_llm.py --dataset_path alpaca_data.json
 
 There is one loop for all techniques (`train`): a technique only decides which parameters train.
-A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_step.
+A batch's way: the loader's padded rows -> loss_inputs -> SummedLoss -> train_step. The rooms, of
+which the first six are the heart:
+
+    the loss                   SummedLoss, ChunkedCrossEntropy, loss_inputs
+    attention                  causal_attention
+    the step                   train_step, make_optimizer
+    the schedule               learning_rate_at
+    the loop                   train
+    evaluation                 evaluate, run_evaluation
+    a run                      train_model: from flags that are in range to final/
+    what a run writes          run.json, metrics.jsonl, best/, final/, whole or not at all
+    checkpoints and resuming   save_checkpoint, resume
+    answers                    prompt_ids, generate_answers
+    comparing techniques       compare
+    the machine, flags, the script
 """
 
 from __future__ import annotations
@@ -17,7 +32,7 @@ import ctypes
 import difflib
 import errno
 import hashlib
-import importlib.util
+import importlib
 import itertools
 import json
 import logging
@@ -41,12 +56,14 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta
 from functools import partial
+from importlib.util import find_spec
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import filelock
+import pandas as pd
 import torch
 import torch.distributed as dist
 import transformers
@@ -72,6 +89,9 @@ from transformers.utils.logging import (
     enable_progress_bar,
     is_progress_bar_enabled,
 )
+
+if __name__ == "__main__":  # `python -I` and PYTHONSAFEPATH leave a script's directory out
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import data_pipeline
 import modify_llm
@@ -99,6 +119,7 @@ from modify_llm import (
     trained_settings,
 )
 
+Args = argparse.Namespace  # all flags, by name
 logger = logging.getLogger(__name__)
 table = logging.getLogger("table")  # lines without a prefix
 
@@ -408,7 +429,7 @@ def refuse_non_finite(loss: float, grad_norm: float, step: int, fp16: bool) -> N
             raise RuntimeError(f"the {name} is {value} at step {step}: {advice}")
 
 
-def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.optim.AdamW:
+def make_optimizer(model: GPT2LMHeadModel, args: Args) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; no decay on biases, LayerNorms and other 1-D ones, nor
     on prefixes, as in Li & Liang's code: over a long run it would undo them. LoRA's B may learn at
     a multiple of A's rate (LoRA+, Hayou et al., 2024)."""
@@ -430,7 +451,7 @@ def make_optimizer(model: GPT2LMHeadModel, args: argparse.Namespace) -> torch.op
 # ---- the schedule --------------------------------------------------------------------------------
 
 
-def learning_rate_at(step: int, total: int, args: argparse.Namespace) -> float:
+def learning_rate_at(step: int, total: int, args: Args) -> float:
     """The rate of optimizer step `step`, counted from 1 to `total`.
 
     Warm-up: peak x step / warmup_steps; the peak is step warmup_steps, or the first without a
@@ -500,7 +521,10 @@ def train(run: Run) -> None:
 
         last, interval = state.step >= run.total_steps, args.eval_interval
         if state.step % args.log_interval == 0 or last:
-            speed = runtime.sum_over_ranks(tokens)[0] / (time.perf_counter() - clock)
+            elapsed = time.perf_counter() - clock
+            state.seconds += elapsed
+            state.peak_memory_gb = max(state.peak_memory_gb, peak_memory(runtime))
+            speed = runtime.sum_over_ranks(tokens)[0] / elapsed
             loss = log_training(run, rate, norm, speed)
             bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tok/s")
             clock, tokens = time.perf_counter(), 0
@@ -536,7 +560,7 @@ def log_training(run: Run, rate: float, norm: float, speed: float) -> float:
     row |= {"loss": loss, "perplexity": perplexity(loss)}
     row |= {"lr": rate, "grad_norm": norm, "tokens_per_second": speed}
     if run.runtime.device.type == "cuda":
-        row["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        row["peak_memory_gb"] = peak_memory(run.runtime)
     write_metrics(run, row)
     table.info(
         "%s | Loss: %.4f | PPL: %.2f | LR: %.2e | Grad: %.3f | %s tok/s",
@@ -584,7 +608,7 @@ def perplexity(loss: float) -> float:
 
 def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
     """Evaluates, logs and counts towards early stopping. Stays due where a signal breaks it off."""
-    state, loss = run.progress, 0.0
+    state, patience = run.progress, run.args.early_stopping_patience
     if run.eval_loader:
         stop = run.stop_evaluating
         loss, tokens, accuracy = evaluate(summed_loss, run.eval_loader, run.runtime, stop)
@@ -610,15 +634,16 @@ def run_evaluation(run: Run, summed_loss: SummedLoss) -> None:
         state.best_loss, state.best_step, state.evaluations_without_gain = loss, state.step, 0
     else:
         state.evaluations_without_gain += 1
-        patience = run.args.early_stopping_patience
-        state.stopped_early = bool(patience) and state.evaluations_without_gain >= patience
+        state.stopped_early = 0 < patience <= state.evaluations_without_gain
     worse = state.first_loss is not None and before <= state.first_loss < loss
     if worse or state.evaluations_without_gain == 2:
-        trouble = (
-            "is above that before the first step" if worse else "has not fallen for two evaluations"
+        logger.warning(
+            "The held-out loss %s: try a lower --learning_rate or fewer --epochs%s",
+            "is above that before the first step"
+            if worse
+            else "has not fallen for two evaluations",
+            "; best/ holds the best so far" if run.has_gained() else "",
         )
-        advice = "try a lower --learning_rate or fewer --epochs; best/ holds the best so far"
-        logger.warning("The held-out loss %s: %s", trouble, advice)
 
 
 def keep_best(run: Run) -> None:
@@ -636,14 +661,10 @@ def show_samples(run: Run) -> None:
     count = max(args.num_samples, args.eval_answers)
     prompts, references = held_out_prompts(run.eval_rows, count, tokenizer)
     answers = generate_answers(prompts, run.model, tokenizer, args, run.runtime)
-    samples = []
     for ids, (answer, _) in zip(prompts[: args.num_samples], answers, strict=False):
         asked = as_typed(ids, run.model, tokenizer, args.text_format)
         asked = f"--prompt {shlex.quote(asked)}" if asked else repr(tokenizer.decode(ids))
         logger.info("Sample: %s -> %r", asked, textwrap.shorten(answer, 160, placeholder=" ..."))
-        samples.append(f"**{tokenizer.decode(ids)}** {answer}")
-    if samples:
-        report(run, {"samples": "\n\n".join(samples)}, step)
     if args.eval_answers and prompts:
         scored = slice(args.eval_answers)
         run.scores = score_answers(answers[scored], references[scored], tokenizer)
@@ -651,7 +672,11 @@ def show_samples(run: Run) -> None:
         table.info("%s | %s", run.place(step), scores_line(run.scores))
 
 
-# ---- a run, from flags that are in range to final/ -----------------------------------------------
+# ---- a run, from flags that are in range to final/ ----------------------------------------------
+
+
+class Stopped(Exception):
+    """A signal, the argument, asked for the end; a checkpoint is written."""
 
 
 @dataclass
@@ -668,13 +693,15 @@ class Progress:
     stopped_early: bool = False
     loss_sum: float = 0.0  # since the last line of the log
     target_count: int = 0
+    seconds: float = 0.0  # of training, without evaluations
+    peak_memory_gb: float = 0.0
 
 
 @dataclass
 class Run:
     """The parts of one training run, as `prepare` makes them."""
 
-    args: argparse.Namespace
+    args: Args
     runtime: Runtime
     tokenizer: PreTrainedTokenizerBase
     train_rows: AlpacaDataset
@@ -707,10 +734,6 @@ class Run:
     def steps_per_epoch(self) -> int:
         return self.loader.batch_sampler.steps
 
-    @property
-    def rows_per_step(self) -> int:
-        return self.loader.batch_sampler.global_size
-
     def epoch_of(self, step: int) -> int:
         return max(0, step - 1) // self.steps_per_epoch
 
@@ -718,6 +741,11 @@ class Run:
         """A step of the run as the log names it: by its epoch, and the step of this epoch."""
         steps, epoch = self.steps_per_epoch, self.epoch_of(step)
         return f"Epoch {epoch} | Step {step - epoch * steps:{max(4, len(str(steps)))}}/{steps}"
+
+    def has_gained(self) -> bool:
+        """Whether an evaluation was better than that before the first step."""
+        best, first = self.progress.best_loss, self.progress.first_loss
+        return best is not None and (first is None or best < first)
 
     def told_to_stop(self) -> bool:
         """A single process at any moment; several after a step, when all have heard of it."""
@@ -730,11 +758,7 @@ class Run:
         return self.told_to_stop()
 
 
-class Stopped(Exception):
-    """A signal, the argument, asked for the end; a checkpoint is written."""
-
-
-def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
+def train_model(args: Args, runtime: Runtime) -> None:
     """One training run, from flags that are in range to final/.
 
     Raises ValueError or OSError for bad input, with nothing written; RuntimeError for a failure
@@ -742,17 +766,18 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
     """
     started = time.perf_counter()
     with ExitStack() as closing:
-        claim_directory(args, runtime, closing)
+        if Path(args.output_dir).exists():  # nobody else may change what is read there
+            claim_directory(args, runtime, closing)
         if runtime.world_size > 1:
             dist.barrier()
         run = prepare(args, runtime)
         at_hand = (args, runtime, run.model, run.tokenizer)
         if finished(run):
             logger.info("The run in %s is finished; nothing to do", run.output_dir)
-            if runtime.rank == 0:
-                write_extras(run)
+            write_extras(run)
             answer_prompts(*at_hand)
             return
+        claim_directory(args, runtime, closing)
         try:
             start_records(run, closing)
             if args.from_scratch:
@@ -767,9 +792,10 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
             signals.close()  # all is written: a signal ends the answers at once
             answer_prompts(*at_hand)
         except Stopped as stopped:
-            name, hint = signal.Signals(*stopped.args).name, "; --resume_from auto goes on"
-            hint = "" if args.demo else hint
-            logger.info("Stopped by %s at step %d%s", name, run.progress.step, hint)
+            name, step = signal.Signals(*stopped.args).name, run.progress.step
+            again = shlex.join(["--resume_from", "auto", "--output_dir", args.output_dir])
+            hint = "" if args.demo else f"; to go on: python train_llm.py {again}"
+            logger.info("Stopped by %s at step %d%s", name, step, hint)
             raise
         except (ValueError, OSError, SafetensorError) as error:  # not the input's fault any more
             if isinstance(error, ConnectionError):  # of a dead worker: PyTorch's signal names it
@@ -777,18 +803,14 @@ def train_model(args: argparse.Namespace, runtime: Runtime) -> None:
             raise RuntimeError(error) from error
 
 
-def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
+def prepare(args: Args, runtime: Runtime) -> Run:
     """Everything that can be found wrong before the first step, in memory: nothing is written.
 
     Raises ValueError.
     """
-    with one_first(runtime):
-        if not (args.adapter_path or args.from_scratch):
-            modify_llm.locate(args.model_name_or_path)  # out of reach: told before rows are read
-        tokenizer = tokenizer_for(args)
-        for flag in ("dataset_path", "eval_dataset_path") if runtime.world_size > 1 else ():
-            if path := getattr(args, flag):
-                data_pipeline.dataset_files(path, flag)
+    if not (args.adapter_path or args.from_scratch):
+        modify_llm.locate(args.model_name_or_path)  # out of reach: told before rows are read
+    tokenizer = tokenizer_for(args)
     train_rows, eval_rows = load_rows(args, tokenizer)
     logger.info("🔧 Using device: %s", runtime.device)
     model, counts = make_model(args, runtime, tokenizer)
@@ -806,9 +828,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
         total_steps=args.max_steps or args.epochs * loader.batch_sampler.steps,
     )  # fmt: skip
     logger.info("🔢 Training batches: %s", f"{run.steps_per_epoch:,}")
-    for prompt in read_prompts(args):  # raises for one that cannot be put, before the run
-        prompt_ids(prompt, model, tokenizer, args.text_format)
-    refuse_to_overwrite_inputs(run)
+    check_prompts(args, model, tokenizer)
     torch.manual_seed(args.seed + runtime.rank)
     if args.resume_from:
         resume(run)
@@ -823,7 +843,7 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
     return run
 
 
-def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+def tokenizer_for(args: Args) -> PreTrainedTokenizerBase:
     """The tokenizer of the flags, else the model's own; random weights have GPT-2's."""
     if args.tokenizer_name_or_path:
         return load_tokenizer(args.tokenizer_name_or_path)
@@ -833,11 +853,8 @@ def tokenizer_for(args: argparse.Namespace) -> PreTrainedTokenizerBase:
     return model_tokenizer(base, args.adapter_path)
 
 
-FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
-
-
 def load_rows(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+    args: Args, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
 
@@ -855,7 +872,7 @@ def load_rows(
 
     if args.eval_dataset_path:
         held_out = labelled("eval_dataset_path")
-        train = held_out if args.eval_only else labelled("dataset_path")
+        train = labelled("dataset_path") if args.dataset_path else held_out.first(0)
     else:
         train, held_out = labelled("dataset_path").split(args.eval_fraction, args.seed)
     if not len(held_out if args.eval_only else train):
@@ -866,32 +883,38 @@ def load_rows(
         share = args.eval_fraction / (1 - args.eval_fraction)
         limit = max(1, round(args.max_samples * share))
     if args.early_stopping_patience and not len(held_out):
-        needs = f"needs held-out rows, --eval_fraction {args.eval_fraction} leaves none"
-        raise ValueError(f"--early_stopping_patience: {needs}")
+        raise ValueError(
+            f"--early_stopping_patience: needs held-out rows, --eval_fraction {args.eval_fraction} "
+            "leaves none"
+        )
     held_out = held_out.first(limit)
     if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
         logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
+    if args.eval_answers > len(held_out):
+        logger.warning("--eval_answers %d: %d rows are held out", args.eval_answers, len(held_out))
     train = train.first(args.max_samples)
-    if not args.eval_only and (shared := data_pipeline.rows_in_common(held_out, train)):
+    if shared := data_pipeline.rows_in_common(held_out, train):
         logger.warning("%d of %d held-out rows are also trained on", shared, len(held_out))
     return train, held_out
 
 
+FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
+
+
 def make_loader(
-    rows: AlpacaDataset, args: argparse.Namespace, runtime: Runtime,
-    tokenizer: PreTrainedTokenizerBase, **options: Any,
+    rows: AlpacaDataset, args: Args, runtime: Runtime, tokenizer: PreTrainedTokenizerBase,
+    **options: Any,
 ) -> DataLoader:  # fmt: skip
     """This process's micro-batches, each of rows of about one length."""
     return final_dataset_loader(
         rows, tokenizer=tokenizer, padding="longest", group_by_length=True, seed=args.seed,
-        max_length=args.max_length,
-        batch_size=args.batch_size, num_workers=args.num_workers, rank=runtime.rank,
-        world_size=runtime.world_size, **options,
+        max_length=args.max_length, batch_size=args.batch_size, num_workers=args.num_workers,
+        rank=runtime.rank, world_size=runtime.world_size, **options,
     )  # fmt: skip
 
 
 def make_model(
-    args: argparse.Namespace, runtime: Runtime, tokenizer: PreTrainedTokenizerBase
+    args: Args, runtime: Runtime, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[GPT2LMHeadModel, tuple[int, int]]:
     """(the model as it trains, on the device; its parameters and those that train)"""
     model = build_model(args)
@@ -910,7 +933,7 @@ def make_model(
     return model, counts
 
 
-def build_model(args: argparse.Namespace) -> GPT2LMHeadModel:
+def build_model(args: Args) -> GPT2LMHeadModel:
     """The model to train: the base with the technique, or what --adapter_path holds."""
     torch.manual_seed(args.seed)
     base = Path(args.output_dir, "base")
@@ -920,7 +943,8 @@ def build_model(args: argparse.Namespace) -> GPT2LMHeadModel:
         model = final_modify(args, from_scratch=False, model_name_or_path=str(base))
     else:
         model = final_modify(args)
-    model.modification |= {"text_format": args.text_format, "max_length": args.max_length}
+    split = {"seed": args.seed, "eval_fraction": args.eval_fraction}
+    model.modification |= {"text_format": args.text_format, "max_length": args.max_length} | split
     return model
 
 
@@ -937,13 +961,14 @@ def check_fits(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, lengt
         raise ValueError(
             f"--max_length {length}{prefix}: the model has {config.n_positions} positions"
         )
-    ids = 1 + max(tokenizer.get_vocab().values())
-    if ids > config.vocab_size:
-        embeddings = f"the model has embeddings for {config.vocab_size}"
-        raise ValueError(f"--tokenizer_name_or_path: {ids} token ids, {embeddings}")
+    if (ids := 1 + max(tokenizer.get_vocab().values())) > config.vocab_size:
+        raise ValueError(
+            f"--tokenizer_name_or_path: {ids} token ids, the model has embeddings for "
+            f"{config.vocab_size}"
+        )
 
 
-def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Runtime) -> None:
+def prepare_model(model: GPT2LMHeadModel, args: Args, runtime: Runtime) -> None:
     """To the device: what is frozen in the runtime's precision, to which autocast would bring it;
     all that trains, and LayerNorms, in fp32."""
     for module in model.modules():
@@ -955,6 +980,7 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
             copied = runtime.dtype != torch.float32
             parameter.data = parameter.data.to(runtime.device, dtype, copy=copied)
     model.to(runtime.device)
+    model.config.pad_token_id = None  # or transformers warns of padding after an answer's end
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, in one kernel
             block.mlp.act = nn.GELU(approximate="tanh")
@@ -963,53 +989,23 @@ def prepare_model(model: GPT2LMHeadModel, args: argparse.Namespace, runtime: Run
     model.train()
 
 
-def refuse_to_overwrite_inputs(run: Run) -> None:
-    """Raises ValueError where --overwrite_output_dir would remove what this run reads."""
-    args = run.args
-    written = [path.resolve() for path in written_by_a_run(run.output_dir)]
-    inputs = (args.adapter_path, run.model.base_path, args.dataset_path, args.eval_dataset_path)
-    inputs += (args.prompts_file,)
-    for used in filter(None, inputs if args.overwrite_output_dir else ()):
-        if any(Path(used).resolve().is_relative_to(path) for path in written):
-            needed = f"would remove {used}, which this run needs"
-            raise ValueError(f"--overwrite_output_dir: {needed}")
-
-
 def summary(run: Run) -> str:
     """What is about to happen, in a few lines."""
-    args, runtime, rows = run.args, run.runtime, run.train_rows
-    total, trainable = run.counts
-    tokens, labels = int(rows.lengths.sum()), int(rows.label_counts.sum())
-    batch = f"{args.batch_size} x {args.gradient_accumulation_steps} x {runtime.world_size}"
-    rate = f"{args.scheduler} from {args.learning_rate:g}, warm-up {args.warmup_steps:,}"
-    name, dtype = run.model.base_name or "random weights", str(runtime.dtype)
-    technique = run.model.modification["modification_type"]
-    lines = {
-        "Device": f"{runtime.device}, {dtype.removeprefix('torch.')}, "
-        f"processes: {runtime.world_size}",
-        "Model": f"{name}, {technique}: {trainable / total:.2%} trains",
-        "Rows": f"{len(rows):,} to train on, {len(run.eval_rows):,} held out",
-        "Tokens": f"{tokens:,} an epoch, {labels:,} with a label",
-        "Steps": f"{run.total_steps:,} of {batch} rows; {rate}",
-    }
+    args, runtime, rows, model = run.args, run.runtime, run.train_rows, run.model
+    (total, trainable), technique = run.counts, model.modification["modification_type"]
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    memory = ""
     if runtime.device.type == "cuda":
         free, on_card = torch.cuda.mem_get_info()
-        lines["Memory"] = f"{free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
-        lines |= batch_size_hint(args, tokens / len(rows)) if free > on_card / 2 else {}
-    return "\n".join(f"   {title + ':':<8} {line}" for title, line in lines.items())
-
-
-GPU_TOKENS = 4000  # a micro-batch; with far fewer, a GPU waits for the launches of its kernels
-
-
-def batch_size_hint(args: argparse.Namespace, tokens_per_row: float) -> dict[str, str]:
-    """A line where a micro-batch is so small that a GPU waits for launches most of the time."""
-    tokens = args.batch_size * tokens_per_row
-    if tokens >= GPU_TOKENS:
-        return {}
-    size = args.batch_size * 2 ** math.ceil(math.log2(GPU_TOKENS / tokens))
-    try_it = f"--batch_size {size}, with fewer --gradient_accumulation_steps for the same steps"
-    return {"Hint": f"{tokens:,.0f} tokens a micro-batch leave a GPU waiting; try {try_it}"}
+        memory = f"\n   Memory:  {free / 1e9:.1f} of the card's {on_card / 1e9:.1f} GB are free"
+    return f"""\
+   Device:  {runtime.device}, {dtype}, processes: {runtime.world_size}
+   Model:   {model.base_name or "random weights"}, {technique}: {trainable / total:.2%} trains
+   Rows:    {len(rows):,} to train on, {len(run.eval_rows):,} held out
+   Tokens:  {rows.lengths.sum():,} an epoch, {rows.label_counts.sum():,} with a label
+   Steps:   {run.total_steps:,} of {args.batch_size} x {args.gradient_accumulation_steps} x \
+{runtime.world_size} rows; {args.scheduler} from {args.learning_rate:g}, warm-up \
+{args.warmup_steps:,}{memory}"""
 
 
 # Each asks for a checkpoint and the end; terminals, `timeout`, SLURM and torchrun send them.
@@ -1044,7 +1040,7 @@ def catch_signals(run: Run, closing: ExitStack) -> None:
 
 def finish(run: Run, started: float) -> None:
     """final/, then the curves, the predictions and the closing words. Raises Stopped."""
-    state, output_dir = run.progress, run.output_dir
+    args, state, output_dir = run.args, run.progress, run.output_dir
     if run.runtime.rank != 0:
         return
     write_model(run, "final")
@@ -1054,37 +1050,34 @@ def finish(run: Run, started: float) -> None:
         after, best = perplexity(state.last_loss), perplexity(state.best_loss)
         words = "Held-out perplexity: %s%.2f after %d steps, best %.2f at step %d"
         table.info(words, before, after, state.step, best, state.best_step)
+        if not run.has_gained():
+            table.info("No evaluation was better than that before the first step: best/ is worse")
     if run.scores:
         table.info(scores_line(run.scores))
-    if run.runtime.device.type == "cuda":
-        table.info("Peak GPU memory: %.2f GB", torch.cuda.max_memory_allocated() / 1e9)
-    minutes, seconds = divmod(round(time.perf_counter() - started), 60)
-    table.info("Time: %d min %02d s", minutes, seconds)
-    if run.args.demo and run.args.from_scratch:  # the first part's directory is a temporary one
+    table.info("Time: %d min %02d s", *divmod(round(time.perf_counter() - started), 60))
+    if args.demo and args.from_scratch:  # the first part's directory is a temporary one
         return
-    names = ["best", "final", "metrics.jsonl", *EXTRAS]
-    written = [name for name in names if (output_dir / name).exists()]
-    table.info("Written to %s: %s", output_dir, ", ".join(written))
-    best_is_there = step_of(output_dir / "best") == state.best_step
-    use = shlex.quote(str(output_dir / ("best" if best_is_there else "final")))
-    prompt, text_format = '"..."', run.args.text_format
-    if "||" in text_format and len(fields := prompt_columns(text_format)) > 1:
+    use, fields = output_dir / "best", prompt_columns(args.text_format)
+    if step_of(use) != state.best_step:
+        use = output_dir / "final"
+    prompt = '"..."'
+    if len(fields) > 1:
         prompt = shlex.quote(json.dumps(dict.fromkeys(fields, "...")))
-    table.info("Try it: python train_llm.py --adapter_path %s --prompt %s", use, prompt)
+    words = "Written to %s. Try it: python train_llm.py --adapter_path %s --prompt %s"
+    table.info(words, output_dir, shlex.quote(str(use)), prompt)
 
 
 # ---- what a run writes ---------------------------------------------------------------------------
+
+
 STAGED = re.compile(r"\.(?P<state>new|old)_(?P<name>best|final|base)_[0-9a-f]{8}")
-STEP = re.compile(r"step_\d+")
-LOG = re.compile(r"training_\d{8}_\d{6}\.log")
-# The parts of AdamW's state, by PyTorch's names.
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+STEP, LOG = re.compile(r"step_\d+"), re.compile(r"training_\d{8}_\d{6}\.log")
 # What a file system says that has no locks, or cannot sync a directory
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 CARD = "README.md"  # not under the checksums: whoever publishes a model edits it
 
 
-def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitStack) -> None:
+def claim_directory(args: Args, runtime: Runtime, closing: ExitStack) -> None:
     """Makes and locks the output directory until `closing` closes, and puts right what a crash
     left there. Raises ValueError for one that is not to be had."""
     if runtime.rank != 0:
@@ -1098,85 +1091,68 @@ def claim_directory(args: argparse.Namespace, runtime: Runtime, closing: ExitSta
         lock.acquire(timeout=10)  # a killed run's DataLoader workers hold it for seconds
         closing.callback(lock.release)
     except filelock.Timeout:
-        stale = f"if none is (a run killed on another host), remove {lock.lock_file}"
-        raise ValueError(f"--output_dir {output_dir}: another run writes there; {stale}") from None
+        raise ValueError(
+            f"--output_dir {output_dir}: another run writes there; if none is (a run killed on "
+            f"another host), remove {lock.lock_file}"
+        ) from None
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOSYS) not in UNSUPPORTED:
-            unwritable = f"cannot be written to: {error.strerror}"
-            raise ValueError(f"--output_dir {output_dir}: {unwritable}") from None
-        unguarded = "its file system has no locks: see that no second run writes there"
-        logger.warning("--output_dir %s: %s", output_dir, unguarded)
+            reason = getattr(error, "strerror", error)
+            raise ValueError(f"--output_dir {output_dir}: cannot be written to: {reason}") from None
+        logger.warning("--output_dir %s: no locks there: see that no second run does", output_dir)
     refuse_used_directory(args)  # another run may have come and gone meanwhile
-    recover_and_clean(output_dir)
+    for path in [*output_dir.glob("checkpoints/.new_step_*"), *output_dir.glob("*.json*.new")]:
+        path.unlink()
+    recover_directories(output_dir)
 
 
-def refuse_used_directory(args: argparse.Namespace) -> None:
-    """A run is never written over by accident, nor continued in the directory of another one, and
-    only what a run wrote is ever removed."""
-    output_dir = Path(args.output_dir)
+def refuse_used_directory(args: Args) -> None:
+    """A run is never written over by accident, nor continued in the directory of another one; only
+    what a run wrote is ever removed, and nothing that this one needs. Raises ValueError."""
+    output_dir, overwrite = Path(args.output_dir), args.overwrite_output_dir
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir}: is a file")
-    used = [path for name in outputs(args) if os.path.lexists(path := output_dir / name)]
     if args.resume_from and resumed_run(args)[0].resolve() == output_dir.resolve():
         return
-    if not args.overwrite_output_dir and used:
-        ways_out = "--resume_from auto, or --overwrite_output_dir"
-        raise ValueError(f"--output_dir {output_dir}: holds a run, {used[0].name}; {ways_out}")
-    if foreign := [path for path in used if path not in written_by_a_run(output_dir)]:
-        unknown = "no run.json beside it says that a run wrote it; remove or move it yourself"
-        raise ValueError(f"--overwrite_output_dir: {foreign[0]}: {unknown}")
+    used = [path for name in outputs(args) if os.path.lexists(path := output_dir / name)]
+    if used and not overwrite:
+        raise ValueError(
+            f"--output_dir {output_dir}: holds a run, {used[0].name}; --resume_from auto, or "
+            "--overwrite_output_dir"
+        )
+    written = written_by_a_run(output_dir) if overwrite else []
+    if foreign := [path for path in used if path not in written]:
+        raise ValueError(
+            f"--overwrite_output_dir: {foreign[0]}: no run.json beside it says that a run wrote "
+            "it; remove or move it yourself"
+        )
+    for needed in filter(None, (getattr(args, name) for name in PATH_FLAGS)):
+        if any(Path(needed).resolve().is_relative_to(path.resolve()) for path in written):
+            raise ValueError(f"--overwrite_output_dir: would remove {needed}, which this run needs")
 
 
-def outputs(args: argparse.Namespace) -> list[str]:
+def outputs(args: Args) -> list[str]:
     """The names of all that a run with these flags writes into its directory, but its logs."""
-    optional = {
-        "base": args.from_scratch or args.demo,
-        "tensorboard": "tensorboard" in args.report_to,
-    }
     names = ["checkpoints", "best", "final", "metrics.jsonl", *EXTRAS, "run.json"]
-    return [name for name, written in optional.items() if written] + names
-
-
-def recover_and_clean(output_dir: Path) -> None:
-    """After a crash: puts back what was moved away for a replacement that never came, removes what
-    was half-written."""
-    for path in [*output_dir.glob("checkpoints/.new_step_*"), *output_dir.glob("*.new")]:
-        path.unlink()
-    for path in output_dir.glob(".*"):
-        staged = STAGED.fullmatch(path.name)
-        if not staged:
-            continue
-        replaced = path.with_name(staged["name"])
-        if staged["state"] == "old" and not is_whole(replaced) and is_whole(path):
-            shutil.rmtree(replaced, ignore_errors=True)
-            path.rename(replaced)
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def is_whole(directory: Path) -> bool:
-    """Whether all that a run wrote into a directory is there, by its checksums."""
-    try:
-        modify_llm.verify_directory(directory)
-    except (ValueError, OSError):
-        return False
-    return True
+    names += ["base"] if args.from_scratch else []
+    return [name for name in args.report_to if name == "tensorboard"] + names
 
 
 def written_by_a_run(output_dir: Path) -> list[Path]:
     """What is there of the things that a run wrote into a directory, as its run.json says."""
-    everything = argparse.Namespace(from_scratch=True, demo=True, report_to=["tensorboard"])
-    known, paths = outputs(everything), []
+    known = outputs(Args(from_scratch=True, report_to=["tensorboard"]))
     with suppress(ValueError, TypeError):
-        for name in modify_llm.read_json(output_dir / "run.json").get("written", []):
-            if name in known or LOG.fullmatch(name):  # a file may not choose what is removed
-                paths.append(output_dir / name)
-    return list(filter(os.path.lexists, paths))
+        names = modify_llm.read_json(output_dir / "run.json").get("written", [])
+        # A file may not choose what is removed.
+        names = [name for name in names if name in known or LOG.fullmatch(name)]
+        return [path for name in names if os.path.lexists(path := output_dir / name)]
+    return []
 
 
 def clear_directory(output_dir: Path) -> None:
     """Removes what a run wrote, and nothing else: of a link the link alone."""
     written = written_by_a_run(output_dir)
-    for path in written:  # run.json, which says so, last
+    for path in sorted(written, key=lambda path: path.name == "run.json"):  # it says so, so last
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -1209,6 +1185,27 @@ def whole_directory(output_dir: Path, name: str) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)  # on NFS a file that is still read stays for a while
 
 
+def recover_directories(output_dir: Path) -> None:
+    """After a crash: puts back what was moved away for a replacement that never came, removes what
+    was half-written."""
+    for path in output_dir.glob(".*"):
+        if staged := STAGED.fullmatch(path.name):
+            replaced = path.with_name(staged["name"])
+            if staged["state"] == "old" and not is_whole(replaced) and is_whole(path):
+                shutil.rmtree(replaced, ignore_errors=True)
+                path.rename(replaced)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether all that a run wrote into a directory is there, by its checksums."""
+    try:
+        modify_llm.verify_directory(directory)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def sync(path: Path) -> None:
     """Waits until a file or directory is on the disk, where its file system can."""
     if path.is_dir() and os.name == "nt":  # Windows cannot sync a directory
@@ -1224,6 +1221,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_at_once(path: Path, text: str) -> None:
+    """Replaces a file as a whole: on a full disk, or after a kill, the one before stays."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
+
+
 def attempt(what: str, work: Callable[..., object], *args: object) -> bool:
     """Does what a run can do without: where it fails, a warning says so and the run goes on."""
     try:
@@ -1235,9 +1239,10 @@ def attempt(what: str, work: Callable[..., object], *args: object) -> bool:
 
 
 def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
-    """Adds a function to run.trackers that takes numbers and texts by name, and their step. A run
-    that is resumed goes on in the tracker's same run; one that fails says so there."""
-    settings = public_settings(run.args)
+    """Adds a function to run.trackers that takes numbers by name, and their step. A run that is
+    resumed goes on in the tracker's same run; one that fails says so there."""
+    settings, reported = public_settings(run.args), run.reported_step
+    run_id = run.tracker_runs.setdefault(name, uuid.uuid4().hex[:8])
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1245,106 +1250,92 @@ def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
         closing.callback(attempt, name, writer.close)
         writer.add_text("settings", f"```\n{yaml.safe_dump(settings)}```")
 
-        def log(values: dict[str, float | str], step: int) -> None:
+        def log(values: dict[str, float], step: int) -> None:
             for key, value in values.items():
-                add = writer.add_text if isinstance(value, str) else writer.add_scalar
-                add(key, value, step)
+                writer.add_scalar(key, value, step)
 
     else:
         tracker = importlib.import_module(name)  # trackio is called as wandb is
-        project = os.environ.get(f"{name.upper()}_PROJECT", "train_llm")
-        run_id = run.tracker_runs.setdefault(name, uuid.uuid4().hex[:8])
-        storable = {k: v if isinstance(v, float | str) else str(v) for k, v in settings.items()}
-        same_run = {"id" if name == "wandb" else "name": run_id, "resume": "allow"}
-        tracker.init(project=project, config=storable, **same_run)
+        tracker.init(
+            project=os.environ.get(f"{name.upper()}_PROJECT", "train_llm"), resume="allow",
+            config={key: str(value) for key, value in settings.items()},  # what all can store
+            **{"id" if name == "wandb" else "name": run_id},
+        )  # fmt: skip
 
         def end(kind: type | None, *_: object) -> None:
             failed = {"exit_code": int(kind not in (None, Stopped))} if name == "wandb" else {}
             attempt(name, partial(tracker.finish, **failed))
 
-        closing.push(end)
-        reported = run.reported_step  # by an earlier start: steps never go back
-
-        def log(values: dict[str, float | str], step: int) -> None:
-            if step > reported:
+        def log(values: dict[str, float], step: int) -> None:
+            if step > reported:  # by an earlier start: steps never go back
                 tracker.log(values, step=step)
 
+        closing.push(end)
     run.trackers[name] = log
 
 
-def public_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings as they are written down: of a URL neither user, password nor query, which may
-    be secrets."""
-    settings = dict(vars(args))
-    for name in PATH_FLAGS:
-        if data_pipeline.is_url(settings[name] or ""):
-            parts = urlsplit(settings[name])
-            settings[name] = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    return settings
-
-
-def report(run: Run, values: dict[str, float | str], step: int) -> None:
+def report(run: Run, values: dict[str, float], step: int) -> None:
     """To all trackers; one that fails is left out from there on."""
     for name, log in list(run.trackers.items()):
         if not attempt(f"--report_to {name}", log, values, step):
             del run.trackers[name]
 
 
+def public_settings(args: Args) -> dict[str, Any]:
+    """The settings as they are written down: of a URL neither user, password nor query, which may
+    be secrets."""
+    settings = dict(vars(args))
+    for name in PATH_FLAGS:
+        if data_pipeline.is_url(str(settings[name])):
+            parts = urlsplit(settings[name])
+            settings[name] = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return settings
+
+
 def start_records(run: Run, closing: ExitStack) -> None:
     """Clears what --overwrite_output_dir says to clear; then run.json, metrics.jsonl and the log
     file begin."""
-    args, output_dir, runtime = run.args, run.output_dir, run.runtime
-    if runtime.rank != 0:
+    args, output_dir, state = run.args, run.output_dir, run.progress
+    if run.runtime.rank != 0:
         return
     if args.overwrite_output_dir:
         clear_directory(output_dir)
-    resumed = run.progress if run.resumed_from is not None else None
-    if resumed:
-        for name in EXTRAS:  # an earlier end's, of a run that goes on
-            (output_dir / name).unlink(missing_ok=True)
-        for path in checkpoints(output_dir):
-            if checkpoint_step(path) > resumed.step:  # of the way that is left
-                logger.info("%s is removed: the run goes on from step %d", path, resumed.step)
-                path.unlink()
-    run.reported_step = cut_metrics(output_dir / "metrics.jsonl", resumed)
+    for name in EXTRAS:  # an earlier end's, of a run that goes on
+        (output_dir / name).unlink(missing_ok=True)
+    for path in checkpoints(output_dir):
+        if step_number(path) > state.step:  # of the way that is left
+            logger.info("%s is removed: the run goes on from step %d", path, state.step)
+            path.unlink()
+    run.reported_step = cut_metrics(output_dir / "metrics.jsonl", state)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     open_log_file(log, closing)
     for name in args.report_to:
         attempt(f"--report_to {name}", start_tracker, run, name, closing)
-    total, trainable = run.counts
     written = [log.name, *(path.name for path in written_by_a_run(output_dir)), *outputs(args)]
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    written += ["base"] if args.demo else []
     write_at_once(output_dir / "run.json", json.dumps({
         "settings": public_settings(args),
-        "versions": {"python": sys.version.split()[0]} | versions,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "python": sys.version,
         "dataset_sha256": run.dataset_hash,
         "held_out_sha256": run.held_out_hash,
-        "parameters": {"total": total, "trainable": trainable},
-        "world_size": runtime.world_size,
-        "device": str(runtime.device),
-        "dtype": str(runtime.dtype),
+        "parameters": dict(zip(("total", "trainable"), run.counts, strict=True)),
+        "circumstances": circumstances(run) | {"device": str(run.runtime.device)},
         "trackers": run.tracker_runs,
         "written": [*dict.fromkeys(written)],
     }, indent=2))  # fmt: skip
 
 
-def write_at_once(path: Path, text: str) -> None:
-    """Replaces a file as a whole: on a full disk, or after a kill, the one before stays."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
-
-
-def cut_metrics(path: Path, progress: Progress | None) -> int:
-    """Drops the rows that a run resumed at `progress` writes again: after its step, and an
-    evaluation still due. Returns the last step that had been there; -1: none."""
+def cut_metrics(path: Path, progress: Progress) -> int:
+    """Drops the rows that a run at `progress` writes again: after its step, and an evaluation
+    still due. Returns the last step that had been there; -1: none."""
     rows, last_step = [], -1
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
             last_step = max(last_step, row["step"])
-            due = progress and progress.evaluation_due and "eval_loss" in row
-            if progress and row["step"] < progress.step + (not due):
+            due = progress.evaluation_due and "eval_loss" in row
+            if row["step"] < progress.step + (not due):
                 rows.append(json.dumps(row) + "\n")
         except (ValueError, KeyError, TypeError):  # such as the half-written last line of a kill
             logger.warning("%s: a damaged line is left out: %.60r", path, line)
@@ -1380,10 +1371,12 @@ def save_scratch_base(run: Run) -> None:
 def write_model(run: Run, name: str) -> None:
     """best/ or final/."""
     run.model.modification["step"] = run.progress.step
+    run.model.modification["dataset_sha256"] = run.dataset_hash
     with whole_directory(run.output_dir, name) as directory:
         save_trained(run.model, directory)
         run.tokenizer.save_pretrained(directory)
-        attempt("the model card", write_card, run, directory)
+        write_card = (directory / CARD).write_text
+        attempt("the model card", lambda: write_card(model_card(run), "utf-8"))
 
 
 def step_of(directory: Path) -> int | None:
@@ -1391,41 +1384,46 @@ def step_of(directory: Path) -> int | None:
     return data_pipeline.read_settings(directory / modify_llm.METADATA).get("step")
 
 
-def write_card(run: Run, directory: Path) -> None:
-    (directory / CARD).write_text(model_card(run), encoding="utf-8")
-
-
 def model_card(run: Run) -> str:
     """README.md for best/ and final/: base, technique, data, settings, results, how to load."""
     args, state, base = run.args, run.progress, run.model.base_name or "base"
     (total, trainable), technique = run.counts, run.model.modification["modification_type"]
     name = f"{Path(base).name} (a local model)" if Path(base).exists() else base
-    library = "peft"
-    load = [f'model = AutoModelForCausalLM.from_pretrained("{"BASE" if name != base else base}")']
-    load += ['model = PeftModel.from_pretrained(model, "DIR")  # peft']
-    if modify_llm.is_plain(technique):
-        load = ['model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers']
-        library = "transformers"
-    elif TECHNIQUES[technique].layout == "state":  # a format of ours alone
-        load, library = [], ""
-    settings = [*OPTIMISATION_FLAGS, "batch_size", "max_length", *TECHNIQUES[technique].flags]
+    load = 'model = AutoModelForCausalLM.from_pretrained("DIR")  # transformers\n'
+    library = "transformers" if modify_llm.is_plain(technique) else "peft"
+    if library == "peft":
+        load = load.replace("DIR", "BASE" if name != base else base)
+        load += 'model = PeftModel.from_pretrained(model, "DIR")  # peft\n'
+    if TECHNIQUES[technique].layout == "state":  # a format of ours alone
+        load = library = ""
     chosen = vars(args) | run.model.modification
+    settings = [*OPTIMISATION_FLAGS, "batch_size", "max_length", *TECHNIQUES[technique].flags]
     losses = [loss for loss in (state.first_loss, state.last_loss) if loss is not None]
     results = " -> ".join(f"{perplexity(loss):.2f}" for loss in losses) or "not evaluated"
-    dataset = f"{len(run.train_rows):,} rows of {Path(args.dataset_path).name}"
-    return modify_llm.card_metadata(base, library) + "\n".join([
-        f"# {technique} on {name}", "",
-        f"- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), "
-        f"{state.step:,} steps",
-        f"- Data: {dataset}, format {args.text_format!r}",
-        f"- Held-out perplexity, {len(run.eval_rows):,} rows: {results}",
-        *([f"- {scores_line(run.scores)}"] if run.scores else []),
-        "", "| setting | value |", "| --- | --- |",
-        *(f"| {setting} | {chosen[setting]} |" for setting in settings),
-        "", "```python", *load,
-        'model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques', "```", "",
-        'In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`', "",
-    ])  # fmt: skip
+    rows = "\n".join(f"| {setting} | {chosen[setting]} |" for setting in settings)
+    dataset = Path(urlsplit(args.dataset_path).path).name
+    return f"""{modify_llm.card_metadata(base, library)}# {technique} on {name}
+
+- Trained: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {state.step:,} steps
+- Data: {len(run.train_rows):,} rows of {dataset}, format {args.text_format!r}
+- Held-out perplexity, {len(run.eval_rows):,} rows: {results}
+{(run.scores and scores_line(run.scores)) or ""}
+A prompt, with its fields in braces:
+
+```
+{prompt_templates(args.text_format)[-1]}
+```
+
+| setting | value |
+| --- | --- |
+{rows}
+
+```python
+{load}model = modify_llm.load_trained("DIR")  # with modify_llm.py, all techniques
+```
+
+In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`
+"""
 
 
 def write_predictions(run: Run) -> None:
@@ -1436,27 +1434,23 @@ def write_predictions(run: Run) -> None:
         return
     settings = (tokenizer, run.args, run.runtime)
     tuned = generate_answers(prompts, run.model, *settings)
-    chosen = argparse.Namespace(
-        from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0
-    )
+    chosen = Args(from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0)
     base = modify_llm.load_base(chosen).requires_grad_(False)
     prepare_model(base, run.args, run.runtime)
     untuned, rows = generate_answers(prompts, base, *settings), []
     for i, (answer, stopped) in enumerate(tuned):
         row = {"prompt": tokenizer.decode(prompts[i]), "reference": tokenizer.decode(references[i])}
         rows.append(row | {"base": untuned[i][0], "tuned": answer, "stopped": stopped})
-    write_rows(run.output_dir / "predictions.jsonl", rows)
+    write_at_once(run.output_dir / "predictions.jsonl", as_lines(rows))
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+def as_lines(rows: list[dict[str, Any]]) -> str:
     """JSON lines."""
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def plot_curves(run: Run) -> None:
     """training_curves.png: loss, perplexity, learning rate and gradient norm over the steps."""
-    import pandas as pd
     from matplotlib.figure import Figure
 
     rows = pd.read_json(run.output_dir / "metrics.jsonl", lines=True).set_index("step")
@@ -1467,8 +1461,8 @@ def plot_curves(run: Run) -> None:
         curves = rows.reindex(columns=[key, f"eval_{key}"])
         raw, held_out = (curves[name].dropna() for name in curves)
         points = 1 if key == "lr" else max(1, len(raw) // 10)  # the rate is exact, not noisy
-        smooth = raw.rolling(points, min_periods=1).mean()
         axes.plot(raw, ".-", color="#4c72b0", alpha=0.3)
+        smooth = raw.rolling(points, min_periods=1).mean()
         axes.plot(smooth, color="#4c72b0", label="training, smoothed")
         if len(held_out):
             axes.plot(held_out, "o-", color="#c44e52", label="held out")
@@ -1488,29 +1482,31 @@ def write_extras(run: Run) -> None:
     for name, write in EXTRAS.items():
         if run.signal:
             raise Stopped(run.signal)
-        if not (run.output_dir / name).exists():
+        if run.runtime.rank == 0 and not (run.output_dir / name).exists():
             attempt(name, write, run)
 
 
 # ---- checkpoints and resuming --------------------------------------------------------------------
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # the parts of AdamW's state, by PyTorch's names
+
 
 def save_checkpoint(run: Run) -> None:
     """checkpoints/step_N, one safetensors file: trainable weights, optimizer and random states; in
     its metadata the progress, and a sum over all. What rotates out is removed."""
-    runtime, step, tensors = run.runtime, run.progress.step, {}
+    runtime, step, kind, tensors = run.runtime, run.progress.step, run.runtime.device.type, {}
     random = {"cpu": torch.get_rng_state()}
-    if (kind := runtime.device.type) != "cpu":
+    if kind != "cpu":
         random[kind] = getattr(torch, kind).get_rng_state()
-    for rank, states in enumerate(gather(random, runtime)):
-        tensors |= {f"random.{kind}.{rank}": state for kind, state in states.items()}
+    gathered = gather(random, runtime)
     if runtime.rank != 0:
         return
+    tensors = {}
+    for rank, states in enumerate(gathered):
+        tensors |= {f"random.{rank}.{kind}": state for kind, state in states.items()}
     for name, parameter in run.trainable.items():
-        moments = run.optimizer.state[parameter]
-        tensors |= {f"{kind}.{name}": t for kind, t in moments.items()} | {
-            f"weight.{name}": parameter
-        }
+        tensors[f"weight.{name}"] = parameter
+        tensors |= {f"{kind}.{name}": t for kind, t in run.optimizer.state[parameter].items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps({
         "progress": asdict(run.progress), "settings": public_settings(run.args),
@@ -1527,9 +1523,9 @@ def save_checkpoint(run: Run) -> None:
         sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
-    others = [path for path in checkpoints(run.output_dir) if checkpoint_step(path) != step]
+    others = [path for path in checkpoints(run.output_dir) if step_number(path) != step]
     for path in others[run.args.save_total_limit - 1 :]:
-        if checkpoint_step(path) not in (run.progress.best_step, run.resumed_from):
+        if step_number(path) not in (run.progress.best_step, run.resumed_from):
             attempt(f"{path} cannot be removed", path.unlink)
 
 
@@ -1550,28 +1546,44 @@ def gather(value: Any, runtime: Runtime) -> list[Any]:
     return gathered
 
 
-def checkpoint_step(path: Path) -> int:
+def step_number(path: Path) -> int:
+    """Of a checkpoint."""
     return int(path.name.removeprefix("step_"))
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """checkpoints/step_*, newest first."""
     found = [path for path in output_dir.glob("checkpoints/step_*") if STEP.fullmatch(path.name)]
-    return sorted(found, key=checkpoint_step, reverse=True)
+    return sorted(found, key=step_number, reverse=True)
+
+
+def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
+    """Everything in a checkpoint, verified by its sum; nothing is unpickled. Not the whole: only
+    its state, unverified. Raises ValueError."""
+    try:
+        tensors = modify_llm.read_tensors(path) if whole else {}
+        with safe_open(path, "pt") as file:
+            text, expected = (file.metadata()[name] for name in ("state", "sha256"))
+        if whole and expected != checksum(text, tensors):
+            raise ValueError("is damaged (its checksum differs)")
+        state = json.loads(text)
+        progress = Progress(**state["progress"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = modify_llm.first_line(error).removeprefix(f"{path}: ")
+        raise ValueError(f"no good checkpoint: {reason}") from None
+    random = {name: tensors.pop(name) for name in [*tensors] if name.startswith("random.")}
+    return state | {"progress": progress, "tensors": tensors, "random": random}
 
 
 def facts(run: Run) -> dict[str, Any]:
     """What a checkpoint shares with the run that goes on from it, and every process with the
     first: the same work."""
-    settings, rows = (
-        vars(run.args),
-        "rows a step (--batch_size x --gradient_accumulation_steps x processes)",
-    )
-    return {f"--{name}": settings[name] for name in settings if name not in FREE_TO_CHANGE} | {
-        rows: run.rows_per_step,
+    return {f"--{name}": v for name, v in vars(run.args).items() if name not in FREE_TO_CHANGE} | {
+        "rows a step (--batch_size x --gradient_accumulation_steps x processes)":
+            run.loader.batch_sampler.global_size,
         "training rows (sha256)": run.dataset_hash,
         "base model (sha256)": run.model.base_fingerprint,
-    }
+    }  # fmt: skip
 
 
 def circumstances(run: Run) -> dict[str, Any]:
@@ -1600,7 +1612,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], whose: str = "this 
     for name in sorted(ours.keys() | theirs.keys()):
         default = DEFAULTS.get(name.removeprefix("--"))
         mine, other = ours.get(name, default), theirs.get(name, default)
-        if mine != other and not (name.startswith("--") and name not in ours):
+        if mine != other and (name in ours or not name.startswith("--")):
             return f"{name} is {other}, {whose} {mine}"
     return ""
 
@@ -1613,8 +1625,10 @@ def check_processes_agree(run: Run) -> None:
     first, *others = gather(mine, run.runtime)
     for rank, other in enumerate(others, 1):
         if odd := difference(first, other, "that of process 0"):
-            same = "all need the same files, a shared --output_dir and the same kind of device"
-            raise ValueError(f"process {rank}: {odd}; {same}")
+            raise ValueError(
+                f"process {rank}: {odd}; all need the same files, a shared --output_dir and the "
+                "same kind of device"
+            )
 
 
 def resume(run: Run) -> None:
@@ -1642,63 +1656,40 @@ def resume(run: Run) -> None:
         if (steps := state["circumstances"]["steps in all"]) > run.total_steps:
             other_run = f"was to take {steps} steps, not {run.total_steps}: a run may not shrink"
         if other_run:
-            new_run = "a new run takes another --output_dir, without --resume_from"
-            raise ValueError(f"--resume_from {path}: {other_run}; {new_run}")
+            raise ValueError(
+                f"--resume_from {path}: {other_run}; a new run takes another --output_dir, without "
+                "--resume_from"
+            )
         restore(run, state)
-        logger.info("Resumed from %s at step %d", path, run.progress.step)
-        for line in changes(run, state):
-            logger.info(line)
         return
     if wanted != "auto":
         raise ValueError(f"--resume_from {wanted}: no good checkpoint in it")
     if (root / "final").exists() and not checkpoints(root):  # they were removed
-        starts_over = "but a result: --overwrite_output_dir in its place starts over"
-        raise ValueError(f"--resume_from auto: no checkpoint in {root}, {starts_over}")
+        raise ValueError(
+            f"--resume_from auto: no checkpoint in {root}, but a result: --overwrite_output_dir in "
+            "its place starts over"
+        )
     none = "--resume_from auto: no good checkpoint in %s, starting at step 0"
     logger.warning(none, run.output_dir)
 
 
-def read_checkpoint(path: Path, whole: bool = True) -> dict[str, Any]:
-    """Everything in a checkpoint, verified by its sum; nothing is unpickled. Not the whole: only
-    its state, unverified. Raises ValueError."""
-    try:
-        tensors = modify_llm.read_tensors(path) if whole else {}
-        with safe_open(path, "pt") as file:
-            text, expected = (file.metadata()[name] for name in ("state", "sha256"))
-        if whole and expected != checksum(text, tensors):
-            raise ValueError("is damaged (its checksum differs)")
-        state = json.loads(text)
-        progress = Progress(**state["progress"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        reason = modify_llm.first_line(error).removeprefix(f"{path}: ")
-        raise ValueError(f"no good checkpoint: {reason}") from None
-    random = {name: tensors.pop(name) for name in [*tensors] if name.startswith("random.")}
-    return state | {"progress": progress, "tensors": tensors, "random": random}
-
-
-def changes(run: Run, state: dict) -> list[str]:
-    """A line for each thing that is another one from here on."""
-    before, lines = state["circumstances"], []
-    for name, now in circumstances(run).items():
-        if before[name] != now:
-            lines += [f"From here on {name}: {now}, not {before[name]}"]
-    runtime = run.runtime
-    if f"random.{runtime.device.type}.{runtime.world_size - 1}" not in state["random"]:
-        lines += ["Random states of processes or devices that were not there are seeded anew"]
-    return lines
-
-
 def restore(run: Run, state: dict) -> None:
-    """Puts a checkpoint's tensors, progress and random state into the run."""
+    """Puts a checkpoint's tensors, progress and random state into the run, and says what is
+    another from here on."""
     run.progress = progress = state["progress"]
     run.resumed_from, run.tracker_runs = progress.step, state["trackers"]
-    elsewhere = progress.best_step not in (progress.step, step_of(run.output_dir / "best"))
-    other_rows = state["circumstances"]["held-out rows (sha256)"] != run.held_out_hash
+    logger.info("Resumed at step %d of %s", progress.step, run.args.resume_from)
+    before, now = state["circumstances"], circumstances(run)
+    changed = {name for name in now if before[name] != now[name]}
+    for name in sorted(changed):
+        logger.info("From here on %s: %s, not %s", name, now[name], before[name])
+    other_rows = "held-out rows (sha256)" in changed
     if other_rows:
         progress.first_loss = progress.last_loss = None
         progress.evaluations_without_gain, progress.evaluation_due = 0, True
-    if other_rows or (elsewhere and progress.best_loss is not None):
-        logger.info("best/ is sought anew: that of step %d is not of this run", progress.best_step)
+    best_is_there = progress.best_step in (progress.step, step_of(run.output_dir / "best"))
+    if progress.best_loss is not None and (other_rows or not best_is_there):
+        logger.info("The best loss is sought anew: that of step %d is not here", progress.best_step)
         progress.best_loss, progress.best_step = None, 0
     patience = run.args.early_stopping_patience
     progress.stopped_early = 0 < patience <= progress.evaluations_without_gain
@@ -1710,9 +1701,12 @@ def restore(run: Run, state: dict) -> None:
             run.optimizer.state[parameter] = moments
     if state["grad_scaler"] and run.runtime.fp16:  # empty from a run that needed none
         run.scaler.load_state_dict(state["grad_scaler"])
-    torch.manual_seed(run.args.seed + rank + 100_003 * progress.step)  # where there is no state
-    for kind in ("cpu", run.runtime.device.type):
-        if (random := state["random"].get(f"random.{kind}.{rank}")) is not None:
+    torch.manual_seed(run.args.seed + rank + 100_003 * progress.step)
+    for kind in {"cpu", run.runtime.device.type}:
+        random = state["random"].get(f"random.{rank}.{kind}")
+        if random is None:
+            logger.info("Random states that were not there, of process %d, are seeded anew", rank)
+        else:
             (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(random)
 
 
@@ -1728,12 +1722,11 @@ def finished(run: Run) -> bool:
 
 # ---- answers -------------------------------------------------------------------------------------
 
-
 ANSWERS_AT_ONCE = 32  # sequences; a beam each
 GENERATION_FLAGS = (
-    "max_new_tokens", "temperature", "top_p", "repetition_penalty", "no_repeat_ngram_size",
-    "num_beams", "length_penalty",
+    "max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty",
 )  # fmt: skip
+DRAWING = ("temperature", "top_p", "seed", "text_format")  # what decides an answer besides
 
 
 def prompt_templates(text_format: str) -> list[str]:
@@ -1749,43 +1742,43 @@ def prompt_columns(text_format: str) -> list[str]:
     return [name for name in columns if f"{{{name}}}" in template]
 
 
-def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
+def prompt_fields(prompt: Any, text_format: str, literal: bool = False) -> dict[str, Any]:
     """The fields of a row that a prompt gives: a text is the only one before the response.
 
-    For formats with several, and for turns, it may be a dict or JSON object of them; null is
-    empty, and an answer that ends a conversation is left out. Raises ValueError for a field that
-    is missing or misspelt.
+    For formats with several, and for turns, it may be a dict or (unless literal) a JSON object of
+    them; null is empty, and an answer that ends a conversation is left out. Raises ValueError for
+    a field that is missing or misspelt.
     """
-    is_turns = text_format == "messages"
-    columns = data_pipeline.format_columns(text_format)
-    known = ["messages", "conversations"] if is_turns else columns
-    given = prompt if isinstance(prompt, dict) else {}
-    if not given and str(prompt).lstrip().startswith("{") and text_format != "output":
-        with suppress(ValueError, RecursionError):
+    is_chat, read = text_format == "messages", prompt_columns(text_format)
+    required = [name for name in read if name != "input"] or read  # an input may be empty
+    known = data_pipeline.format_columns(text_format)
+    known = ["messages", "conversations"] if is_chat else known
+    given = prompt
+    if not (literal or text_format == "output"):
+        with suppress(ValueError, RecursionError, TypeError):
             given = json.loads(prompt)
-    for name in given.keys() - {*known}:
-        if near := [column for column in known if column.lower() == str(name).strip().lower()]:
-            raise ValueError(f"the field {name!r} must be named {near[0]!r}")
+    given = given if isinstance(given, dict) else {}
+    misspelt = {str(name).strip().lower(): name for name in given.keys() - {*known}}
+    for name in known:
+        if (other := misspelt.get(name.lower(), name)) != name:
+            raise ValueError(f"the field {other!r} must be named {name!r}")
     if not (isinstance(prompt, dict) or given.keys() & {*known}):
-        given = {}  # a text that looks like JSON
-    if is_turns:
-        if not given:
-            return {"messages": [{"role": "user", "content": str(prompt)}]}
+        given = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {}
+        if len(required) == 1:
+            given = {required[0]: prompt}
+    if is_chat:
         turns = data_pipeline.first_of(given, *known)
-        if not turns or not isinstance(turns, list):
+        if not (turns and isinstance(turns, list)):
             raise ValueError("its fields are neither 'messages' nor 'conversations'")
         last = turns[-1] if isinstance(turns[-1], dict) else {}
         answered = data_pipeline.first_of(last, "role", "from") in ("assistant", "gpt")
         return given | dict.fromkeys(known) | {"messages": turns[:-1] if answered else turns}
-    read = prompt_columns(text_format)
-    required = [name for name in read if name != "input"] or read  # an input may be empty
-    fields = {name: "" if value is None else str(value) for name, value in given.items()}
-    if not given and len(required) == 1:
-        fields = {required[0]: str(prompt)}
-    if missing := [name for name in required if name not in fields]:
-        needs = "" if given else "give a JSON object, "
-        raise ValueError(f"the format reads {read}; {needs}{missing[0]!r} is missing")
-    return dict.fromkeys(columns, "") | fields
+    if missing := [name for name in required if name not in given]:
+        raise ValueError(
+            f"the format reads {read}, a JSON object of them; {missing[0]!r} is missing"
+        )
+    texts = {name: "" if value is None else str(value) for name, value in given.items()}
+    return dict.fromkeys(known, "") | texts
 
 
 def prompt_ids(
@@ -1793,13 +1786,13 @@ def prompt_ids(
 ) -> list[int]:
     """The tokens of a prompt in the run's own format. Raises ValueError for one too long."""
     try:
-        fields = prompt_fields(prompt, text_format)
-        ids = data_pipeline.encode_prompt(fields, text_format, tokenizer)
+        ids = encode_prompt(prompt_fields(prompt, text_format), text_format, tokenizer)
         if len(ids) + prefix_length(model) >= (positions := model.config.n_positions):
             raise ValueError(f"{len(ids)} tokens leave no room in {positions} positions")
     except ValueError as error:
-        where = "--prompt, --prompts_file or --chat"
-        raise ValueError(f"{where}: {str(prompt)[:40]!r}...: {error}") from None
+        raise ValueError(
+            f"--prompt, --prompts_file or --chat: {str(prompt)[:40]!r}...: {error}"
+        ) from None
     return ids or [tokenizer.eos_token_id]
 
 
@@ -1808,68 +1801,55 @@ def as_typed(
 ) -> str:
     """What has to be typed as --prompt to get these tokens; "" where there is no such text."""
     for template in prompt_templates(text_format):
-        parts = [part[:2] for part in string.Formatter().parse(template)]
-        pattern = "".join(re.escape(text) + "(.*)" * (name is not None) for text, name in parts)
-        found = re.fullmatch(pattern, tokenizer.decode(ids), re.DOTALL)
-        names = [name for _, name in parts if name is not None]
-        fields = dict(zip(names, found.groups() if found else (), strict=False))
-        texts = [
-            json.dumps(fields, ensure_ascii=False),
-            *(fields.values() if len(fields) == 1 else ()),
-        ]
-        for text in reversed(texts):
-            with suppress(ValueError):
-                if prompt_ids(text, model, tokenizer, text_format) == ids:
-                    return text
+        parts = [*string.Formatter().parse(template)]
+        pattern = "".join(re.escape(text) + "(.*)" * bool(name) for text, name, *_ in parts)
+        if found := re.fullmatch(pattern, tokenizer.decode(ids), re.DOTALL):
+            fields = dict(zip((name for _, name, *_ in parts if name), found.groups(), strict=True))
+            for typed in (*fields.values(), json.dumps(fields, ensure_ascii=False)):
+                with suppress(ValueError):
+                    if prompt_ids(typed, model, tokenizer, text_format) == ids:
+                        return typed
     return ""
 
 
 @contextmanager
-def answering(
-    model: GPT2LMHeadModel, runtime: Runtime, settings: GenerationConfig
-) -> Iterator[None]:
-    """Inside, the model generates by these settings alone, whatever its base's
-    generation_config.json says, and with a mask, which padding on the left needs. Training's random
+def answering(model: GPT2LMHeadModel, runtime: Runtime) -> Iterator[None]:
+    """Inside, the model generates, with the mask that padding on the left needs; training's random
     state is left alone."""
-    training, before = model.training, model.generation_config
-    attention, pad_token_id = model.config._attn_implementation, model.config.pad_token_id
-    model.config.pad_token_id = None  # or transformers warns of padding after an answer's end
-    model.set_attn_implementation("sdpa")
-    model.eval()
-    model.generation_config = settings
+    training, attention = model.training, model.config._attn_implementation
+    model.eval().set_attn_implementation("sdpa")
     gpus = [runtime.device] if runtime.device.type == "cuda" else []
     try:
         with torch.no_grad(), runtime.autocast(), torch.random.fork_rng(gpus):
             yield
     finally:
-        model.generation_config, model.config.pad_token_id = before, pad_token_id
-        model.set_attn_implementation(attention)
-        model.train(training)
+        model.train(training).set_attn_implementation(attention)
 
 
 def generate_answers(
     prompts: list[list[int]], model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase,
-    args: argparse.Namespace, runtime: Runtime, streamer: TextStreamer | None = None,
-    first: int = 0,
+    args: Args, runtime: Runtime, streamer: TextStreamer | None = None, first: int = 0,
 ) -> list[tuple[str, bool]]:  # fmt: skip
     """(answer, whether it stopped by itself) for the ids of each prompt, in batches of about one
     length. Equal prompts draw different answers. streamer: shows the answer to a single one.
-    first: the number of the first prompt among all, so that parts draw as the whole."""
+    first: the number of the first prompt among all, so that no two parts draw alike."""
     room, eos = model.config.n_positions - prefix_length(model), tokenizer.eos_token_id
     limits = [min(args.max_new_tokens, room - len(ids)) for ids in prompts]
-    settings = GenerationConfig(
-        eos_token_id=eos, pad_token_id=eos, num_beams=args.num_beams,
-        length_penalty=args.length_penalty, repetition_penalty=args.repetition_penalty,
-        no_repeat_ngram_size=args.no_repeat_ngram_size,
-    )  # fmt: skip
+    chosen = {name: getattr(args, name) for name in GENERATION_FLAGS}
     if args.temperature:
-        settings.update(do_sample=True, temperature=args.temperature, top_p=args.top_p, top_k=0)
+        chosen |= {
+            "do_sample": True,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": 0,
+        }
+    settings = GenerationConfig(**chosen, eos_token_id=eos, pad_token_id=eos)
     answers: dict[int, tuple[str, bool]] = {}
     size = max(1, ANSWERS_AT_ONCE // args.num_beams)
     quiet = True if len(prompts) <= size else None
     bar = tqdm(total=len(prompts), desc="answering", leave=False, disable=quiet)
     left = sorted(range(len(prompts)), key=lambda i: (limits[i], len(prompts[i])))
-    with bar, answering(model, runtime, settings):
+    with bar, answering(model, runtime):
         torch.manual_seed(args.seed + first)
         while left:
             settings.max_new_tokens = limits[left[0]]
@@ -1878,7 +1858,7 @@ def generate_answers(
             padded = tokenizer.pad(
                 {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
             ).to(runtime.device)
-            output = model.generate(**padded, streamer=streamer)
+            output = model.generate(**padded, generation_config=settings, streamer=streamer)
             width = padded["input_ids"].shape[1]
             for i, answer in zip(batch, output[:, width:].tolist(), strict=True):
                 stopped = eos in answer
@@ -1889,10 +1869,15 @@ def generate_answers(
     return [answers[i] for i in range(len(prompts))]
 
 
+def check_prompts(args: Args, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a prompt that cannot be put."""
+    for prompt in (*args.prompt, *(fields for _, fields in read_prompts(args))):
+        prompt_ids(prompt, model, tokenizer, args.text_format)
+
+
 def answer_prompts(
-    args: argparse.Namespace, runtime: Runtime, model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:  # fmt: skip
+    args: Args, runtime: Runtime, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Prints the answer to each --prompt, writes those to --prompts_file, and chats."""
     if runtime.rank != 0:
         return
@@ -1912,72 +1897,66 @@ def without_frame(answer: str) -> str:
     return re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip())
 
 
-def answers_path(args: argparse.Namespace) -> Path:
-    """Where the answers to --prompts_file go: beside it, by the name of the model that answers."""
-    model = args.output_dir
-    if uses_only(args):
-        model = args.adapter_path or args.model_name_or_path
-    label = "-".join(Path(model).parts[-2:]).strip("/.-")
-    return Path(args.answers_file or f"{args.prompts_file}.{label}.answers.jsonl")
+def answers_path(args: Args, model: GPT2LMHeadModel) -> Path:
+    """Where the answers to --prompts_file go: beside it, by the name of the model that answers, and
+    a sum of all that decides them."""
+    name = (args.adapter_path or args.model_name_or_path) if uses_only(args) else args.output_dir
+    settings = [getattr(args, name) for name in (*GENERATION_FLAGS, *DRAWING)]
+    prompts = [prompt for prompt, _ in read_prompts(args)]
+    decides = json.dumps([settings, prompts, modify_llm.fingerprint(model)])
+    by = hashlib.sha256(decides.encode()).hexdigest()[:8]
+    label = "-".join(Path(name).parts[-2:]).strip("/.-")
+    return Path(f"{args.prompts_file}.{label}.{by}.answers.jsonl")
 
 
 def answer_file(
-    args: argparse.Namespace, runtime: Runtime, model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:  # fmt: skip
+    args: Args, runtime: Runtime, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Writes the answers to --prompts_file, each batch as it comes: stopped at any moment, the same
-    command goes on with the rest. Raises ValueError where the file holds other answers."""
-    path, prompts, done = answers_path(args), read_prompts(args), []
-    settings = [getattr(args, name) for name in ("seed", "text_format", *GENERATION_FLAGS)]
-    identity = json.dumps([settings, modify_llm.fingerprint(model)])
-    by = hashlib.sha256(identity.encode()).hexdigest()[:12]  # who answered, and how
-    with suppress(FileNotFoundError, ValueError):  # a kill may have cut the last line
-        for line in path.read_text(encoding="utf-8").splitlines():
-            done.append(json.loads(line))
-    for row, (prompt, _) in itertools.zip_longest(done, prompts[: len(done)], fillvalue=("", "")):
-        if row.get("prompt") != prompt or row.get("by") != by:
-            other = "holds answers to other prompts, or of another model or other settings"
-            raise ValueError(f"--answers_file {path}: {other}; remove it, or name another")
-    if len(done) < len(prompts):
-        del done[len(done) // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE :]  # whole batches alone
-    write_at_once(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in done))
+    command goes on with the rest. Raises ValueError for a prompt that cannot be put."""
+    check_prompts(args, model, tokenizer)
+    path, prompts, done = answers_path(args, model), read_prompts(args), []
+    if path.exists():
+        done = path.read_text("utf-8").splitlines(keepends=True)
+        if len(done) < len(prompts):
+            del done[len(done) // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE :]  # whole batches stay
+    write_at_once(path, "".join(done))
     for first in tqdm(range(len(done), len(prompts), ANSWERS_AT_ONCE), "answering", leave=False):
         batch = prompts[first : first + ANSWERS_AT_ONCE]
         ids = [prompt_ids(fields, model, tokenizer, args.text_format) for _, fields in batch]
         answers = generate_answers(ids, model, tokenizer, args, runtime, first=first)
+        rows = [
+            {"prompt": prompt, "answer": without_frame(answer), "stopped": stopped}
+            for (prompt, _), (answer, stopped) in zip(batch, answers, strict=True)
+        ]
         with open(path, "a", encoding="utf-8") as file:
-            for (prompt, _), (answer, stopped) in zip(batch, answers, strict=True):
-                row = {"prompt": prompt, "answer": without_frame(answer), "stopped": stopped}
-                file.write(json.dumps(row | {"by": by}, ensure_ascii=False) + "\n")
+            file.write(as_lines(rows))
     table.info("Answers written to %s", path)
 
 
-def read_prompts(args: argparse.Namespace) -> list[tuple[Any, Any]]:
-    """The rows of fields, or else the lines, of --prompts_file, each as it stands there and as
-    `prompt_ids` takes it. Raises ValueError."""
-    path, prompts = args.prompts_file, []
+def read_prompts(args: Args) -> list[tuple[Any, dict]]:
+    """The rows of fields, or else the lines, of --prompts_file: as they stand there, and their
+    fields. Raises ValueError."""
+    if not (path := args.prompts_file):
+        return []
+    is_lines, prompts = not data_pipeline.file_kind(path), []
     try:
-        if data_pipeline.file_kind(path):
-            read = list(itertools.chain(*data_pipeline.read_records(path)))
+        if is_lines:
+            read = filter(str.strip, Path(path).read_text("utf-8-sig").split("\n"))
         else:
-            lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-            read = list(filter(str.strip, lines))
-        for row, prompt in enumerate(read, 1):
-            fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
-            if not isinstance(fields, dict):
-                raise ValueError(f"row {row}: {prompt!r:.40} is neither a text nor fields")
+            read = itertools.chain(*data_pipeline.read_records(path))
+        for prompt in read:
+            if not isinstance(prompt, str | dict):
+                raise ValueError(f"{prompt!r:.40} is neither a text nor fields")
+            fields = prompt_fields(prompt, args.text_format, literal=not is_lines)
             if None in fields:  # where read_csv puts what has no header
-                raise ValueError(f"row {row}: more fields than the header names")
-            for text in (*fields, *fields.values()):
-                data_pipeline.check_text(str(text), f"row {row}")
-            is_text = isinstance(prompt, str) and data_pipeline.file_kind(path)
-            prompts.append(
-                (prompt, literal_fields(prompt, args.text_format) if is_text else prompt)
-            )
-        if not read:
+                raise ValueError("more fields than the header names")
+            data_pipeline.check_text(json.dumps(prompt, ensure_ascii=False), "the prompt")
+            prompts.append((prompt, fields))
+        if not prompts:
             raise ValueError("holds no prompts")
     except (ValueError, OSError) as error:
-        raise ValueError(f"--prompts_file {path}: {error}") from None
+        raise ValueError(f"--prompts_file {path}: row {len(prompts) + 1}: {error}") from None
     return prompts
 
 
@@ -1988,13 +1967,12 @@ class ScreenStreamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self.text += text
-        print(for_terminal(text), end="\n" if stream_end else "", flush=True)
+        super().on_finalized_text(text, stream_end)
 
 
 def chat(
-    args: argparse.Namespace, runtime: Runtime, model: GPT2LMHeadModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:  # fmt: skip
+    args: Args, runtime: Runtime, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Answers what is typed. In the format of turns the model reads the whole conversation, or as
     much of its end as leaves room for an answer; in all others each question alone."""
     with suppress(ImportError):  # Windows has none
@@ -2017,10 +1995,8 @@ def chat(
                 prompt, before = {"messages": turns}, len(turns)
                 while len(turns) > 1 and len(encode_prompt(prompt, "messages", tokenizer)) > room:
                     del turns[:2]
-                if dropped := before - len(turns):
-                    table.info(
-                        "(no room for the first %d turns: the model has forgotten them)", dropped
-                    )
+                if len(turns) < before:
+                    table.info("(The first %d turns have no room any more)", before - len(turns))
             ids = prompt_ids(prompt, model, tokenizer, args.text_format)
             generate_answers([ids], model, tokenizer, args, runtime, streamer)
         except EOFError:
@@ -2043,12 +2019,10 @@ def held_out_prompts(
     for row in range(min(count, len(rows))):
         ids, labels = (rows[row][name].tolist() for name in ("input_ids", "labels"))
         start = int(rows.prompt_lengths[row]) or min(8, len(ids) - 1)
-        after = [i for i in range(start, len(ids)) if labels[i] == IGNORED]
-        reference = ids[start : after[0] if after else None]  # of several answers, the first
-        if reference[-1:] == [tokenizer.eos_token_id]:
-            reference.pop()
+        # Of several answers the first, without its end-of-text.
+        answer = [*itertools.takewhile(lambda label: label != IGNORED, labels[start:])]
         prompts.append(ids[:start])
-        references.append(reference)
+        references.append(answer[: -1 if answer[-1:] == [tokenizer.eos_token_id] else None])
     return prompts, references
 
 
@@ -2072,11 +2046,173 @@ def score_answers(
 
 
 def scores_line(scores: dict[str, float]) -> str:
-    words = (
+    return (
         "Held-out answers: chrF {eval_chrf:.1f}, BLEU {eval_bleu:.1f}, {eval_stopped:.0%} stop by "
         "themselves, {eval_answer_length:.0f} tokens (references {eval_reference_length:.0f})"
-    )
-    return words.format(**scores)
+    ).format(**scores)
+
+
+# ---- comparing techniques ------------------------------------------------------------------------
+
+
+def compare(args: Args, runtime: Runtime) -> None:
+    """--compare: an ordinary run of each technique in OUTPUT_DIR/NAME, at each rate and with each
+    seed, and what came of them side by side. The same command goes on where it was stopped.
+
+    Raises ValueError for a name that is none, Stopped.
+    """
+    known = {
+        compared_name(technique, settings): (technique, label, settings)
+        for technique, row in TECHNIQUES.items()
+        for label, _, settings in row.compared
+    }
+    for name in args.compare:
+        if name not in known:
+            raise ValueError(f"--compare {name}: not among {', '.join(known)}")
+    rates, seeds = args.learning_rates or [args.learning_rate], range(args.seeds)
+    plan = list(itertools.product(args.compare or known, rates, seeds))
+    output_dir, rows = Path(args.output_dir), [untouched_base(args, runtime, len(plan))]
+    for name, rate, seed in tqdm(plan, "comparing", disable=True if runtime.rank else None):
+        technique, label, settings = known[name]
+        several = {f"lr{rate}": len(rates) > 1, f"seed{args.seed + seed}": args.seeds > 1}
+        directory = output_dir / "-".join([name, *(part for part in several if several[part])])
+        changes = {"modification_type": technique, "learning_rate": rate, "seed": args.seed + seed}
+        changes |= {"output_dir": str(directory), "compare": None, "learning_rates": [], "seeds": 1}
+        changes |= {"resume_from": "auto" if (directory / "run.json").exists() else None}
+        row = {"technique": name, "label": label, "settings": settings, "directory": str(directory)}
+        try:
+            chosen = resolve(vars(args) | settings | changes)
+            row |= {"learning_rate": chosen.learning_rate, "seed": chosen.seed}
+            train_model(chosen, runtime)
+            row |= outcome(directory) if runtime.rank == 0 else {}
+        except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
+            row["failed"] = in_one_line(error, {})
+        rows.append(row)
+        if runtime.rank == 0:
+            table.info(compared_line(row))
+            write_at_once(output_dir / "comparison.json", json.dumps(rows, indent=2))
+    if runtime.rank == 0:
+        show_comparison(rows, output_dir)
+
+
+def compared_name(technique: str, settings: dict[str, Any]) -> str:
+    """What a row of TECHNIQUES' `compared` is called: "lora", "dora", "houlsby", "key_value"."""
+    parts = []
+    for flag, value in settings.items():
+        values = [technique, *value] if isinstance(value, list) else [str(value)]
+        parts += [flag.removeprefix(f"{technique}_")] if value is True else values
+    return "-".join(parts) or technique
+
+
+def untouched_base(args: Args, runtime: Runtime, runs: int) -> dict[str, Any]:
+    """The row of the base itself, evaluated once; says how long so many runs may take."""
+    tokenizer, started = tokenizer_for(args), time.perf_counter()
+    model = modify_llm.load_base(args).requires_grad_(False)
+    prepare_model(model, args, runtime)
+    train, held_out = load_rows(args, tokenizer)
+    if not len(held_out):
+        raise ValueError("--compare: needs held-out rows, --eval_fraction or --eval_dataset_path")
+    measured = evaluate_model(args, runtime, model, tokenizer, held_out)
+    # A step costs three times an evaluation of its tokens.
+    share = 3 * (args.epochs * train.lengths.sum() / held_out.lengths.sum() + 1)
+    minutes = (time.perf_counter() - started) * share * runs / 60
+    table.info("%d runs, roughly %.0f minutes; the same command goes on if stopped", runs, minutes)
+    return {"technique": "base", "label": "untouched base", "trainable": 0} | measured
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """What came of a finished run, by its files: the evaluation before its first step, its best
+    one, sizes and time."""
+    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if any("eval" in name for name in row)]
+    first, *others = (row for row in rows if "eval_loss" in row)
+    best = min(others, key=lambda row: row["eval_loss"])
+    for row in rows:
+        best |= row if row["step"] == best["step"] else {}  # with the scores of its answers
+    counts = modify_llm.read_json(directory / "run.json")["parameters"]
+    progress = read_checkpoint(checkpoints(directory)[0], whole=False)["progress"]
+    return best | {
+        "trainable": counts["trainable"],
+        "share": counts["trainable"] / counts["total"],
+        "saved_bytes": sum(p.stat().st_size for p in directory.glob("final/*.safetensors")),
+        "perplexity_before": first["eval_perplexity"],
+        "seconds": progress.seconds,
+        "peak_memory_gb": progress.peak_memory_gb,
+    }
+
+
+def compared_line(row: dict[str, Any]) -> str:
+    """A run's line on the screen."""
+    if "failed" in row:
+        return "{label}: failed: {failed}".format(**row)
+    return (
+        "{label:<30}{trainable:>13,} {share:>8.3%} {saved_bytes:>13,} B  lr {learning_rate:<8g} "
+        "perplexity {perplexity_before:8.2f} -> {eval_perplexity:8.2f} {eval_accuracy:7.1%} right"
+        " {seconds:7.0f} s"
+    ).format(**row)
+
+
+def show_comparison(rows: list[dict[str, Any]], output_dir: Path) -> None:
+    """comparison.csv and .png, answers.md, and the closing words: of each technique its best rate,
+    by the mean held-out loss over the seeds."""
+    frame = pd.DataFrame(rows)
+    frame.to_csv(output_dir / "comparison.csv", index=False)
+    base, ended = frame.eval_loss[0], frame[1:].dropna(subset="eval_loss")
+    means = ended.groupby(["technique", "learning_rate"], sort=False).agg(
+        label=("label", "first"), trainable=("trainable", "first"), share=("share", "first"),
+        loss=("eval_loss", "mean"), deviation=("eval_loss", "std"),
+    ).fillna(0.0).reset_index()  # fmt: skip
+    if means.empty:
+        raise RuntimeError("--compare: no run came to its end")
+    by_technique = means.groupby("technique")
+    lowest, highest = (by_technique.learning_rate.transform(end) for end in ("min", "max"))
+    at_edge = (means.learning_rate == lowest) | (means.learning_rate == highest)
+    means["edge"] = at_edge & (lowest < highest)
+    best = means.loc[by_technique.loss.idxmin()].sort_values("loss")
+    table.info("\nThe best rate of each, held-out loss (untouched base: %.4f):", base)
+    for row in best.itertuples():
+        edge = "  (the last of the rates tried: try further ones)" if row.edge else ""
+        spread = f" +- {row.deviation:.4f}" if row.deviation else ""
+        table.info("%-30s %.4f%s at %g%s", row.label, row.loss, spread, row.learning_rate, edge)
+    attempt("comparison.png", plot_comparison, best, base, output_dir / "comparison.png")
+    attempt("answers.md", write_answers, rows, output_dir)
+    gain = base - best.loss
+    small = best[gain >= 0.9 * gain.max()].sort_values("trainable").iloc[0]
+    words = "Best: %s. Best for its size: %s, nine tenths of that gain by %.2f%% of the parameters."
+    table.info(words, best.label.iloc[0], small.label, 100 * small.share)
+
+
+def plot_comparison(best: pd.DataFrame, base: float, path: Path) -> None:
+    """Held-out loss over trainable parameters, the deviation over seeds as bars."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(10, 6), layout="constrained").subplots()
+    axes.axhline(base, color="#888888", linestyle="--", label="untouched base")
+    axes.errorbar(best.trainable, best.loss, best.deviation, fmt="o", capsize=4)
+    for row in best.itertuples():
+        axes.annotate(row.label, (row.trainable, row.loss), (6, 4), textcoords="offset points")
+        if row.technique == "full":
+            axes.axhline(row.loss, color="#c44e52", linestyle=":", label="full fine-tuning")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="held-out loss per token")
+    axes.margins(x=0.2)
+    axes.legend()
+    axes.figure.savefig(path, dpi=120)
+
+
+def write_answers(rows: list[dict[str, Any]], output_dir: Path) -> None:
+    """answers.md: what each run answers to the same held-out prompts."""
+    answers: dict[str, dict[str, str]] = {}
+    for row in rows[1:]:
+        path = Path(row["directory"], "predictions.jsonl")
+        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+            given = json.loads(line)
+            fixed = {"reference": given["reference"], "untouched base": given["base"]}
+            answers.setdefault(given["prompt"], fixed)[path.parent.name] = given["tuned"]
+    parts = []
+    for prompt, given in answers.items():
+        parts.append(f"## {prompt!r}")
+        parts += [f"**{name}**\n\n```\n{text}\n```" for name, text in given.items()]
+    write_at_once(output_dir / "answers.md", "\n\n".join(parts) + "\n")
 
 
 # ---- the machine it runs on ----------------------------------------------------------------------
@@ -2117,17 +2253,14 @@ def place_of_process() -> dict[str, int]:
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     variables = {name: os.environ.get(name, "") for name in names}
     if variables["WORLD_SIZE"] in ("", "0", "1"):
-        return {"rank": 0, "world_size": 1, "local_rank": 0}
+        return {"world_size": 1, "rank": 0, "local_rank": 0}
     for name, text in variables.items():
         if not (text if name == "MASTER_ADDR" else text.isdecimal()):
-            torchrun = "start with torchrun, or unset WORLD_SIZE"
-            raise ValueError(f"{name}={text} in the environment: not usable; {torchrun}")
-    world_size, rank, local_rank = (int(variables[name]) for name in names[:3])
-    if rank >= world_size:
-        raise ValueError(
-            f"RANK={rank} in the environment: WORLD_SIZE={world_size} has no such rank"
-        )
-    return {"rank": rank, "world_size": world_size, "local_rank": local_rank}
+            raise ValueError(
+                f"{name}={text} in the environment, with WORLD_SIZE={variables['WORLD_SIZE']}: "
+                "start with torchrun, or unset WORLD_SIZE"
+            )
+    return {name.lower(): int(variables[name]) for name in names[:3]}
 
 
 def bf16_in_hardware(device: torch.device) -> bool:
@@ -2147,13 +2280,15 @@ def unusable_gpu() -> str:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    line = next(iter(found.stdout.strip().splitlines()), "")
+    line = found.stdout.strip().partition("\n")[0]
     if found.returncode or not line:
         return f"nvidia-smi says: {line or found.stderr.strip() or found.returncode}"
     gpu, _, driver = line.rpartition(", ")
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    way_out = "install the build that fits the driver (README, Start)"
-    return f"{gpu}, driver {driver}: this PyTorch is {built} and cannot use it; {way_out}"
+    return (
+        f"{gpu}, driver {driver}: this PyTorch is {built} and cannot use it; install the build "
+        "that fits the driver (README, Start)"
+    )
 
 
 def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torch.device:
@@ -2161,7 +2296,7 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
     available = {
         "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True,
     }  # fmt: skip
-    name = next(n for n in available if available[n]) if wanted == "auto" else wanted
+    name = next(filter(available.get, available)) if wanted == "auto" else wanted
     reason = unusable_gpu() if wanted in ("auto", "cuda") and not available["cuda"] else ""
     if not available[name]:
         why = reason or "PyTorch finds none here"
@@ -2177,24 +2312,26 @@ def choose_device(wanted: str, world_size: int = 1, local_rank: int = 0) -> torc
     return torch.device("cuda", local_rank)
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """--precision as a dtype. Raises ValueError for one that the device does not have."""
-    able = {"bf16": bf16_in_hardware(device), "fp16": device.type == "cuda", "fp32": True}
-    if precision == "auto":
-        precision = next(name for name in able if able[name])
-    if not able[precision]:
-        lacks = f"this {device.type} does not have it; auto takes what there is"
-        raise ValueError(f"--precision {precision}: {lacks}")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
-def choose_runtime(args: argparse.Namespace) -> Runtime:
+def choose_runtime(args: Args) -> Runtime:
     """Where and how the run computes; joins the other processes under torchrun. Raises ValueError
     for a device or precision that is not there."""
     place = place_of_process()
     device = choose_device(args.device, place["world_size"], place["local_rank"])
-    dtype, cuda = choose_dtype(args.precision, device), device.type == "cuda"
-    return_freed_memory()
+    cuda = device.type == "cuda"
+    able = {"bf16": bf16_in_hardware(device), "fp16": cuda, "fp32": True}
+    precision = args.precision
+    if precision == "auto":
+        precision = next(filter(able.get, able))
+    if not able[precision]:
+        raise ValueError(
+            f"--precision {precision}: this {device.type} lacks it; auto takes what there is"
+        )
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
+        # M_MMAP_THRESHOLD: has blocks of 16 MB and more handed back to the system as soon as they
+        # are freed. glibc's own limit rises to 32 MB, and below it blocks of ever other sizes leave
+        # holes in the heap: full fine-tuning of a small GPT-2 grew by 22 MB a step.
+        ctypes.CDLL(None).mallopt(-3, 2**24)
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is still fp32
@@ -2205,50 +2342,28 @@ def choose_runtime(args: argparse.Namespace) -> Runtime:
     return Runtime(device, dtype, **place)
 
 
+def peak_memory(runtime: Runtime) -> float:
+    """GB, since the run's start: of the GPU, or of this process where Linux tells; else 0."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+        return int(found[1]) / 1e6
+    return 0.0
+
+
 def join_processes(gpu: torch.device | None) -> None:
     """Waits until all processes are there, and says so where that takes longer than seconds."""
-    waiting = "Waiting for the other processes: {WORLD_SIZE} in all at {MASTER_ADDR}:{MASTER_PORT}"
+    waiting = "Waiting for the other processes: {WORLD_SIZE} in all, at {MASTER_ADDR}:{MASTER_PORT}"
     said = threading.Timer(5, logger.warning, [waiting.format_map(os.environ)])
     said.start()
     # The others wait while process 0 answers prompts, writes and hashes: for hours at most, not
     # NCCL's ten minutes. One that fails ends them all at once, see `main`.
+    backend = "nccl" if gpu else "gloo"
     try:
-        dist.init_process_group(
-            "nccl" if gpu else "gloo", timeout=timedelta(hours=3), device_id=gpu
-        )
+        dist.init_process_group(backend, timeout=timedelta(hours=3), device_id=gpu)
     finally:
         said.cancel()
-
-
-def return_freed_memory() -> None:
-    """Has glibc hand blocks of 16 MB and more back to the system as soon as they are freed.
-
-    Its own limit rises to 32 MB, and below it blocks of ever other sizes leave holes in the heap:
-    full fine-tuning of a GPT-2 of 16 million parameters grew by 22 MB a step.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
-
-
-@contextmanager
-def one_first(runtime: Runtime) -> Iterator[None]:
-    """One process of each machine goes ahead, and the others find what it has downloaded."""
-    if runtime.world_size > 1 and runtime.local_rank > 0:
-        dist.barrier()
-    yield
-    if runtime.world_size > 1 and runtime.local_rank == 0:
-        dist.barrier()
-
-
-EMOJI = re.compile("[🔧📊🔢] ?")
-
-
-def for_terminal(line: str) -> str:
-    """The line as stdout's encoding can show it: emoji left out, other characters escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    if "utf" not in encoding.lower():
-        line = EMOJI.sub("", line)
-    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Screen(logging.Handler):
@@ -2256,29 +2371,14 @@ class Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(for_terminal(self.format(record)), file=sys.stdout)
+            tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def open_log_file(path: Path, closing: ExitStack) -> None:
-    """Until `closing` closes, what is logged goes to a file too, and what was kept for it."""
-    for kept in logging.getLogger().handlers:
-        if isinstance(kept, MemoryHandler):  # not inside another program, whose logging this is
-            file = logging.FileHandler(path, encoding="utf-8", errors="replace")
-            file.setFormatter(kept.formatter)
-            file.handleError = lambda record: None  # a full disk: what fails next tells it
-            for end in (file.close, partial(setattr, kept, "capacity", sys.maxsize)):
-                closing.callback(end)
-            closing.callback(kept.setTarget, None)
-            kept.setTarget(file)
-            kept.capacity = 1  # from now on at once
-            kept.flush()
-
-
 def is_ours(record: logging.LogRecord) -> bool:
-    """A handler's filter: no HTTP client's lines but warnings. Lines of the table have no prefix."""
+    """A handler's filter: no HTTP client's lines but warnings. A table's have no prefix."""
     record.prefix = "" if record.name == "table" else f"{record.levelname}:{record.name}:"
     ours = {"root", __name__, "table", "data_pipeline", "modify_llm"}
     return record.levelno >= logging.WARNING or record.name in ours
@@ -2287,9 +2387,6 @@ def is_ours(record: logging.LogRecord) -> bool:
 @contextmanager
 def logging_to_screen(rank: int) -> Iterator[None]:
     """Process 0 alone speaks. Afterwards logging is the caller's again."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by `>&-`
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     root, bars = logging.getLogger(), is_progress_bar_enabled()
     before = root.handlers[:], root.level
     # What is logged before the run's log file opens is kept for it.
@@ -2308,8 +2405,20 @@ def logging_to_screen(rank: int) -> Iterator[None]:
             enable_progress_bar()
 
 
-# ---- flags ---------------------------------------------------------------------------------------
+def open_log_file(path: Path, closing: ExitStack) -> None:
+    """Until `closing` closes, what is logged goes to a file too, and what was kept for it."""
+    for kept in logging.getLogger().handlers:
+        if isinstance(kept, MemoryHandler):  # not inside another program, whose logging this is
+            file = logging.FileHandler(path, encoding="utf-8", errors="replace")
+            file.setFormatter(kept.formatter)
+            file.handleError = lambda record: None  # a full disk: what fails next tells it
+            closing.callback(file.close)
+            closing.callback(vars(kept).update, target=None, capacity=sys.maxsize)
+            vars(kept).update(target=file, capacity=1)  # from now on at once
+            kept.flush()
 
+
+# ---- flags ---------------------------------------------------------------------------------------
 
 above_zero = number(float, sys.float_info.min)
 
@@ -2322,7 +2431,11 @@ def temperature(text: str) -> float:
     return value
 
 
-share = number(float, sys.float_info.min, math.nextafter(1, 2))
+def rates(text: str) -> list[float]:
+    """A flag's type: learning rates, separated by commas."""
+    return [above_zero(part) for part in names(text)]
+
+
 OPTIMISATION_FLAGS = {
     "epochs": Flag(3, number(int, 1), "passes over the training rows; >= 1"),
     "max_steps": Flag(0, number(int, 0), "optimizer steps; 0: by --epochs"),
@@ -2358,13 +2471,12 @@ EVALUATION_FLAGS = {
     "num_samples": Flag(3, number(int, 0), "held-out prompts answered at each evaluation"),
     "eval_answers": Flag(0, number(int, 0), "scored by chrF and BLEU at each evaluation"),
     "report_to": Flag(
-        [],
-        lambda text: names(text.replace("none", "")),
+        [], lambda text: names(text.replace("none", "")),
         "tensorboard, wandb, trackio; several with commas (none)",
     ),
     "resume_from": Flag(None, nonempty, "auto, a run directory or a checkpoint (none: start)"),
     "overwrite_output_dir": Flag(False, bool, "remove the run that the directory holds"),
-}
+}  # fmt: skip
 RUN_FLAGS = {
     "output_dir": Flag("./outputs", nonempty, "where the run is written"),
     "config": Flag(
@@ -2374,6 +2486,10 @@ RUN_FLAGS = {
     "device": Flag("auto", ("auto", "cpu", "cuda", "mps"), "auto, cpu, cuda or mps"),
     "demo": Flag(False, bool, "train a tiny GPT-2 on made-up tasks, then LoRA on it"),
 }
+COMPARISON_FLAGS = {
+    "learning_rates": Flag([], rates, "each technique at each of them (its own)"),
+    "seeds": Flag(1, number(int, 1), "each with so many seeds, from --seed on; >= 1"),
+}
 USE_FLAGS = {
     "adapter_path": Flag(
         None, nonempty, "start from, evaluate or prompt a run, or its best/ or final/ (none)"
@@ -2381,16 +2497,17 @@ USE_FLAGS = {
     "eval_only": Flag(False, bool, "evaluate on the held-out rows, train nothing"),
     "max_new_tokens": Flag(128, number(int, 1), "of an answer; >= 1"),
     "temperature": Flag(0.0, temperature, "of sampling, 0.01 to 100; 0: greedy"),
-    "top_p": Flag(0.95, share, "sample from the likeliest tokens of this probability; > 0, <= 1"),
+    "top_p": Flag(
+        0.95, number(float, sys.float_info.min, math.nextafter(1, 2)),
+        "sample from the likeliest tokens of this probability; > 0, <= 1",
+    ),
     "repetition_penalty": Flag(1.0, number(float, 1), "on tokens that were there; 1: off"),
     "no_repeat_ngram_size": Flag(0, number(int, 0), "no run of so many tokens twice; 0: off"),
     "num_beams": Flag(1, number(int, 1), "of beam search; 1: off"),
     "length_penalty": Flag(1.0, number(float, -100), "of beam search; > 0: longer answers"),
     "prompts_file": Flag(
-        None, nonempty, "a prompt a line, or rows of fields (.jsonl, .json, .csv) (none)"
-    ),
-    "answers_file": Flag(
-        None, nonempty, "where their answers go (beside it, by the names of file and model)"
+        None, nonempty, "a prompt a line, or rows of fields (.jsonl, .json, .csv); answers go "
+        "beside it (none)",
     ),
     "chat": Flag(False, bool, "talk to the model; Ctrl-C ends an answer, Ctrl-D the chat"),
 }  # fmt: skip
@@ -2400,15 +2517,16 @@ TRAINING_DATA_FLAGS = DATA_FLAGS | {
     "num_workers": DATA_FLAGS["num_workers"]._replace(default=0),
 }
 FLAGS = TRAINING_DATA_FLAGS | modify_llm.MODEL_FLAGS | OPTIMISATION_FLAGS | EVALUATION_FLAGS
-FLAGS |= RUN_FLAGS | USE_FLAGS
+FLAGS |= RUN_FLAGS | USE_FLAGS | COMPARISON_FLAGS
 PATH_FLAGS = {"dataset_path", "eval_dataset_path", "adapter_path", "model_name_or_path", "config"}
 PATH_FLAGS |= {"tokenizer_name_or_path", "resume_from", "prompts_file"}
-DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {"prompt": []}
+DEFAULTS = {name: flag.default for name, flag in FLAGS.items()} | {"prompt": [], "compare": None}
 # What may differ between a run and its continuation; all else must be equal: it is the same run.
 # Paths may, as the contents are compared; so may what cuts the same steps in another way.
-FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, *PATH_FLAGS, "prompt", "num_workers"}
+FREE_TO_CHANGE = {*EVALUATION_FLAGS, *RUN_FLAGS, *USE_FLAGS, *PATH_FLAGS, *COMPARISON_FLAGS}
 FREE_TO_CHANGE |= {"max_eval_samples", "epochs", "max_steps", "gradient_checkpointing", "compile"}
-FREE_TO_CHANGE |= {"batch_size", "gradient_accumulation_steps"}
+FREE_TO_CHANGE |= {"batch_size", "gradient_accumulation_steps", "num_workers", "prompt", "compare"}
+OF_ONE_START = {"config", "resume_from", "overwrite_output_dir"}  # taken over from no file
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2420,7 +2538,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         exit_on_error=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:7]),
+        epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:8]),
     )
     add_flags(parser, "data", TRAINING_DATA_FLAGS)
     modify_llm.add_model_flags(parser)
@@ -2428,9 +2546,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_flags(parser, "evaluation and saving", EVALUATION_FLAGS)
     add_flags(parser, "run", RUN_FLAGS)
     add_flags(parser, "using a model", USE_FLAGS)
-    parser.add_argument_group("prompts").add_argument(
+    add_flags(parser, "comparing techniques", COMPARISON_FLAGS)
+    special = parser.add_argument_group("prompts and comparisons")
+    special.add_argument(
         "--prompt", action="append", default=argparse.SUPPRESS, help="answer it; repeatable (none)"
     )
+    special.add_argument(
+        "--compare", nargs="?", const=[], type=names, default=argparse.SUPPRESS,
+        help="run every technique on the rows, or these (none)",
+    )  # fmt: skip
     return parser
 
 
@@ -2459,88 +2583,71 @@ def parse_flags(argv: list[str] | None, where: str = "") -> dict[str, Any]:
     return vars(given)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a run.json, or in a JSON or YAML file of flags. Raises ValueError."""
+def flags_of(path: Path, where: str, of_a_run: bool = False) -> dict[str, Any]:
+    """The settings in a file, parsed as a command line of them would be. Those of a run may be
+    another version's: what is not known is left out with a warning. Raises ValueError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        given = {name: value for name, value in read_settings(path).items() if value is not None}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if of_a_run:
+        if unknown := given.keys() - DEFAULTS.keys():
+            said = "%s: of another version, not taken over: %s"
+            logger.warning(said, where, ", ".join(sorted(unknown)))
+            given = {name: given[name] for name in given.keys() - unknown}
+        # Its backslashes are read once more.
+        given["text_format"] = str(given.get("text_format", "alpaca")).replace("\\", r"\\")
+    prompts = given.pop("prompt", [])
+    argv = [f"--prompt={text}" for text in (prompts if isinstance(prompts, list) else [prompts])]
+    flags = parse_flags(modify_llm.command_line(given) + argv, f"{where}: ")
+    return {name: flags[name] for name in flags.keys() - OF_ONE_START}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a run.json, in a JSON or YAML file of flags, or in a checkpoint. Raises
+    ValueError."""
+    try:
+        if STEP.fullmatch(path.name):
+            return read_checkpoint(path, whole=False)["settings"]
+        text = path.read_text("utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         return dict(content.get("settings", content))
     except yaml.MarkedYAMLError as error:
         raise ValueError(f"line {error.problem_mark.line + 1}: {error.problem}") from None
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        yaml.YAMLError,
-    ) as error:
-        raise ValueError(modify_llm.first_line(error)) from None
-
-
-def as_command_line(settings: dict[str, Any], stored: bool = True) -> list[str]:
-    """The flags that give these settings. stored: as a run has written them; a person's file of
-    flags has them as they are typed."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    prompts = given.pop("prompt", [])
-    if stored and "text_format" in given:  # whose backslashes are read once more
-        given["text_format"] = given["text_format"].replace("\\", r"\\")
-    texts = prompts if isinstance(prompts, list) else [prompts]
-    return modify_llm.command_line(given) + [f"--prompt={text}" for text in texts]
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as odd:
+        raise ValueError(modify_llm.first_line(odd)) from None
 
 
 def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
     """What stands below the command line: the flags of --config, and below these those of the run
     that --resume_from continues. Raises ValueError."""
     config: dict[str, Any] = {}
-    of_one_start = {"config", "resume_from", "overwrite_output_dir"}
     if path := given.get("config"):
-        where = f"--config {path}: "
-        try:
-            settings = read_settings(Path(path))
-        except ValueError as error:
-            raise ValueError(f"{where}{error}") from None
-        flags = as_command_line(settings, stored="versions" in settings)
-        config = parse_flags(flags, where)
-        config = {name: config[name] for name in config.keys() - of_one_start}
-    if "resume_from" not in given:
+        config = flags_of(Path(path), f"--config {path}")
+    if not (wanted := given.get("resume_from")):
         return config
-    run_dir, checkpoint = resumed_run(argparse.Namespace(**DEFAULTS | config | given))
-    if checkpoint and checkpoint.parent != run_dir / "checkpoints" and "output_dir" not in given:
-        alone = "lies in no run; --output_dir DIR says where it goes on"
-        raise ValueError(f"--resume_from {given['resume_from']}: {alone}")
-    if given["resume_from"] != "auto" and not (checkpoint or run_dir.is_dir()):
-        raise ValueError(f"--resume_from {given['resume_from']}: no such directory")
-    stored = settings_of_run(run_dir, checkpoint)
-    stored = {name: stored[name] for name in stored.keys() - of_one_start}
+    run_dir, checkpoint = resumed_run(Args(**DEFAULTS | config | given))
+    if checkpoint and checkpoint.parent.name != "checkpoints" and "output_dir" not in given:
+        raise ValueError(
+            f"--resume_from {wanted}: lies in no run; --output_dir DIR says where it goes on"
+        )
+    if wanted != "auto" and not (checkpoint or run_dir.is_dir()):
+        raise ValueError(f"--resume_from {wanted}: no such directory")
+    stored: dict[str, Any] = {}
+    for path in (run_dir / "run.json", *([checkpoint] if checkpoint else checkpoints(run_dir))):
+        try:
+            if path.exists():
+                stored = flags_of(path, str(path), of_a_run=True)
+                break
+        except ValueError as error:
+            logger.warning("%s; its settings are not taken over", error)
     if "epochs" in given | config:
         stored.pop("max_steps", None)  # it would stand above them
-    return stored | config | {"output_dir": str(run_dir)}
+    elsewhere = {} if "output_dir" in given else {"output_dir": str(run_dir)}
+    return stored | config | elsewhere
 
 
-def settings_of_run(run_dir: Path, checkpoint: Path | None) -> dict[str, Any]:
-    """The flags of a run by its run.json, or where that is damaged by a checkpoint; warnings name
-    what is not taken over. Raises ValueError for a value that cannot be read."""
-    for path in (run_dir / "run.json", *([checkpoint] if checkpoint else checkpoints(run_dir))):
-        if not path.exists():
-            continue
-        try:
-            stored = (
-                read_checkpoint(path, whole=False)["settings"]
-                if path.suffix != ".json"
-                else read_settings(path)
-            )
-        except (ValueError, OSError) as error:
-            logger.warning("%s: its settings cannot be read: %s", path, error)
-            continue
-        if unknown := ", ".join(sorted(stored.keys() - DEFAULTS.keys())):
-            logger.warning("%s: of another version, not taken over: %s", path, unknown)
-        known = {name: stored[name] for name in stored.keys() & DEFAULTS.keys()}
-        return parse_flags(as_command_line(known), f"{path}: ")
-    return {}
-
-
-def resumed_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
+def resumed_run(args: Args) -> tuple[Path, Path | None]:
     """(the directory of the run that --resume_from continues, the checkpoint that it names, itself
     or as the target of a link). A checkpoint that lies in no run goes on in --output_dir."""
     path = Path(os.path.abspath(args.resume_from))
@@ -2552,66 +2659,78 @@ def resumed_run(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return path.parent if path.name == "checkpoints" else path, None
 
 
-def resolve(given: dict[str, Any]) -> argparse.Namespace:
+def resolve(given: dict[str, Any]) -> Args:
     """All flags: those given, the others at their defaults. Raises ValueError where they conflict.
 
     With --adapter_path, what it was trained with are the defaults of the model's and text's flags.
     """
     defaults, adapter_path = dict(DEFAULTS), given.get("adapter_path")
+    saved: dict[str, Any] = {}
     if adapter_path:
         adapter_path = str(modify_llm.result_directory(adapter_path))
         given = given | {"adapter_path": adapter_path}
-        saved: dict[str, Any] = {}
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
         known = {*modify_llm.MODEL_FLAGS, "text_format", "max_length"}
+        known |= {"seed", "eval_fraction"} if given.get("eval_only") else set()  # the same split
         defaults |= {name: value for name, value in saved.items() if name in known}
         defaults["model_name_or_path"] = None
         for name in given.keys() & saved.keys() & modify_llm.MODEL_FLAGS.keys():
             if given[name] != saved[name]:
                 raise ValueError(f"--{name}: {adapter_path} was trained with {saved[name]}")
-    args = argparse.Namespace(**defaults | given)
+    else:
+        model = given.get("model_name_or_path", "")
+        defaults |= (
+            modify_llm.prompt_settings(model) if hasattr(modify_llm, "prompt_settings") else {}
+        )
+    args = Args(**defaults | given)
     modify_llm.check_together(args)
     if problem := conflict(args):
         raise ValueError(problem)
-    if args.learning_rate is None:
+    if args.learning_rate is None and args.compare is None:
         args.learning_rate = TECHNIQUES[args.modification_type].learning_rate(args)
     return args
 
 
-def uses_only(args: argparse.Namespace) -> bool:
+def uses_only(args: Args) -> bool:
     """Whether a model is evaluated or prompted, and nothing is trained."""
     asked = args.prompt or args.prompts_file or args.chat
     return args.eval_only or bool(asked and not args.dataset_path)
 
 
-def conflict(args: argparse.Namespace) -> str:
+def conflict(args: Args) -> str:
     """The first conflict between several flags; "" where there is none."""
-    has_rows = args.dataset_path or args.eval_dataset_path
-    no_task = not (args.dataset_path or args.demo or uses_only(args))
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    missing = ", ".join(name for name in args.report_to if not importlib.util.find_spec(name))
-    prefix_dropped = args.gradient_checkpointing and args.modification_type == "prefix"
-    ends_above = args.learning_rate is not None and args.min_lr > args.learning_rate
+    unknown = ", ".join({*args.report_to} - {"tensorboard", "wandb", "trackio"})
+    missing = ", ".join(name for name in args.report_to if not find_spec(name))
     conflicts = {
-        "--gradient_checkpointing: drops the cache that carries a prefix": prefix_dropped,
+        "--gradient_checkpointing: drops the cache that carries a prefix":
+            args.gradient_checkpointing and args.modification_type == "prefix",
         "--eval_only: needs --eval_dataset_path, or --dataset_path to hold rows out of":
-            args.eval_only and not has_rows,
-        "--dataset_path: needed to train (or --demo)": no_task,
-        f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}": ends_above,
-        f"--prompts_file {args.prompts_file}: no such file":
-            args.prompts_file and not Path(args.prompts_file).is_file(),
+            args.eval_only and not (args.dataset_path or args.eval_dataset_path),
+        "--dataset_path: needed to train (or --demo)":
+            not (args.dataset_path or args.demo or uses_only(args)),
+        f"--min_lr {args.min_lr}: above --learning_rate {args.learning_rate}":
+            args.min_lr > (args.learning_rate or math.inf),
         f"--prompts_file {args.prompts_file}: its directory cannot be written to":
             args.prompts_file and not os.access(Path(args.prompts_file).resolve().parent, os.W_OK),
         "--chat: with --adapter_path, after training": args.chat and not uses_only(args),
         "--num_beams: neither draws (--temperature) nor streams (--chat)":
             args.num_beams > 1 and (args.temperature or args.chat),
         "--eval_answers: needs the package: pip install sacrebleu":
-            args.eval_answers and not importlib.util.find_spec("sacrebleu"),
+            args.eval_answers and not find_spec("sacrebleu"),
         "--from_scratch: --adapter_path brings the base that it was trained on":
             args.adapter_path and args.from_scratch,
-        "--demo: starts anew, without --resume_from, --adapter_path and torchrun":
-            args.demo and (args.resume_from or args.adapter_path or processes > 1),
+        "--demo: starts anew, without --resume_from, --adapter_path, --compare and torchrun":
+            args.demo and (
+                args.resume_from or args.adapter_path or args.compare is not None
+                or place_of_process()["world_size"] > 1
+            ),
+        "--compare: trains anew and goes on by itself, without --resume_from, --adapter_path, "
+        "--overwrite_output_dir and prompts": args.compare is not None and (
+            args.resume_from or args.adapter_path or args.overwrite_output_dir or args.prompt
+            or args.prompts_file or uses_only(args)
+        ),
+        f"--report_to {unknown}: tensorboard, wandb or trackio": unknown,
         f"--report_to {missing}: needs the package: pip install {missing}": missing,
         "--overwrite_output_dir: would remove the run that --resume_from continues":
             args.resume_from and args.overwrite_output_dir,
@@ -2619,48 +2738,82 @@ def conflict(args: argparse.Namespace) -> str:
     return next((message for message, holds in conflicts.items() if holds), "")
 
 
-def idle_flags(given: dict[str, Any], args: argparse.Namespace) -> list[str]:
+def idle_flags(given: dict[str, Any], args: Args) -> list[str]:
     """A line for each flag that was given and changes nothing."""
-    idle: dict[str, str] = {}
-    if args.demo:
-        used = {"demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed"}
-        idle = dict.fromkeys(DEFAULTS.keys() - used, ", --demo has its own")
-    elif uses_only(args):
-        unused = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS}
-        unused |= set() if args.adapter_path else {"modification_type"}
-        if args.eval_only:
-            unused -= {"eval_answers"}
-        else:
-            unused |= {"eval_dataset_path", "eval_fraction", "batch_size"}
-        idle = dict.fromkeys(unused, ", nothing is trained")
-    elif args.scheduler == "cosine":
-        idle["warmup_steps"] = ", --scheduler cosine has no warm-up"
-    elif args.scheduler == "constant":
-        idle["min_lr"] = ", --scheduler constant does not decay"
-    if not args.temperature:
-        idle["top_p"] = ", --temperature 0 takes the likeliest token"
-    if args.num_beams == 1:
-        idle["length_penalty"] = ", it is for --num_beams"
-    if args.modification_type != "lora":
-        idle["lora_plus_ratio"] = ", only lora has a B"
-    if args.eval_dataset_path:
-        idle["eval_fraction"] = " beside --eval_dataset_path"
-    lines = [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
-    return lines + ([] if args.adapter_path or args.demo else modify_llm.idle_flags(given, args))
+    used_by_demo = {"demo", "output_dir", "overwrite_output_dir", "device", "precision", "seed"}
+    unused = {*OPTIMISATION_FLAGS, *EVALUATION_FLAGS} - {"resume_from"}
+    unused |= set() if args.adapter_path else {"modification_type"}
+    prompts = {"eval_dataset_path", "eval_fraction", "batch_size"}
+    unused = unused - {"eval_answers"} if args.eval_only else unused | prompts
+    idle = {
+        "--demo has its own": DEFAULTS.keys() - used_by_demo if args.demo else (),
+        "nothing is trained": unused if uses_only(args) else (),
+        "--scheduler cosine has no warm-up": ["warmup_steps"] * (args.scheduler == "cosine"),
+        "--scheduler constant does not decay": ["min_lr"] * (args.scheduler == "constant"),
+        "--temperature 0 takes the likeliest token": ["top_p"] * (not args.temperature),
+        "it is for --num_beams": ["length_penalty"] * (args.num_beams == 1),
+        "only lora has a B": ["lora_plus_ratio"] * (args.modification_type != "lora"),
+        "it is for --compare": COMPARISON_FLAGS if args.compare is None else (),
+        "the rows of --eval_dataset_path are held out":
+            ["eval_fraction"] * bool(args.eval_dataset_path),
+    }  # fmt: skip
+    reasons = {name: reason for reason, flags in reversed(idle.items()) for name in flags}
+    lines = [f"--{n}: without effect, {reasons[n]}" for n in sorted(reasons.keys() & given.keys())]
+    others = args.adapter_path or args.demo or args.compare is not None
+    return lines + ([] if others else modify_llm.idle_flags(given, args))
 
 
 # ---- the script ----------------------------------------------------------------------------------
 
 
+def use_model(args: Args, runtime: Runtime) -> None:
+    """--eval_only and --prompt without training: what --adapter_path holds, or the plain base."""
+    tokenizer = tokenizer_for(args)
+    torch.manual_seed(args.seed)
+    if args.adapter_path:
+        model = load_trained(args.adapter_path, args.model_name_or_path)
+    else:
+        model = modify_llm.load_base(args)
+    model.requires_grad_(False)
+    prepare_model(model, args, runtime)  # at the precision that it was trained and evaluated with
+    check_fits(model, tokenizer, args.max_length if args.eval_only else 1)
+    if args.eval_only:
+        evaluate_model(args, runtime, model, tokenizer, load_rows(args, tokenizer)[1])
+    answer_prompts(args, runtime, model, tokenizer)
+
+
+def evaluate_model(
+    args: Args, runtime: Runtime, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase,
+    rows: AlpacaDataset,
+) -> dict[str, float]:  # fmt: skip
+    """Logs how a model does on held-out rows, and returns it by the names of metrics.jsonl."""
+    loader = make_loader(rows, args, runtime, tokenizer, shuffle=False)
+    loss, tokens, accuracy = evaluate(SummedLoss(model), loader, runtime)
+    line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows, %.1f%% right"
+    values = (loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}", 100 * accuracy)
+    table.info(line, *values)
+    scores = {}
+    if args.eval_answers and runtime.rank == 0:
+        prompts, references = held_out_prompts(rows, args.eval_answers, tokenizer)
+        answers = generate_answers(prompts, model, tokenizer, args, runtime)
+        scores = score_answers(answers, references, tokenizer)
+        table.info(scores_line(scores))
+    results = {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_accuracy": accuracy}
+    return results | scores
+
+
 DEMO_FILES = data_pipeline.BUNDLED_SAMPLE.parent
-DEMO_FORMAT = "{input}\n{instruction}|| {output}"
-DEMO_BASE = {
+DEMO = {
+    "demo": True, "max_length": 64, "text_format": "{input}\n{instruction}|| {output}",
+    "max_new_tokens": 8,
+}  # fmt: skip
+DEMO_BASE = DEMO | {
     "dataset_path": str(DEMO_FILES / "demo_base.json"), "from_scratch": True, "hidden_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
     "modification_type": "full", "epochs": 6, "learning_rate": 3e-3, "batch_size": 16,
     "num_samples": 0, "eval_interval": 429,
 }  # fmt: skip
-DEMO_LORA = {
+DEMO_LORA = DEMO | {
     "dataset_path": str(DEMO_FILES / "demo_tasks.json"),
     "eval_dataset_path": str(DEMO_FILES / "demo_questions.json"),
     "lora_rank": 8, "lora_alpha": 16, "epochs": 10, "learning_rate": 1e-2, "batch_size": 32,
@@ -2668,32 +2821,7 @@ DEMO_LORA = {
 }  # fmt: skip
 
 
-def use_model(args: argparse.Namespace, runtime: Runtime) -> None:
-    """--eval_only and --prompt without training: what --adapter_path holds, or the plain base."""
-    tokenizer = tokenizer_for(args)
-    torch.manual_seed(args.seed)
-    if args.adapter_path:
-        model = load_trained(args.adapter_path, args.model_name_or_path)
-    else:
-        model = modify_llm.load_base(args).requires_grad_(False)
-    prepare_model(model, args, runtime)  # at the precision that it was trained and evaluated with
-    model.requires_grad_(False)
-    check_fits(model, tokenizer, args.max_length if args.eval_only else 1)
-    if args.eval_only:
-        _, rows = load_rows(args, tokenizer)
-        loader = make_loader(rows, args, runtime, tokenizer, shuffle=False)
-        loss, tokens, accuracy = evaluate(SummedLoss(model), loader, runtime)
-        line = "Held-out loss: %.4f | Held-out PPL: %.2f | %s tokens of %s rows, %.1f%% right"
-        values = (loss, perplexity(loss), f"{tokens:,}", f"{len(rows):,}", 100 * accuracy)
-        table.info(line, *values)
-        if args.eval_answers and runtime.rank == 0:
-            prompts, references = held_out_prompts(rows, args.eval_answers, tokenizer)
-            answers = generate_answers(prompts, model, tokenizer, args, runtime)
-            table.info(scores_line(score_answers(answers, references, tokenizer)))
-    answer_prompts(args, runtime, model, tokenizer)
-
-
-def demo(args: argparse.Namespace, runtime: Runtime) -> None:
+def demo(args: Args, runtime: Runtime) -> None:
     """A tiny GPT-2 from scratch on small tasks, then LoRA, which teaches it new names for them; at
     the end, how many held-out questions each answers rightly."""
     output_dir = Path("./outputs/demo" if args.output_dir == "./outputs" else args.output_dir)
@@ -2702,10 +2830,6 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         settings = modify_llm.read_json(output_dir / "run.json")["settings"]
         args.overwrite_output_dir |= settings["demo"]
     user = {name: getattr(args, name) for name in ("device", "precision", "seed")}
-    common = user | {
-        "demo": True, "max_length": 64, "text_format": DEMO_FORMAT, "max_new_tokens": 8,
-        "repetition_penalty": 1.0,
-    }  # fmt: skip
     with ExitStack() as closing:
         claim_directory(args, runtime, closing)
         scratch = Path(closing.enter_context(tempfile.TemporaryDirectory()))
@@ -2715,34 +2839,33 @@ def demo(args: argparse.Namespace, runtime: Runtime) -> None:
         closing.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         table.info("Demo, part 1 of 2: a tiny GPT-2 learns tasks by name, from random weights\n")
-        train_model(resolve(common | DEMO_BASE | {"output_dir": str(scratch / "run")}), runtime)
+        train_model(resolve(DEMO_BASE | user | {"output_dir": str(scratch / "run")}), runtime)
         shutil.move(scratch / "run" / "best", output_dir / "base")
         table.info("\nDemo, part 2 of 2: LoRA teaches it other names for them\n")
         base = {"model_name_or_path": str(output_dir / "base"), "output_dir": str(output_dir)}
-        lora = resolve(common | DEMO_LORA | base)
+        lora = resolve(DEMO_LORA | user | base)
         train_model(lora, runtime)
         show_demo_answers(lora, runtime)
 
 
-def show_demo_answers(args: argparse.Namespace, runtime: Runtime) -> None:
+def show_demo_answers(args: Args, runtime: Runtime) -> None:
     """Five held-out questions with their answers, and how many of all are answered rightly."""
-    rows = json.loads(Path(args.eval_dataset_path).read_text(encoding="utf-8"))
-    tokenizer, answers = tokenizer_for(args), {}
+    output_dir, rows = Path(args.output_dir), pd.read_json(args.eval_dataset_path, dtype=False)
+    shown = pd.DataFrame({"question": rows.input + ": " + rows.instruction})
+    tokenizer = tokenizer_for(args)
+    ids = [encode_prompt(row, args.text_format, tokenizer) for row in rows.to_dict("records")]
     models = {"base": modify_llm.load_base(args), "tuned": load_trained(f"{args.output_dir}/final")}
     for name, model in models.items():
         prepare_model(model.requires_grad_(False), args, runtime)
-        prompts = [data_pipeline.encode_prompt(row, args.text_format, tokenizer) for row in rows]
-        found = generate_answers(prompts, model, tokenizer, args, runtime)
-        answers[name] = [answer.strip() for answer, _ in found]
+        answers = generate_answers(ids, model, tokenizer, args, runtime)
+        shown[name] = [answer.strip() for answer, _ in answers]
+    shown["right answer"] = rows.output
     table.info("\nHeld-out questions, on lists of words that are in neither part's rows:\n")
-    columns = "%-36s %-24s %-24s %s"
-    table.info(columns, "question", "base", "tuned", "right answer")
-    for row, base, tuned in list(zip(rows, answers["base"], answers["tuned"], strict=True))[:5]:
-        question = f"{row['input']}: {row['instruction']}"
-        table.info(columns, question, base, tuned, row["output"])
-    references = [row["output"] for row in rows]
-    right = [sum(map(str.__eq__, answers[name], references)) for name in models]
+    table.info(shown.head().to_string(index=False, justify="left"))
+    right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
+    row = {"label": "LoRA r=8, all Conv1D", "learning_rate": args.learning_rate}
+    table.info(compared_line(row | outcome(output_dir)))
     table.info("The model is tiny, the tasks are made up of some 60 words, and it knows no others.")
 
 
@@ -2760,7 +2883,8 @@ def main(argv: list[str] | None = None) -> int:
             args = resolve(stored_flags(given) | given)
             for line in idle_flags(given, args):
                 logger.warning(line)
-            work = demo if args.demo else use_model if uses_only(args) else train_model
+            work = use_model if uses_only(args) else train_model
+            work = demo if args.demo else work if args.compare is None else compare
             work(args, choose_runtime(args))
             status = 0
         except Stopped as stopped:
@@ -2815,4 +2939,8 @@ def leave_group(status: int) -> None:
 if __name__ == "__main__":
     # Rows are tokenised before workers fork, so the library's warning about that is mistaken.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="ignore")  # a terminal that cannot show the emoji
     sys.exit(main())

@@ -92,10 +92,11 @@ def checkpoints(output_dir):
 
 
 def saved(directory, suffix=".safetensors"):
-    """{file and tensor: (type, shape, bytes)} of all tensors that lie in a directory."""
+    """{file and tensor: (type, shape, bytes)} of all tensors in a checkpoint, or that lie in a directory."""
+    files = [directory] if directory.is_file() else sorted(directory.glob("*" + suffix))
     return {
         f"{file.name}: {name}": (str(tensor.dtype), tensor.shape, tensor.numpy().tobytes())
-        for file in sorted(directory.glob("*" + suffix))
+        for file in files
         for name, tensor in load_file(file).items()
     }
 
@@ -175,9 +176,9 @@ def technique_model(technique, base=None):
 
 def first_gradients(output_dir):
     """The gradients of a run of a single step, as AdamW saw them: its first moment is a tenth of them."""
-    tensors = load_file(checkpoints(output_dir)[-1] / "optimizer.safetensors")
+    tensors = load_file(checkpoints(output_dir)[-1])
     return {
-        k.removesuffix(".exp_avg"): 10 * v for k, v in tensors.items() if k.endswith(".exp_avg")
+        k.removeprefix("exp_avg."): 10 * v for k, v in tensors.items() if k.startswith("exp_avg.")
     }
 
 
