@@ -980,7 +980,6 @@ def prepare_model(model: GPT2LMHeadModel, args: Args, runtime: Runtime) -> None:
             copied = runtime.dtype != torch.float32
             parameter.data = parameter.data.to(runtime.device, dtype, copy=copied)
     model.to(runtime.device)
-    model.config.pad_token_id = None  # or transformers warns of padding after an answer's end
     for block in model.transformer.h:
         if model.config.activation_function == "gelu_new":  # the same function, in one kernel
             block.mlp.act = nn.GELU(approximate="tanh")
@@ -1070,7 +1069,7 @@ def finish(run: Run, started: float) -> None:
 # ---- what a run writes ---------------------------------------------------------------------------
 
 
-STAGED = re.compile(r"\.(?P<state>new|old)_(?P<name>best|final|base)_[0-9a-f]{8}")
+STAGED = re.compile(r"\.(?P<state>new|old)_(?P<name>best|final|base)(_[0-9a-f]{8})?")
 STEP, LOG = re.compile(r"step_\d+"), re.compile(r"training_\d{8}_\d{6}\.log")
 # What a file system says that has no locks, or cannot sync a directory
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -1521,8 +1520,9 @@ def save_checkpoint(run: Run) -> None:
         sync(new)
         new.replace(path)
         sync(path.parent)
-    finally:
+    except BaseException:
         new.unlink(missing_ok=True)
+        raise
     others = [path for path in checkpoints(run.output_dir) if step_number(path) != step]
     for path in others[run.args.save_total_limit - 1 :]:
         if step_number(path) not in (run.progress.best_step, run.resumed_from):
@@ -1609,7 +1609,7 @@ def shapes(run: Run, step: int) -> dict[str, tuple[int, ...]]:
 def difference(ours: dict[str, Any], theirs: dict[str, Any], whose: str = "this run's") -> str:
     """The first fact that differs, "" where all agree. A flag that one side does not know counts as
     not given."""
-    for name in sorted(ours.keys() | theirs.keys()):
+    for name in ours | theirs:
         default = DEFAULTS.get(name.removeprefix("--"))
         mine, other = ours.get(name, default), theirs.get(name, default)
         if mine != other and (name in ours or not name.startswith("--")):
@@ -1620,8 +1620,8 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any], whose: str = "this 
 def check_processes_agree(run: Run) -> None:
     """Raises ValueError, on every process, where one is about to do other work than process 0: on
     a machine that does not see the shared directory, with another card, with other rows."""
-    state = {"step": run.progress.step, "best step": run.progress.best_step}
-    mine = facts(run) | circumstances(run) | state | {"final/ there": finished(run)}
+    mine = {"step": run.progress.step, "best step": run.progress.best_step}
+    mine |= facts(run) | circumstances(run) | {"final/ there": finished(run)}
     first, *others = gather(mine, run.runtime)
     for rank, other in enumerate(others, 1):
         if odd := difference(first, other, "that of process 0"):
@@ -1660,6 +1660,7 @@ def resume(run: Run) -> None:
                 f"--resume_from {path}: {other_run}; a new run takes another --output_dir, without "
                 "--resume_from"
             )
+        logger.info("Resumed from %s at step %d", path, state["progress"].step)
         restore(run, state)
         return
     if wanted != "auto":
@@ -1678,7 +1679,6 @@ def restore(run: Run, state: dict) -> None:
     another from here on."""
     run.progress = progress = state["progress"]
     run.resumed_from, run.tracker_runs = progress.step, state["trackers"]
-    logger.info("Resumed at step %d of %s", progress.step, run.args.resume_from)
     before, now = state["circumstances"], circumstances(run)
     changed = {name for name in now if before[name] != now[name]}
     for name in sorted(changed):
@@ -1816,7 +1816,9 @@ def as_typed(
 def answering(model: GPT2LMHeadModel, runtime: Runtime) -> Iterator[None]:
     """Inside, the model generates, with the mask that padding on the left needs; training's random
     state is left alone."""
-    training, attention = model.training, model.config._attn_implementation
+    training, config = model.training, model.config
+    attention, pad_token_id = config._attn_implementation, config.pad_token_id
+    config.pad_token_id = None  # or transformers warns of padding after an answer's end
     model.eval().set_attn_implementation("sdpa")
     gpus = [runtime.device] if runtime.device.type == "cuda" else []
     try:
@@ -1824,6 +1826,7 @@ def answering(model: GPT2LMHeadModel, runtime: Runtime) -> Iterator[None]:
             yield
     finally:
         model.train(training).set_attn_implementation(attention)
+        config.pad_token_id = pad_token_id
 
 
 def generate_answers(
@@ -2062,26 +2065,25 @@ def compare(args: Args, runtime: Runtime) -> None:
     Raises ValueError for a name that is none, Stopped.
     """
     known = {
-        compared_name(technique, settings): (technique, label, settings)
+        compared_name(technique, settings): {"modification_type": technique} | settings
         for technique, row in TECHNIQUES.items()
-        for label, _, settings in row.compared
+        for _, _, settings in row.compared
     }
-    for name in args.compare:
-        if name not in known:
-            raise ValueError(f"--compare {name}: not among {', '.join(known)}")
+    if unknown := {*args.compare} - known.keys():
+        raise ValueError(f"--compare {min(unknown)}: not among {', '.join(known)}")
     rates, seeds = args.learning_rates or [args.learning_rate], range(args.seeds)
     plan = list(itertools.product(args.compare or known, rates, seeds))
     output_dir, rows = Path(args.output_dir), [untouched_base(args, runtime, len(plan))]
     for name, rate, seed in tqdm(plan, "comparing", disable=True if runtime.rank else None):
-        technique, label, settings = known[name]
-        several = {f"lr{rate}": len(rates) > 1, f"seed{args.seed + seed}": args.seeds > 1}
-        directory = output_dir / "-".join([name, *(part for part in several if several[part])])
-        changes = {"modification_type": technique, "learning_rate": rate, "seed": args.seed + seed}
-        changes |= {"output_dir": str(directory), "compare": None, "learning_rates": [], "seeds": 1}
-        changes |= {"resume_from": "auto" if (directory / "run.json").exists() else None}
-        row = {"technique": name, "label": label, "settings": settings, "directory": str(directory)}
+        several = f"-{rate}" * (len(rates) > 1) + f"-seed{args.seed + seed}" * (args.seeds > 1)
+        directory = output_dir / f"{name}{several}"
+        resume_from = "auto" if (directory / "run.json").exists() else None
+        row = {"technique": name, "directory": str(directory), "settings": known[name]}
         try:
-            chosen = resolve(vars(args) | settings | changes)
+            chosen = resolve(vars(args) | known[name] | {
+                "learning_rate": rate, "seed": args.seed + seed, "output_dir": str(directory),
+                "resume_from": resume_from, "compare": None, "learning_rates": [], "seeds": 1,
+            })  # fmt: skip
             row |= {"learning_rate": chosen.learning_rate, "seed": chosen.seed}
             train_model(chosen, runtime)
             row |= outcome(directory) if runtime.rank == 0 else {}
@@ -2089,10 +2091,17 @@ def compare(args: Args, runtime: Runtime) -> None:
             row["failed"] = in_one_line(error, {})
         rows.append(row)
         if runtime.rank == 0:
-            table.info(compared_line(row))
+            table.info("%s: %s", name, row.get("failed") or COMPARED.format(**row))
             write_at_once(output_dir / "comparison.json", json.dumps(rows, indent=2))
     if runtime.rank == 0:
         show_comparison(rows, output_dir)
+
+
+# A finished run's line on the screen
+COMPARED = (
+    "{trainable:,} parameters ({share:.2%}), {saved_bytes:,} bytes, perplexity "
+    "{perplexity_before:.2f} -> {eval_perplexity:.2f}, {eval_accuracy:.1%} right, {seconds:.0f} s"
+)
 
 
 def compared_name(technique: str, settings: dict[str, Any]) -> str:
@@ -2117,21 +2126,20 @@ def untouched_base(args: Args, runtime: Runtime, runs: int) -> dict[str, Any]:
     share = 3 * (args.epochs * train.lengths.sum() / held_out.lengths.sum() + 1)
     minutes = (time.perf_counter() - started) * share * runs / 60
     table.info("%d runs, roughly %.0f minutes; the same command goes on if stopped", runs, minutes)
-    return {"technique": "base", "label": "untouched base", "trainable": 0} | measured
+    return {"technique": "base", "trainable": 0} | measured
 
 
 def outcome(directory: Path) -> dict[str, Any]:
     """What came of a finished run, by its files: the evaluation before its first step, its best
     one, sizes and time."""
-    lines = (directory / "metrics.jsonl").read_text("utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if any("eval" in name for name in row)]
-    first, *others = (row for row in rows if "eval_loss" in row)
+    rows = pd.read_json(directory / "metrics.jsonl", lines=True)
+    first, *others = rows.dropna(subset="eval_loss").to_dict("records")
     best = min(others, key=lambda row: row["eval_loss"])
-    for row in rows:
-        best |= row if row["step"] == best["step"] else {}  # with the scores of its answers
+    here = rows[rows.step == best["step"]].filter(like="eval").bfill().iloc[0]  # with its scores
     counts = modify_llm.read_json(directory / "run.json")["parameters"]
     progress = read_checkpoint(checkpoints(directory)[0], whole=False)["progress"]
-    return best | {
+    return here.to_dict() | {
+        "best_step": best["step"],
         "trainable": counts["trainable"],
         "share": counts["trainable"] / counts["total"],
         "saved_bytes": sum(p.stat().st_size for p in directory.glob("final/*.safetensors")),
@@ -2141,45 +2149,34 @@ def outcome(directory: Path) -> dict[str, Any]:
     }
 
 
-def compared_line(row: dict[str, Any]) -> str:
-    """A run's line on the screen."""
-    if "failed" in row:
-        return "{label}: failed: {failed}".format(**row)
-    return (
-        "{label:<30}{trainable:>13,} {share:>8.3%} {saved_bytes:>13,} B  lr {learning_rate:<8g} "
-        "perplexity {perplexity_before:8.2f} -> {eval_perplexity:8.2f} {eval_accuracy:7.1%} right"
-        " {seconds:7.0f} s"
-    ).format(**row)
-
-
 def show_comparison(rows: list[dict[str, Any]], output_dir: Path) -> None:
     """comparison.csv and .png, answers.md, and the closing words: of each technique its best rate,
     by the mean held-out loss over the seeds."""
     frame = pd.DataFrame(rows)
     frame.to_csv(output_dir / "comparison.csv", index=False)
     base, ended = frame.eval_loss[0], frame[1:].dropna(subset="eval_loss")
-    means = ended.groupby(["technique", "learning_rate"], sort=False).agg(
-        label=("label", "first"), trainable=("trainable", "first"), share=("share", "first"),
-        loss=("eval_loss", "mean"), deviation=("eval_loss", "std"),
-    ).fillna(0.0).reset_index()  # fmt: skip
-    if means.empty:
+    if ended.empty:
         raise RuntimeError("--compare: no run came to its end")
-    by_technique = means.groupby("technique")
-    lowest, highest = (by_technique.learning_rate.transform(end) for end in ("min", "max"))
-    at_edge = (means.learning_rate == lowest) | (means.learning_rate == highest)
-    means["edge"] = at_edge & (lowest < highest)
-    best = means.loc[by_technique.loss.idxmin()].sort_values("loss")
-    table.info("\nThe best rate of each, held-out loss (untouched base: %.4f):", base)
+    best, edge = [], {}
+    for _, runs in ended.groupby("technique"):
+        means = runs.groupby("learning_rate").agg(
+            technique=("technique", "first"), trainable=("trainable", "first"),
+            loss=("eval_loss", "mean"), deviation=("eval_loss", "std"),
+        ).fillna(0.0).reset_index()  # fmt: skip
+        best.append(means.loc[means.loss.idxmin()])
+        at_edge = len(means) > 1 and means.loss.idxmin() in (0, len(means) - 1)
+        edge[best[-1].technique] = "  (the last of the rates tried: try further ones)" * at_edge
+    best = pd.DataFrame(best).sort_values("loss")
+    table.info("\nThe best rate of each, by held-out loss (untouched base: %.4f):", base)
     for row in best.itertuples():
-        edge = "  (the last of the rates tried: try further ones)" if row.edge else ""
-        spread = f" +- {row.deviation:.4f}" if row.deviation else ""
-        table.info("%-30s %.4f%s at %g%s", row.label, row.loss, spread, row.learning_rate, edge)
+        values = (row.technique, row.loss, row.deviation, row.learning_rate, edge[row.technique])
+        table.info("%-26s %.4f +- %.4f at %g%s", *values)
     attempt("comparison.png", plot_comparison, best, base, output_dir / "comparison.png")
-    attempt("answers.md", write_answers, rows, output_dir)
+    attempt("answers.md", write_answers, ended.directory, output_dir / "answers.md")
     gain = base - best.loss
-    small = best[gain >= 0.9 * gain.max()].sort_values("trainable").iloc[0]
-    words = "Best: %s. Best for its size: %s, nine tenths of that gain by %.2f%% of the parameters."
-    table.info(words, best.label.iloc[0], small.label, 100 * small.share)
+    small = best[gain >= 0.9 * gain.max()].sort_values("trainable").technique.iloc[0]
+    words = "Best: %s. Best for its size, the smallest with nine tenths of that gain: %s"
+    table.info(words, best.technique.iloc[0], small)
 
 
 def plot_comparison(best: pd.DataFrame, base: float, path: Path) -> None:
@@ -2188,31 +2185,26 @@ def plot_comparison(best: pd.DataFrame, base: float, path: Path) -> None:
 
     axes = Figure(figsize=(10, 6), layout="constrained").subplots()
     axes.axhline(base, color="#888888", linestyle="--", label="untouched base")
+    for loss in best.loss[best.technique == "full"]:
+        axes.axhline(loss, color="#c44e52", linestyle=":", label="full fine-tuning")
     axes.errorbar(best.trainable, best.loss, best.deviation, fmt="o", capsize=4)
     for row in best.itertuples():
-        axes.annotate(row.label, (row.trainable, row.loss), (6, 4), textcoords="offset points")
-        if row.technique == "full":
-            axes.axhline(row.loss, color="#c44e52", linestyle=":", label="full fine-tuning")
+        axes.annotate(row.technique, (row.trainable, row.loss), (6, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel="trainable parameters", ylabel="held-out loss per token")
-    axes.margins(x=0.2)
+    axes.margins(x=0.15)
     axes.legend()
     axes.figure.savefig(path, dpi=120)
 
 
-def write_answers(rows: list[dict[str, Any]], output_dir: Path) -> None:
+def write_answers(directories: Iterable[str], path: Path) -> None:
     """answers.md: what each run answers to the same held-out prompts."""
-    answers: dict[str, dict[str, str]] = {}
-    for row in rows[1:]:
-        path = Path(row["directory"], "predictions.jsonl")
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-            given = json.loads(line)
-            fixed = {"reference": given["reference"], "untouched base": given["base"]}
-            answers.setdefault(given["prompt"], fixed)[path.parent.name] = given["tuned"]
+    runs = {name: pd.read_json(f"{name}/predictions.jsonl", lines=True) for name in directories}
+    columns = {Path(name).name: rows.tuned for name, rows in runs.items()}
+    shared = next(iter(runs.values()))[["prompt", "reference", "base"]]
     parts = []
-    for prompt, given in answers.items():
-        parts.append(f"## {prompt!r}")
-        parts += [f"**{name}**\n\n```\n{text}\n```" for name, text in given.items()]
-    write_at_once(output_dir / "answers.md", "\n\n".join(parts) + "\n")
+    for row in pd.concat([shared, pd.DataFrame(columns)], axis=1).to_dict("records"):
+        parts += [f"**{name}**\n\n```\n{text}\n```\n" for name, text in row.items()] + ["---\n"]
+    path.write_text("\n".join(parts), "utf-8")
 
 
 # ---- the machine it runs on ----------------------------------------------------------------------
@@ -2327,11 +2319,7 @@ def choose_runtime(args: Args) -> Runtime:
             f"--precision {precision}: this {device.type} lacks it; auto takes what there is"
         )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-    with suppress(AttributeError, OSError, TypeError):  # another C library than glibc
-        # M_MMAP_THRESHOLD: has blocks of 16 MB and more handed back to the system as soon as they
-        # are freed. glibc's own limit rises to 32 MB, and below it blocks of ever other sizes leave
-        # holes in the heap: full fine-tuning of a small GPT-2 grew by 22 MB a step.
-        ctypes.CDLL(None).mallopt(-3, 2**24)
+    return_freed_memory()
     if cuda:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 where a product is still fp32
@@ -2350,6 +2338,16 @@ def peak_memory(runtime: Runtime) -> float:
         found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
         return int(found[1]) / 1e6
     return 0.0
+
+
+def return_freed_memory() -> None:
+    """Has glibc hand blocks of 16 MB and more back to the system as soon as they are freed.
+
+    Its own limit rises to 32 MB, and below it blocks of ever other sizes leave holes in the heap:
+    full fine-tuning of a GPT-2 of 16 million parameters grew by 22 MB a step.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
 def join_processes(gpu: torch.device | None) -> None:
@@ -2371,7 +2369,9 @@ class Screen(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stdout)
+            encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+            line = self.format(record).encode(encoding, "ignore").decode(encoding)  # no emoji there
+            tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
         except OSError:  # `train_llm.py | head`: the run goes on, its log file tells the rest
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -2864,8 +2864,7 @@ def show_demo_answers(args: Args, runtime: Runtime) -> None:
     table.info(shown.head().to_string(index=False, justify="left"))
     right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
-    row = {"label": "LoRA r=8, all Conv1D", "learning_rate": args.learning_rate}
-    table.info(compared_line(row | outcome(output_dir)))
+    table.info("As --compare shows it: %s", COMPARED.format(**outcome(output_dir)))
     table.info("The model is tiny, the tasks are made up of some 60 words, and it knows no others.")
 
 

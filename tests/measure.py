@@ -30,9 +30,9 @@ from transformers import DataCollatorForSeq2Seq, GPT2LMHeadModel, Trainer, Train
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import data_pipeline  # noqa: E402
-import modify_llm  # noqa: E402
-import train_llm  # noqa: E402
+import data_pipeline
+import modify_llm
+import train_llm
 
 TECHNIQUES = {
     "full": ["--modification_type", "full"],

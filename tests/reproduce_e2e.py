@@ -28,7 +28,7 @@ from sacrebleu.metrics import BLEU
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_llm  # noqa: E402
+import train_llm
 
 # examples/NLG/README.md, "Replicating Our Result on E2E", step 1
 TRAINING = {
