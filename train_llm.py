@@ -813,7 +813,8 @@ def load_rows(
         held_out = labelled("eval_dataset_path")
         train = labelled("dataset_path") if args.dataset_path else held_out.first(0)
     else:
-        train, held_out = labelled("dataset_path").split(args.eval_fraction, args.seed)
+        split_seed = args.seed if args.split_seed is None else args.split_seed
+        train, held_out = labelled("dataset_path").split(args.eval_fraction, split_seed)
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
@@ -882,7 +883,8 @@ def build_model(args: Args) -> GPT2LMHeadModel:
         model = final_modify(args, from_scratch=False, model_name_or_path=str(base))
     else:
         model = final_modify(args)
-    split = {"seed": args.seed, "eval_fraction": args.eval_fraction}
+    split_seed = args.seed if args.split_seed is None else args.split_seed
+    split = {"split_seed": split_seed, "eval_fraction": args.eval_fraction}
     model.modification |= {"text_format": args.text_format, "max_length": args.max_length} | split
     return model
 
@@ -2017,28 +2019,33 @@ def compare(args: Args, runtime: Runtime) -> None:
         directory = output_dir / f"{name}{several}"
         resume_from = "auto" if (directory / "run.json").exists() else None
         row = {"technique": name, "directory": str(directory), "settings": known[name]}
+        start_peak_memory(runtime)
         try:
             chosen = resolve(vars(args) | known[name] | {
-                "learning_rate": rate, "seed": args.seed + seed, "output_dir": str(directory),
-                "resume_from": resume_from, "compare": None, "learning_rates": [], "seeds": 1,
+                "learning_rate": rate, "seed": args.seed + seed, "split_seed": args.seed,
+                "output_dir": str(directory), "resume_from": resume_from, "compare": None, "learning_rates": [], "seeds": 1,
             })  # fmt: skip
             row |= {"learning_rate": chosen.learning_rate, "seed": chosen.seed}
-            train_model(chosen, runtime)
+            with quiet_screen():
+                train_model(chosen, runtime)
             row |= outcome(directory) if runtime.rank == 0 else {}
         except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
             row["failed"] = in_one_line(error, {})
         rows.append(row)
         if runtime.rank == 0:
-            table.info("%s: %s", name, row.get("failed") or COMPARED.format(**row))
+            failed = "{directory}: failed: {failed}" if "failed" in row else COMPARED
+            table.info(failed.format(name=directory.name, **row))
             write_at_once(output_dir / "comparison.json", json.dumps(rows, indent=2))
     if runtime.rank == 0:
         show_comparison(rows, output_dir)
 
 
-# A finished run's line on the screen
+COMPARED_HEAD = (
+    "run                          trainable    share  saved bytes    before     after    right"
+)
 COMPARED = (
-    "{trainable:,} parameters ({share:.2%}), {saved_bytes:,} bytes, perplexity "
-    "{perplexity_before:.2f} -> {eval_perplexity:.2f}, {eval_accuracy:.1%} right, {seconds:.0f} s"
+    "{name:<26} {trainable:>11,} {share:>8.2%} {saved_bytes:>12,} {perplexity_before:>9.2f} "
+    "{eval_perplexity:>9.2f} {eval_accuracy:>8.1%}"
 )
 
 
@@ -2053,17 +2060,21 @@ def compared_name(technique: str, settings: dict[str, Any]) -> str:
 
 def untouched_base(args: Args, runtime: Runtime, runs: int) -> dict[str, Any]:
     """The row of the base itself, evaluated once; says how long so many runs may take."""
-    tokenizer, started = tokenizer_for(args), time.perf_counter()
+    tokenizer = tokenizer_for(args)
     model = modify_llm.load_base(args).requires_grad_(False)
     prepare_model(model, args, runtime)
     train, held_out = load_rows(args, tokenizer)
     if not len(held_out):
         raise ValueError("--compare: needs held-out rows, --eval_fraction or --eval_dataset_path")
+    started = time.perf_counter()
     measured = evaluate_model(args, runtime, model, tokenizer, held_out)
-    # A step costs three times an evaluation of its tokens.
-    share = 3 * (args.epochs * train.lengths.sum() / held_out.lengths.sum() + 1)
-    minutes = (time.perf_counter() - started) * share * runs / 60
+    rows_a_step = args.batch_size * args.gradient_accumulation_steps * runtime.world_size
+    rows = args.max_steps * rows_a_step or args.epochs * len(train)
+    # A step costs three times an evaluation of its rows; each run evaluates at least twice.
+    evaluations = 3 * rows / len(held_out) + 2
+    minutes = (time.perf_counter() - started) * evaluations * runs / 60
     table.info("%d runs, roughly %.0f minutes; the same command goes on if stopped", runs, minutes)
+    table.info(COMPARED_HEAD)
     return {"technique": "base", "trainable": 0} | measured
 
 
@@ -2107,8 +2118,9 @@ def show_comparison(rows: list[dict[str, Any]], output_dir: Path) -> None:
     best = pd.DataFrame(best).sort_values("loss")
     table.info("\nThe best rate of each, by held-out loss (untouched base: %.4f):", base)
     for row in best.itertuples():
-        values = (row.technique, row.loss, row.deviation, row.learning_rate, edge[row.technique])
-        table.info("%-26s %.4f +- %.4f at %g%s", *values)
+        spread = f" +- {row.deviation:.4f}" if row.deviation else ""
+        values = (row.technique, row.loss, spread, row.learning_rate, edge[row.technique])
+        table.info("%-26s %.4f%s at %g%s", *values)
     attempt("comparison.png", plot_comparison, best, base, output_dir / "comparison.png")
     attempt("answers.md", write_answers, ended.directory, output_dir / "answers.md")
     gain = base - best.loss
@@ -2130,7 +2142,7 @@ def plot_comparison(best: pd.DataFrame, base: float, path: Path) -> None:
         axes.annotate(row.technique, (row.trainable, row.loss), (6, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel="trainable parameters", ylabel="held-out loss per token")
     axes.margins(x=0.15)
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes.figure.savefig(path, dpi=120)
 
 
@@ -2288,6 +2300,14 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
+def start_peak_memory(runtime: Runtime) -> None:
+    """From here on `peak_memory` counts."""
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def join_processes(gpu: torch.device | None) -> None:
     """Waits until all processes are there, and says so where that takes longer than seconds."""
     waiting = "Waiting for the other processes: {WORLD_SIZE} in all, at {MASTER_ADDR}:{MASTER_PORT}"
@@ -2341,6 +2361,19 @@ def logging_to_screen(rank: int) -> Iterator[None]:
         root.setLevel(level)
         if bars:
             enable_progress_bar()
+
+
+@contextmanager
+def quiet_screen() -> Iterator[None]:
+    """Inside, only warnings reach the screen; a log file gets all."""
+    screens = [h for h in logging.getLogger().handlers if isinstance(h, Screen)]
+    for screen in screens:
+        screen.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for screen in screens:
+            screen.setLevel(logging.INFO)
 
 
 def open_log_file(path: Path, closing: ExitStack) -> None:
@@ -2453,6 +2486,7 @@ TRAINING_DATA_FLAGS = DATA_FLAGS | {
     "text_format": DATA_FLAGS["text_format"]._replace(default="alpaca"),
     "eval_fraction": DATA_FLAGS["eval_fraction"]._replace(default=0.05),
     "num_workers": DATA_FLAGS["num_workers"]._replace(default=0),
+    "split_seed": Flag(None, DATA_FLAGS["seed"].type, "of the held-out rows' draw (--seed)"),
 }
 FLAGS = TRAINING_DATA_FLAGS | modify_llm.MODEL_FLAGS | OPTIMISATION_FLAGS | EVALUATION_FLAGS
 FLAGS |= RUN_FLAGS | USE_FLAGS | COMPARISON_FLAGS
@@ -2610,7 +2644,9 @@ def resolve(given: dict[str, Any]) -> Args:
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
         known = {*modify_llm.MODEL_FLAGS, "text_format", "max_length"}
-        known |= {"seed", "eval_fraction"} if given.get("eval_only") else set()  # the same split
+        known |= (
+            {"split_seed", "eval_fraction"} if given.get("eval_only") else set()
+        )  # the same split
         defaults |= {name: value for name, value in saved.items() if name in known}
         defaults["model_name_or_path"] = None
         for name in given.keys() & saved.keys() & modify_llm.MODEL_FLAGS.keys():
@@ -2802,7 +2838,8 @@ def show_demo_answers(args: Args, runtime: Runtime) -> None:
     table.info(shown.head().to_string(index=False, justify="left"))
     right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
-    table.info("As --compare shows it: %s", COMPARED.format(**outcome(output_dir)))
+    row = COMPARED.format(name="lora", **outcome(output_dir))
+    table.info("\nAs --compare shows a technique:\n%s\n%s\n", COMPARED_HEAD, row)
     table.info("The model is tiny, the tasks are made up of some 60 words, and it knows no others.")
 
 
