@@ -2023,7 +2023,8 @@ def compare(args: Args, runtime: Runtime) -> None:
         try:
             chosen = resolve(vars(args) | known[name] | {
                 "learning_rate": rate, "seed": args.seed + seed, "split_seed": args.seed,
-                "output_dir": str(directory), "resume_from": resume_from, "compare": None, "learning_rates": [], "seeds": 1,
+                "output_dir": str(directory), "resume_from": resume_from,
+                "compare": None, "learning_rates": [], "seeds": 1,
             })  # fmt: skip
             row |= {"learning_rate": chosen.learning_rate, "seed": chosen.seed}
             with quiet_screen():
