@@ -15,6 +15,7 @@ TECHNIQUES below them holds all that the scripts know of a technique.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -36,7 +37,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
@@ -689,6 +690,8 @@ def start_modification(
     for module in modules:
         module.requires_grad_(True)
     model.modification, model.end_tokens = settings, {}
+    if not hasattr(model, "base_fingerprint"):
+        model.base_fingerprint = fingerprint(model)
     return settings
 
 
@@ -1122,15 +1125,16 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
     written.
     """
+    with torch.device("meta"):
+        plain = GPT2LMHeadModel(copy.deepcopy(model.config))
     dtype, exact = getattr(model, "stored_dtype", None), getattr(model, "exact_weights", {})
-    plain = build(model.config, "the model", "meta")
     weights = dict(model.named_parameters(remove_duplicate=False)) | exact
     weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
-    put_tensors(plain, weights, directory)
-    plain.tie_weights()
+    plain.load_state_dict(weights, assign=True)
+    if is_tied(model):
+        plain.lm_head.weight = plain.transformer.wte.weight
     write_plain(plain, directory, model.end_tokens)
-    written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
-    check_written(directory / "model.safetensors", written)
+    check_written(directory / "model.safetensors", plain.state_dict())
     return {}
 
 
@@ -1421,8 +1425,8 @@ def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
                 layer.merge()
             model.set_submodule(name, layer.original_layer)
     del model.modification
+    del model.base_fingerprint
     model.base_path = model.base_name = None  # the merged weights lie in no file yet
-    model.base_fingerprint = fingerprint(model)
     return model
 
 
@@ -1494,7 +1498,7 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a .bin, where nothing but tensors is unpickled.
 
-    Raises ValueError for a damaged file, one that holds something else, and one with NaN.
+    Raises ValueError for a damaged file, one that holds something else, quantised weights or NaN.
     """
     try:
         with open(path, "rb") as file:
@@ -1502,41 +1506,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
         is_pickle = path.suffix == ".bin"
         tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-        named = isinstance(tensors, Mapping)
-        if not (named and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-            raise ValueError("holds something else than tensors by name")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (*FLOATS, torch.uint8, torch.bool):  # masks, random states
+                raise ValueError(f"{name} is {tensor.dtype}: quantised, not in full precision")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        return tensors
+    except AttributeError:
+        raise ValueError(f"{path}: holds something else than tensors by name") from None
     except (pickle.UnpicklingError, EOFError):
         objects = "damaged, or holds objects, which could run code and are not loaded"
         raise ValueError(f"{path}: {objects}; give model.safetensors") from None
     except Exception as error:  # of any type, for damaged files
         raise ValueError(f"{path}: {first_line(error)}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values")
-    return tensors
 
 
 def put_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, required: Iterable[str] = ()
 ) -> None:
-    """Copies tensors into the parameters of these names; on device "meta", they become these.
+    """Copies tensors into the parameters of these names, into memory of their own: what these held
+    before may be another model's too.
 
-    Raises ValueError for one that has no place or another shape there, and for a required one that
+    Raises ValueError for one that has no place, or another shape there, and for a required one that
     is not given.
     """
-    if missing := set(required) - tensors.keys():
-        raise ValueError(f"{path}: lacks {min(missing)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        if missing := set(required) - tensors.keys():
+            raise ValueError(f"lacks {min(missing)}")
+        for name, tensor in tensors.items():
+            if name not in parameters:
+                raise ValueError(f"{name} has no place in this model")
+            if parameters[name].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
+                raise ValueError(f"{name} has shape {shapes}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
-        if name not in parameters:
-            raise ValueError(f"{path}: {name} has no place in this model")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised, not in full precision")
-        if parameters[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
-            raise ValueError(f"{path}: {name} has shape {shapes}")
-    on_meta = any(parameter.is_meta for parameter in parameters.values())
-    model.load_state_dict(tensors, strict=False, assign=on_meta)
+        place = parameters[name]
+        place.data = tensor.to(place.device, place.dtype, copy=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1610,27 +1618,33 @@ GPT2_SIZES = {
     "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
 }  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
-# Keys of config.json that are about generating or about other code, not about the model.
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
-NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
-NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
+# What of config.json is about the model; the rest is about generating or about other code.
+CONFIG_KEYS = {*GPT2Config.__annotations__, *GPT2Config.attribute_map, "dtype", "torch_dtype"}
+CONFIG_KEYS -= {"use_cache"}
 
 
-def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The base model in fp32, all of it trainable, its own dropouts set to --dropout.
+def load_base(args: argparse.Namespace, device: str = "cpu") -> GPT2LMHeadModel:
+    """The base model in fp32, all of it trainable, its own dropouts set to --dropout; on device
+    "meta" its shapes alone.
 
     `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never
     filled in quietly.
     """
-    path, name = None, None
-    if args.from_scratch:
+    path, name = None, None if args.from_scratch else str(args.model_name_or_path)
+    where = f"--model_name_or_path {name}" if name else "--from_scratch"
+    try:
+        if name and device != "meta":
+            path = locate(name)
+            model = load_weights(path)
+        else:
+            with torch.device(device):
+                model = GPT2LMHeadModel(read_config(args))
+    except Exception as error:  # of any type, for settings that no model can have
+        reason = first_line(error).removeprefix(f"{where}: ").removeprefix(f"{path}{os.sep}")
+        raise ValueError(f"{where}: {reason}") from None
+    if not name and device != "meta":
         logger.warning("RANDOM WEIGHTS: --from_scratch starts at random, nothing is pretrained")
-        model = build(read_config(args), named_base(args))
-    else:
-        name = args.model_name_or_path
-        path = locate(name)
-        model = load_weights(path, named_base(args))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -1638,70 +1652,58 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     return model
 
 
-def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
-    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
+def load_weights(directory: str) -> GPT2LMHeadModel:
+    """The model of a directory, in fp32: its config.json and its weights, and no adapter or
+    generation settings that lie beside them.
 
-    from_pretrained would load an adapter that lies beside the model, take over its generation
-    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
-    Raises ValueError.
+    `model.stored_dtype` is the files' precision. Raises ValueError where weights and configuration
+    do not fit exactly.
     """
-    model = build(stored_config(directory, where), where, "meta")
-    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
+    config, tensors = stored_config(directory), {}
+    for file in weight_files(Path(directory)):
+        tensors |= read_tensors(file)
+    for name in [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]:
+        del tensors[name]  # causal masks, in older files
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what does not fit is told below
     try:
-        files = weight_files(Path(directory))
-        for name, tensor in (item for file in files for item in read_tensors(file).items()):
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
-                whole_name = f"transformer.{name}"  # the published files leave the start out
-                tensors[whole_name if whole_name in parameters else name] = tensor
-        if is_tied(model) and "lm_head.weight" in tensors:
-            # Some files hold the tied pair under the head's name alone.
-            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
-            untie_if_apart(model, tensors)
-        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
-        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
-        model.tie_weights()
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
+        model, unfit = GPT2LMHeadModel.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for what, names in unfit.items():
+        if names:
+            raise ValueError(f"its weights do not fit config.json: {what} {min(map(str, names))}")
+    model.config.tie_word_embeddings = is_tied(model)  # apart, where the file holds two that differ
     model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return model.float().eval()
+    return model
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Which files are this model's weights: the only place that decides.
 
     model.safetensors comes before pytorch_model.bin, one file before its shards. Nothing else in
-    the directory counts, such as an adapter. Raises ValueError for a file that is missing.
+    the directory counts, such as an adapter. Raises ValueError.
     """
     for name in WEIGHT_FILES:
+        index = directory / f"{name}.index.json"
         if (directory / name).exists():
             return [directory / name]
-        index = directory / f"{name}.index.json"
         if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index.name} names no weight file")
-            files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
-            return files
+            shards = set(read_json(index)["weight_map"].values())
+            return [directory / shard for shard in sorted(shards)]
     raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
 
 
-def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadModel:
-    """A model with random weights; with none, only shapes, on PyTorch's device "meta".
-
-    Raises ValueError."""
-    try:
-        with torch.device(device):
-            return GPT2LMHeadModel(config)
-    except Exception as error:  # of any type, for sizes that no model can have
-        raise ValueError(f"{where}: its settings make no model: {first_line(error)}") from None
-
-
 def fingerprint(model: nn.Module) -> str:
-    """Tells one base model from another: a hash of the first values of each of its parameters."""
+    """Tells one base model from another: a hash of the first values of each of its parameters.
+    "" for shapes alone."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            return ""
         values = parameter.detach().flatten()[:256].float().cpu().numpy()
         digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
@@ -1726,37 +1728,23 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
     if size and not Path(name).exists():
         return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
-    return stored_config(locate(name), named_base(args))
+    return stored_config(locate(name))
 
 
-def stored_config(directory: str, where: str) -> GPT2Config:
+def stored_config(directory: str) -> GPT2Config:
     """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
-    try:
-        settings = read_json(Path(directory) / "config.json")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    settings = read_json(Path(directory) / "config.json")
     architecture = settings.get("model_type")
     if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
         architecture = "gpt2"  # the oldest files do not say what they are
     if architecture != "gpt2":
-        raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
-    try:
-        if settings.get("quantization_config"):
-            raise ValueError("quantised weights; give the model in full precision")
-        settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
-        config = GPT2Config.from_dict(settings)
-        sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
-        if min(*sizes, config.vocab_size) < 1:
-            raise ValueError("a size below 1")
-        return config
-    except Exception as error:  # of any type, for values that are none of GPT-2's
-        raise ValueError(f"{where}: config.json: {first_line(error)}") from None
-
-
-def named_base(args: argparse.Namespace) -> str:
-    """The flag that messages about the base model name."""
-    name = args.model_name_or_path
-    return "--from_scratch" if args.from_scratch else f"--model_name_or_path {name}"
+        raise ValueError(f"a {architecture!r} model; only GPT-2 is supported")
+    if settings.get("quantization_config"):
+        raise ValueError("config.json: quantised weights; give the model in full precision")
+    config = GPT2Config.from_dict({key: settings[key] for key in CONFIG_KEYS & settings.keys()})
+    if min(config.n_layer, config.n_embd, config.n_head, config.n_positions, config.vocab_size) < 1:
+        raise ValueError("config.json: a size below 1")
+    return config
 
 
 def locate(name: str) -> str:
@@ -1767,10 +1755,9 @@ def locate(name: str) -> str:
     where = f"--model_name_or_path {name}"
     directory = name if Path(name).exists() else from_hub(name)
     if not (Path(directory) / "config.json").is_file():
-        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
-        if (Path(directory) / PEFT_CONFIG).is_file():
-            ways_out = "it is an adapter, give it as --adapter_path"
-        raise ValueError(f"{where}: holds no config.json; {ways_out}")
+        is_adapter = (Path(directory) / PEFT_CONFIG).is_file()
+        hint = "; it is an adapter, give it as --adapter_path" if is_adapter else ""
+        raise ValueError(f"{where}: holds no config.json{hint}")
     return directory
 
 
@@ -1784,22 +1771,23 @@ def from_hub(name: str) -> str:
     cached = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
-        weight_files(Path(cached))
-        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
+        needed = [Path(cached, "config.json"), *weight_files(Path(cached))]
+        if all(map(Path.exists, needed)) and matching_files(cached, VOCABULARY_FILES):
             return cached
+    where = f"--model_name_or_path {name}"
     try:
         files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
         has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
         weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
-        patterns = ["config.json", *TOKENIZER_FILES, weights]
+        patterns = ["config.json", METADATA, *TOKENIZER_FILES, weights]
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        where, reason = f"--model_name_or_path {name}", first_line(error)
+        reason = first_line(error)
         if cached:
             logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
             return cached
         neither = "neither a local directory nor to be had from the hub"
-        ways_out = "give a local directory, or --from_scratch"
+        ways_out = "give --model_name_or_path a local directory"
         raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
 
 
@@ -1921,11 +1909,6 @@ def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
 # ---- the script ----------------------------------------------------------------------------------
 
 
-def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The modified model on PyTorch's meta device: every shape, no weight."""
-    return modify(build(read_config(args), named_base(args), "meta"), args)
-
-
 def compare(args: argparse.Namespace) -> list[dict]:
     """What each technique trains and saves (fp32) on the base that the flags name."""
     base = {name: getattr(args, name) for name in BASE_FLAGS if name != "trainable_modules"}
@@ -1933,7 +1916,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
     for technique, row in TECHNIQUES.items():
         for label, paper, changes in row.compared:
             settings = argparse.Namespace(**base)
-            model = meta_model(with_defaults(settings, modification_type=technique, **changes))
+            args = with_defaults(settings, modification_type=technique, **changes)
+            model = modify(load_base(args, "meta"), args)
             total, trainable = parameter_counts(model)
             saved = total if is_plain(technique) else trainable
             for layer in lora_layers(model).values():  # thirds are saved as one B of all rows
@@ -2001,7 +1985,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
             base = "GPT-2 of these sizes" if args.from_scratch else args.model_name_or_path
             plot_comparison(rows, f"{base}: what each technique trains", args.plot)
     else:
-        print(statistics(meta_model(args)))
+        print(statistics(modify(load_base(args, "meta"), args)))
 
 
 def main(argv: list[str] | None = None) -> int:
