@@ -33,6 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout, self.thirds, self.rslora = nn.Dropout(dropout), thirds, rslora
         self.scaling = alpha / scaling_divisor(rank, rslora)
-        self.merged: Tensor | None = None  # the update, while the original weight holds it
+        self.merged: Tensor | None = None  # W0, while the original layer holds the merged weight
         self.lora_magnitude_vector = nn.Parameter(self.weight_norms()) if dora else None
 
     def full_B(self) -> Tensor:
@@ -146,16 +147,15 @@ class LoRALayer(nn.Module):
         if self.merged is not None:
             raise RuntimeError("merged already: merging twice would add the update twice")
         weight = self.original_layer.weight
-        self.merged = self.get_delta_weight().to(weight.dtype)
-        weight += self.merged
+        merged = weight + self.get_delta_weight()
+        self.merged, weight.data = weight.data, merged.to(weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the update out of the original weight again."""
         if self.merged is None:
             raise RuntimeError("not merged: there is no update to take out")
-        self.original_layer.weight -= self.merged
-        self.merged = None
+        self.original_layer.weight.data, self.merged = self.merged, None
 
 
 def scaling_divisor(rank: int, rslora: bool) -> float:
@@ -309,7 +309,7 @@ class IA3Layer(nn.Module):
         self.ia3_l = nn.Parameter(torch.ones(scaled, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
+        if self.merged is not None:
             return self.original_layer(x)
         if self.feedforward:
             return self.original_layer(x * self.ia3_l.to(x.dtype))
@@ -320,10 +320,16 @@ class IA3Layer(nn.Module):
     def merge(self) -> None:
         """Folds l into the weight (in, out) and, with what comes out, into the bias."""
         weight, bias = self.original_layer.weight, self.original_layer.bias
-        weight *= (self.ia3_l[:, None] if self.feedforward else self.ia3_l).to(weight.dtype)
+        self.merged = weight.data, bias.data
+        scale = self.ia3_l[:, None] if self.feedforward else self.ia3_l
+        weight.data = (weight * scale).to(weight.dtype)
         if not self.feedforward:
-            bias *= self.ia3_l.to(bias.dtype)
-        self.merged = True
+            bias.data = (bias * scale).to(bias.dtype)
+
+    def unmerge(self) -> None:
+        """Takes l out again."""
+        layer = self.original_layer
+        (layer.weight.data, layer.bias.data), self.merged = self.merged, None
 
 
 def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
@@ -419,7 +425,7 @@ def apply_adapters(
             module.adapter = BottleneckAdapter(
                 model.config.n_embd, settings["adapter_size"], activation, block.ln_1.weight.device
             )
-            module.register_forward_hook(run_adapter)
+            module.adapter.hook = module.register_forward_hook(run_adapter)
     return model
 
 
@@ -588,7 +594,7 @@ def apply_prefix(
             tokens = tokens + transformer.wpe.weight[:prefix_length]  # tells repeated tokens apart
             prefix = KeyValuePrefix(columns, tokens, projection_size)
     transformer.prefix = prefix
-    transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
+    prefix.hook = transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
     return model
 
 
@@ -1000,26 +1006,30 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     settings |= save(model, directory)
     sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
-    settings["base_model_name_or_path"] = base_reference(model, directory)
-    settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
+    settings["base_model_name_or_path"] = name = base_name(model)
+    settings["base_fingerprint"] = model.base_fingerprint
+    with suppress(ValueError, TypeError):  # no path leads to a hub or to another drive of Windows
+        relative = Path(os.path.relpath(os.path.realpath(name), directory.resolve())).as_posix()
+        settings["base_relative_path"] = relative if relative.startswith("..") else f"./{relative}"
     write_json(directory / METADATA, settings | model.end_tokens)
 
 
-def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
-    """The base as it was named; a local one by its path from the result, so that both can move and
-    what is published names no directory of this machine."""
-    name = getattr(model, "base_name", None)
-    local = name and Path(name).is_dir()
-    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
+def base_name(model: GPT2LMHeadModel) -> str | None:
+    """The base as it was named; a local one by its absolute path, as PEFT looks for it from the
+    current directory."""
+    name = getattr(model, "base_name", model.name_or_path) or None
+    return os.path.abspath(name) if name and Path(name).is_dir() else name
 
 
 def load_trained(
-    directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
+    directory: str | Path, base: str | Path | GPT2LMHeadModel | None = None, *, dropout: float = 0.0
 ) -> GPT2LMHeadModel:
     """What a run saved (in best/ or final/, see `result_directory`), on its base model, ready to
     use or to train on; a PEFT-made LoRA too.
 
-    model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
+    base: a name or directory, by default the one that the result names. Or a loaded model, which
+    stays as it is: the new one shares its tensors, and costs no more memory than what was trained.
+    Raises ValueError.
     """
     directory = result_directory(directory)
     if (directory / MANIFEST).exists():
@@ -1028,29 +1038,56 @@ def load_trained(
         except ValueError as error:
             raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
     settings = trained_settings(directory)
-    base = model_name_or_path or settings.get("base_model_name_or_path")
-    if is_plain(settings["modification_type"]):
-        base = str(directory)  # it holds all its weights
-    if not base:
-        raise ValueError(f"{directory}: names no base model; give --model_name_or_path")
-    loading = {"model_name_or_path": base, "from_scratch": False, "dropout": dropout}
-    args = with_defaults(argparse.Namespace(**settings), **loading)
+    args = with_defaults(argparse.Namespace(**settings), dropout=dropout)
+    model = base_of(directory, settings, base, args)
+    _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
     try:
-        model = load_base(args)
-    except ValueError as error:
-        known = model_name_or_path or base == str(directory)
-        raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
-    try:
-        check_base(model, settings, directory, chosen=bool(model_name_or_path))
-        _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
         load(model, directory, args)
-    except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
+    except (TypeError, AttributeError, TimeoutError, regex.error) as error:
         raise ValueError(f"{directory}: its settings are damaged: {error}") from error
     except ValueError as error:
-        where = "" if str(error).startswith(("--model_name_or_path", str(directory))) else directory
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        where = "" if str(error).startswith(str(directory)) else f"{directory}: "
+        raise ValueError(f"{where}{error}") from None
     model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
-    return model
+    return model.eval()
+
+
+def base_of(
+    directory: Path, settings: dict, base: str | Path | GPT2LMHeadModel | None,
+    args: argparse.Namespace,
+) -> GPT2LMHeadModel:  # fmt: skip
+    """The base that was asked for; else the first that fits of where the result says it lies.
+
+    Raises ValueError.
+    """
+    technique, errors = args.modification_type, []
+    if is_plain(technique):
+        if isinstance(base, nn.Module):
+            shares = f"{technique} changed the base itself, there is nothing to share"
+            raise ValueError(f"{directory}: {shares}; load it without a base")
+        base = directory  # it holds all its weights
+    for name in [base] if base else settings["bases"]:
+        try:
+            if isinstance(name, nn.Module):
+                model = share_weights(name)
+                model.base_fingerprint = fingerprint(model)
+            else:
+                args.model_name_or_path = str(name)
+                model = load_base(args)
+            check_base(model, settings, directory, chosen=bool(base))
+            return model
+        except ValueError as error:
+            errors.append(str(error) if base else f"the base of {directory}: {error}")
+    errors.append(f"{directory}: names no base model; give --model_name_or_path")
+    raise ValueError(errors[0])
+
+
+def share_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A model of its own whose weights are the tensors of another: some hundred kilobytes."""
+    tensors = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def result_directory(directory: str | Path) -> Path:
@@ -1081,12 +1118,20 @@ def trained_settings(directory: Path) -> dict:
             raise ValueError("adapters of an earlier version stand elsewhere: train them again")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    base = str(settings.get("base_model_name_or_path"))
-    if base.startswith(os.pardir):  # from the result, wherever the two are now
-        beside = os.path.normpath(directory / base)
-        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
-        settings["base_model_name_or_path"] = beside if is_beside else base
+    name, relative = settings.get("base_model_name_or_path"), settings.get("base_relative_path")
+    paths = [str(path) for path in (relative, name) if str(path).startswith(".")]
+    beside = [os.path.normpath(directory / path) for path in paths]
+    settings["bases"] = [*filter(os.path.isdir, beside), *([name] if name else [])]
+    settings["base_model_name_or_path"] = next(iter(settings["bases"]), None)
     return settings
+
+
+def prompt_settings(directory: str | Path) -> dict[str, Any]:
+    """How a result, or a model that was merged, is to be prompted, as far as it says: text_format
+    and max_length."""
+    path = Path(directory, METADATA)
+    settings = read_json(path) if path.is_file() else {}
+    return {name: settings[name] for name in ("text_format", "max_length") if name in settings}
 
 
 def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chosen: bool) -> None:
@@ -1125,8 +1170,7 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
     written.
     """
-    with torch.device("meta"):
-        plain = GPT2LMHeadModel(copy.deepcopy(model.config))
+    plain = plain_shapes(model)
     dtype, exact = getattr(model, "stored_dtype", None), getattr(model, "exact_weights", {})
     weights = dict(model.named_parameters(remove_duplicate=False)) | exact
     weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
@@ -1136,6 +1180,12 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
     write_plain(plain, directory, model.end_tokens)
     check_written(directory / "model.safetensors", plain.state_dict())
     return {}
+
+
+def plain_shapes(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A plain model without weights, with a configuration of its own."""
+    with torch.device("meta"):
+        return GPT2LMHeadModel(copy.deepcopy(model.config))
 
 
 def load_plain(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
@@ -1252,7 +1302,7 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
 def alpha_of(layer_name: str, config: dict) -> float:
     """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
     for pattern, exception in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
+        if regex.fullmatch(rf"(.*\.)?({pattern})", layer_name, timeout=1):
             return exception  # as in PEFT, the first that matches
     return config.get("lora_alpha", 8)
 
@@ -1320,7 +1370,7 @@ def write_as_peft(
 ) -> None:
     """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
     write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": base_reference(model, directory)}
+    base = {"base_model_name_or_path": base_name(model)}
     common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
     write_json(directory / PEFT_CONFIG, config | common)
 
@@ -1413,47 +1463,98 @@ LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
 
 
 def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out: a plain model
-    remains. Raises ValueError for a technique that is no change of weights."""
+    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out, in place: a
+    plain model remains, with the same logits. Raises ValueError for a technique that is no change
+    of weights."""
     technique = getattr(model, "modification", {}).get("modification_type")
     if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
         carried = technique or "a plain model"
         raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
+    before = some_logits(model)
     for name, layer in [*model.named_modules()]:
-        if isinstance(layer, LoRALayer | IA3Layer):
+        if hasattr(layer, "original_layer"):
             if layer.merged is None:
                 layer.merge()
             model.set_submodule(name, layer.original_layer)
-    del model.modification
-    del model.base_fingerprint
-    model.base_path = model.base_name = None  # the merged weights lie in no file yet
+    difference, tolerance = (some_logits(model) - before).abs().max(), before.abs().max()
+    tolerance *= 1e-3 if model.dtype == torch.float32 else 0.1
+    is_plain_now = model.state_dict().keys() == plain_shapes(model).state_dict().keys()
+    if not (is_plain_now and difference <= tolerance):
+        raise ValueError(
+            f"{technique} cannot be folded into the base: what remains is another model"
+        )
+    return unmodified(model)
+
+
+@torch.no_grad()
+def some_logits(model: GPT2LMHeadModel) -> Tensor:
+    """The logits of one short batch, in fp32."""
+    training, ids = model.training, torch.arange(8, device=model.device)[None]
+    logits = model.eval()(ids % model.config.vocab_size).logits.float()
+    model.train(training)
+    return logits
+
+
+def unmodified(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Forgets the technique that was taken off: another may follow."""
+    model.base_path = model.base_name = None
+    del model.modification, model.base_fingerprint
+    return model.requires_grad_(True)
+
+
+def detach(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Takes a technique off, in place: the plain model remains, bit for bit, and another technique
+    may follow. Raises ValueError where weights of the base itself were trained."""
+    base_weights = plain_shapes(model).state_dict().keys()
+    for name in trainable_state(model):
+        if name.replace(".original_layer.", ".") in base_weights:
+            raise ValueError(f"{name} was trained: the base's own is gone, load the base again")
+    for name, module in [*model.named_modules()]:
+        if hasattr(module, "original_layer"):
+            if module.merged is not None:
+                module.unmerge()
+            model.set_submodule(name, module.original_layer)
+        elif hasattr(module, "hook"):
+            module.hook.remove()
+            parent, _, child = name.rpartition(".")
+            delattr(model.get_submodule(parent), child)
+    name, path = model.base_name, model.base_path
+    unmodified(model).base_name, model.base_path = name, path
     return model
 
 
-def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
+def merge_directory(
+    adapter_path: str, merge_to: str, model_name_or_path: str | None = None
+) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
-    the adapter's tokenizer or else the base's. Raises ValueError."""
-    adapter_path = str(result_directory(adapter_path))
-    model = load_trained(adapter_path, model_name_or_path)
-    technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
-    if is_plain(technique):
-        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
-    target, base_name = Path(merge_to), str(model.base_name)
+    the adapter's tokenizer or else the base's, or nothing. Raises ValueError, OSError."""
+    directory, target = result_directory(adapter_path), Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
-    source = adapter_path if has_vocabulary else model.base_path
-    tokenizer = matching_files(source, TOKENIZER_FILES)
+    model, where = load_trained(directory, model_name_or_path), f"--adapter_path {directory}"
+    technique, base = model.modification["modification_type"], str(model.base_name)
+    if is_plain(technique):
+        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
+    settings = {"modification_type": "full"} | prompt_settings(directory) | model.end_tokens
+    source = directory if matching_files(directory, VOCABULARY_FILES) else Path(model.base_path)
     try:
         merge_lora(model)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    write_plain(model.to(model.stored_dtype), target, model.end_tokens)
-    for file in tokenizer:
-        shutil.copy(file, target)
-    load = "AutoModelForCausalLM.from_pretrained"
-    card = f"# {technique}, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
-    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
+    try:
+        write_plain(model.to(model.stored_dtype), target, model.end_tokens)
+        write_json(target / METADATA, settings)
+        for file in matching_files(source, TOKENIZER_FILES):
+            copied = target / file.relative_to(source)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copy(file, copied)
+        load = "AutoModelForCausalLM.from_pretrained"
+        card = f"# {technique}, merged into {Path(base).name}\n\nTo load it: `{load}(DIR)`\n"
+        card = card_metadata(base, "transformers") + card
+        (target / "README.md").write_text(card, encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 
@@ -1475,7 +1576,7 @@ def card_metadata(base_name: str, library: str) -> str:
 VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*",
+    "added_tokens.json", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LFS_POINTER = b"version https://git-lfs"
@@ -1566,10 +1667,11 @@ def read_json(path: Path) -> dict:
 
 
 def write_manifest(directory: Path, leave_out: str = "") -> None:
-    """sha256 sums of the files in a directory, and one of the sums themselves."""
-    files = [file for file in sorted(directory.iterdir()) if file.name != leave_out]
-    sums = {file.name: file_hash(file) for file in files}
-    write_json(directory / MANIFEST, {"files": sums, "manifest_sha256": sum_of_sums(sums)})
+    """sha256 sums of the files in a directory and those below it."""
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
+    sums = {file.relative_to(directory).as_posix(): file_hash(file) for file in files}
+    sums.pop(leave_out, None)
+    write_json(directory / MANIFEST, {"files": sums})
 
 
 def verify_directory(directory: Path, links: bool = False) -> None:
@@ -1577,12 +1679,11 @@ def verify_directory(directory: Path, links: bool = False) -> None:
 
     links: files may be symbolic links, as in the hub's cache.
     """
-    manifest = read_json(directory / MANIFEST)
-    sums = manifest.get("files")
-    if not isinstance(sums, dict) or manifest.get("manifest_sha256") != sum_of_sums(sums):
+    sums = read_json(directory / MANIFEST).get("files")
+    if not isinstance(sums, dict):
         raise ValueError(f"{directory}: {MANIFEST} is damaged")
-    files = [file for file in directory.iterdir() if file.is_file()]
-    present = {file.name for file in files if links or not file.is_symlink()}
+    files = [file for file in directory.rglob("*") if file.is_file()]
+    present = {f.relative_to(directory).as_posix() for f in files if links or not f.is_symlink()}
     for name, expected in sums.items():
         if name not in present:  # a path that leads elsewhere is not among these names
             raise ValueError(f"{directory}: {name} is missing")
@@ -1593,10 +1694,6 @@ def verify_directory(directory: Path, links: bool = False) -> None:
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sum_of_sums(sums: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:

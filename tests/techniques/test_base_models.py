@@ -126,7 +126,7 @@ def test_a_base_may_be_named_by_a_path_object(base):
 def test_a_base_that_is_no_name_is_refused(base, tmp_path):
     save_trained(perturb(modified(base)), tmp_path)
     settings = modify_llm.read_json(tmp_path / "modification.json")
-    settings |= {"base_model_name_or_path": 5}
+    settings |= {"base_model_name_or_path": 5, "base_relative_path": None}
     modify_llm.write_json(tmp_path / "modification.json", settings)
     with pytest.raises(ValueError, match="--model_name_or_path 5: neither a local directory nor"):
         load_trained(tmp_path)
