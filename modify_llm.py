@@ -303,14 +303,12 @@ class IA3Layer(nn.Module):
 
     def __init__(self, original_layer: Conv1D, feedforward: bool) -> None:
         super().__init__()
-        self.original_layer, self.feedforward, self.merged = original_layer, feedforward, None
+        self.original_layer, self.feedforward = original_layer, feedforward
         weight = original_layer.weight  # (in, out)
         scaled = weight.shape[0 if feedforward else 1]
         self.ia3_l = nn.Parameter(torch.ones(scaled, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged is not None:
-            return self.original_layer(x)
         if self.feedforward:
             return self.original_layer(x * self.ia3_l.to(x.dtype))
         h = self.original_layer(x)
@@ -320,16 +318,10 @@ class IA3Layer(nn.Module):
     def merge(self) -> None:
         """Folds l into the weight (in, out) and, with what comes out, into the bias."""
         weight, bias = self.original_layer.weight, self.original_layer.bias
-        self.merged = weight.data, bias.data
         scale = self.ia3_l[:, None] if self.feedforward else self.ia3_l
         weight.data = (weight * scale).to(weight.dtype)
         if not self.feedforward:
             bias.data = (bias * scale).to(bias.dtype)
-
-    def unmerge(self) -> None:
-        """Takes l out again."""
-        layer = self.original_layer
-        (layer.weight.data, layer.bias.data), self.merged = self.merged, None
 
 
 def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
@@ -760,6 +752,9 @@ def number(kind: type, low: float, below: float = 1_000_000_000) -> Callable[[st
     return parse
 
 
+at_least_one = number(int, 1)
+
+
 def nonempty(text: str) -> str:
     """A flag's type: any text but an empty one."""
     if not text:
@@ -776,9 +771,9 @@ def layer_numbers(text: str) -> list[int]:
     """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
     for part in names(text):
-        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
-        if not numbers:
+        first, _, last = part.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 < len(numbers) < 10_000:
             raise ValueError
         layers.update(numbers)
     return sorted(layers)
@@ -790,7 +785,7 @@ def boolean(text: str) -> bool:
 
 
 boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
-layer_numbers.__name__ = "layer numbers below 10000, such as 0,1,4-7,"
+layer_numbers.__name__ = "layer numbers and ranges, such as 0,1,4-7,"
 
 
 class Technique(NamedTuple):
@@ -814,7 +809,7 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "lora_rank": Flag(4, number(int, 1), "rank r of A and B; >= 1"),
+            "lora_rank": Flag(4, at_least_one, "rank r of A and B; >= 1"),
             "lora_alpha": Flag(
                 8.0, number(float, 1e-9), "the update is scaled by alpha / r; > 0"
             ),
@@ -847,7 +842,7 @@ TECHNIQUES = {
             activation=args.adapter_activation, trainable_modules=args.trainable_modules,
         ),
         flags={
-            "adapter_size": Flag(64, number(int, 1), "width of the bottleneck; >= 1"),
+            "adapter_size": Flag(64, at_least_one, "width of the bottleneck; >= 1"),
             "adapter_placement": Flag(
                 "pfeiffer", ("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
             ),
@@ -870,7 +865,7 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "prefix_length": Flag(50, number(int, 1), "virtual tokens; >= 1"),
+            "prefix_length": Flag(50, at_least_one, "virtual tokens; >= 1"),
             "prefix_type": Flag(
                 "embedding", ("embedding", "key_value"),
                 "embedding: at the input, or key_value: in each layer",
@@ -1003,10 +998,10 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     directory, settings, config = Path(directory), dict(model.modification), model.config
     directory.mkdir(parents=True, exist_ok=True)
     save, _ = LAYOUTS[TECHNIQUES[settings["modification_type"]].layout]
-    settings |= save(model, directory)
+    settings |= save(model, directory) or {}
     sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
-    settings["base_model_name_or_path"] = name = base_name(model)
+    settings["base_model_name_or_path"] = name = base_reference(model)
     settings["base_fingerprint"] = model.base_fingerprint
     with suppress(ValueError, TypeError):  # no path leads to a hub or to another drive of Windows
         relative = Path(os.path.relpath(os.path.realpath(name), directory.resolve())).as_posix()
@@ -1014,7 +1009,7 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     write_json(directory / METADATA, settings | model.end_tokens)
 
 
-def base_name(model: GPT2LMHeadModel) -> str | None:
+def base_reference(model: GPT2LMHeadModel) -> str | None:
     """The base as it was named; a local one by its absolute path, as PEFT looks for it from the
     current directory."""
     name = getattr(model, "base_name", model.name_or_path) or None
@@ -1092,10 +1087,10 @@ def share_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 def result_directory(directory: str | Path) -> Path:
     """The directory itself if it holds a result; else, of a run, best/ or final/."""
-    if any(os.path.exists(Path(directory, name)) for name in (METADATA, PEFT_CONFIG)):
-        return Path(directory)
-    results = [Path(directory, name) for name in ("best", "final")]
-    return next(filter(os.path.isdir, results), Path(directory))
+    for path in (Path(directory), Path(directory, "best"), Path(directory, "final")):
+        if (path / METADATA).exists() or (path / PEFT_CONFIG).exists():
+            return path
+    return Path(directory)
 
 
 def trained_settings(directory: Path) -> dict:
@@ -1137,7 +1132,7 @@ def prompt_settings(directory: str | Path) -> dict[str, Any]:
 def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chosen: bool) -> None:
     """Raises ValueError for a base of another size than the one trained on; for one with other
     weights only if it was not chosen by name."""
-    where = f"--model_name_or_path {model.base_name}"
+    where = f"--model_name_or_path {base_reference(model)}"
     for key, trained_on in settings.get("base_config", {}).items():
         if (size := getattr(model.config, key, None)) != trained_on:
             trained = f"{directory} was trained on {trained_on}"
@@ -1151,10 +1146,9 @@ def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chose
     logger.warning(message)  # perhaps the same model at another precision
 
 
-def save_state(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_state(model: GPT2LMHeadModel, directory: Path) -> None:
     """All that trains, by its names in the model."""
     write_tensors(trainable_state(model), directory / STATE)
-    return {}
 
 
 def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
@@ -1164,7 +1158,7 @@ def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace
     put_tensors(model, read_tensors(path), path, required=trainable_state(model))
 
 
-def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_plain(model: GPT2LMHeadModel, directory: Path) -> None:
     """A plain Hugging Face model, at the precision of the base's files, which are not read again.
 
     `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
@@ -1179,7 +1173,6 @@ def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
         plain.lm_head.weight = plain.transformer.wte.weight
     write_plain(plain, directory, model.end_tokens)
     check_written(directory / "model.safetensors", plain.state_dict())
-    return {}
 
 
 def plain_shapes(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
@@ -1219,7 +1212,7 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEF
 PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
-def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_lora(model: GPT2LMHeadModel, directory: Path) -> None:
     """PEFT's LoRA layout.
 
     n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
@@ -1254,33 +1247,48 @@ def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
         "bias": "all" if biases <= besides.keys() else wrapped_biases,
         "modules_to_save": whole_modules(besides),
     })  # fmt: skip
-    return {}
 
 
-def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """Wraps the layers whose A and B the file holds, and loads everything into its place.
+def load_peft(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """A LoRA, an IA3 or a prefix, with what was trained besides it: ours, or PEFT's own."""
+    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
+    path = older if older.exists() and not path.exists() else path
+    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
+    embeddings, rows = tensors.get("transformer.wte.weight"), model.config.vocab_size
+    if embeddings is not None and len(embeddings) != rows:
+        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
+        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
+    if args.modification_type == "prefix":
+        args.prefix_init_text = None  # what it started from does not count any more
+    else:
+        untie_if_apart(model, tensors)
+    if args.modification_type == "lora":
+        wrap_saved_layers(model, tensors, path, config, args)
+    else:
+        modify(model, args)
+    put_tensors(model, tensors, path, required=trainable_state(model))
+    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
+    for name in tensors:  # whole modules and biases that were trained (modules_to_save, bias)
+        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
+            model.get_parameter(name).requires_grad_(True)
+
+
+def wrap_saved_layers(
+    model: GPT2LMHeadModel, tensors: dict[str, Tensor], path: Path, config: dict,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Wraps the layers whose A and B were saved, and cuts the B of thirds out of its blocks.
 
     Ranks come from the tensors' shapes; alpha and its exceptions from PEFT's configuration; the
     thirds that a run of ours adapted from its own metadata.
     """
-    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
-    path = older if older.exists() and not path.exists() else path
-    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
     wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
     if not wrapped:
         raise ValueError(f"{path}: holds no LoRA")
-    targets = args.lora_target_modules or wrapped
-    matched = match_targets(model, targets, args.lora_layers)
-    embeddings = tensors.get("transformer.wte.weight")
-    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
-        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
-        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
-    untie_if_apart(model, tensors)
-    start_modification(
-        model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
-        lora_layers=args.lora_layers, lora_scaling=args.lora_scaling, lora_dora=args.lora_dora,
-    )  # fmt: skip
+    args.lora_target_modules = args.lora_target_modules or wrapped
+    matched = match_targets(model, args.lora_target_modules, args.lora_layers)
+    settings = {name: getattr(args, name) for name in TECHNIQUES["lora"].flags}
+    start_modification(model, "lora", args.trainable_modules, matched, **settings)
     rslora = args.lora_scaling == "rank_stabilized"
     for name, thirds in matched.items():
         A, B = f"{name}.lora_A", f"{name}.lora_B"
@@ -1289,14 +1297,12 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
         n = len(thirds) or 1
         rank, original = max(1, len(tensors[A]) // n), model.get_submodule(name)
         alpha = alpha_of(name, config) / scaling_divisor(n, rslora)
-        settings = (args.lora_dropout, thirds, rslora, args.lora_dora)
-        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *settings))
+        options = (args.lora_dropout, thirds, rslora, args.lora_dora)
+        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *options))
         if thirds and tensors[B].shape == layer.full_B().shape:
             blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
             blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
             tensors[B] = torch.cat(blocks)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, config)
 
 
 def alpha_of(layer_name: str, config: dict) -> float:
@@ -1307,7 +1313,7 @@ def alpha_of(layer_name: str, config: dict) -> float:
     return config.get("lora_alpha", 8)
 
 
-def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_ia3(model: GPT2LMHeadModel, directory: Path) -> None:
     """PEFT's IA3 layout."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
     besides = trained_besides(model, ".ia3_l")
@@ -1322,18 +1328,6 @@ def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
         "fan_in_fan_out": True,
         "modules_to_save": whole_modules(besides),
     })  # fmt: skip
-    return {}
-
-
-def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
-    path = directory / WEIGHTS
-    tensors = peft_tensors(path)
-    tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
-    untie_if_apart(model, tensors)
-    modify(model, args)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
 
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
@@ -1354,23 +1348,12 @@ def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
     return {"prefix_projection_size": 0}
 
 
-def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
-    args.prefix_init_text = None  # what it started from does not count any more
-    modify(model, args)
-    path = directory / WEIGHTS
-    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
-    if "prompt_embeddings" in tensors:
-        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
-    put_tensors(model, tensors, path, required=trainable_state(model))
-
-
 def write_as_peft(
     model: GPT2LMHeadModel, tensors: dict[str, Tensor], directory: Path, config: dict
 ) -> None:
     """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
     write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": base_name(model)}
+    base = {"base_model_name_or_path": base_reference(model)}
     common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
     write_json(directory / PEFT_CONFIG, config | common)
 
@@ -1403,13 +1386,15 @@ def peft_settings(path: Path) -> dict:
 
 
 def peft_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of PEFT's file by the names that they have in our models."""
+    """The tensors of PEFT's file by the names, and in the shapes, that they have in our models."""
     tensors = {}
     for key, tensor in read_tensors(path).items():
         # PEFT writes resized embeddings under two further names.
         if ".original_module." not in key and ".modules_to_save." not in key:
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
-            tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
+            name = re.sub(r"^base_model\.(model\.)?|(?<=\.lora_[AB])\.weight$", "", key)
+            name = name.replace(".base_layer.", ".original_layer.")
+            name = name.replace("prompt_embeddings", "transformer.prefix.embedding")
+            tensors[name] = tensor.flatten() if name.endswith(".ia3_l") else tensor
     return tensors
 
 
@@ -1431,14 +1416,6 @@ def whole_modules(besides: Iterable[str]) -> list[str] | None:
     return sorted({name.rpartition(".")[0] for name in names}) or None
 
 
-def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
-    """Whole modules and biases that were trained (modules_to_save, bias) train on."""
-    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
-    for name in loaded:
-        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
-            model.get_parameter(name).requires_grad_(True)
-
-
 def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
     """Gives a tied head a weight of its own where the tensors change one of the two alone."""
     wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
@@ -1451,9 +1428,9 @@ def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
 
 # How each layout is saved and loaded. To save returns the settings that it changed.
 LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
-    "lora": (save_lora, load_lora),
-    "ia3": (save_ia3, load_ia3),
-    "prefix": (save_prefix, load_prefix),
+    "lora": (save_lora, load_peft),
+    "ia3": (save_ia3, load_peft),
+    "prefix": (save_prefix, load_peft),
     "state": (save_state, load_state),
     "plain": (save_plain, load_plain),
 }
@@ -1473,7 +1450,7 @@ def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     before = some_logits(model)
     for name, layer in [*model.named_modules()]:
         if hasattr(layer, "original_layer"):
-            if layer.merged is None:
+            if getattr(layer, "merged", None) is None:
                 layer.merge()
             model.set_submodule(name, layer.original_layer)
     difference, tolerance = (some_logits(model) - before).abs().max(), before.abs().max()
@@ -1483,7 +1460,9 @@ def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
         raise ValueError(
             f"{technique} cannot be folded into the base: what remains is another model"
         )
-    return unmodified(model)
+    del model.modification, model.base_fingerprint
+    model.base_path = model.base_name = None  # the merged weights lie in no file yet
+    return model
 
 
 @torch.no_grad()
@@ -1495,13 +1474,6 @@ def some_logits(model: GPT2LMHeadModel) -> Tensor:
     return logits
 
 
-def unmodified(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Forgets the technique that was taken off: another may follow."""
-    model.base_path = model.base_name = None
-    del model.modification, model.base_fingerprint
-    return model.requires_grad_(True)
-
-
 def detach(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """Takes a technique off, in place: the plain model remains, bit for bit, and another technique
     may follow. Raises ValueError where weights of the base itself were trained."""
@@ -1511,16 +1483,15 @@ def detach(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
             raise ValueError(f"{name} was trained: the base's own is gone, load the base again")
     for name, module in [*model.named_modules()]:
         if hasattr(module, "original_layer"):
-            if module.merged is not None:
+            if getattr(module, "merged", None) is not None:
                 module.unmerge()
             model.set_submodule(name, module.original_layer)
         elif hasattr(module, "hook"):
             module.hook.remove()
             parent, _, child = name.rpartition(".")
             delattr(model.get_submodule(parent), child)
-    name, path = model.base_name, model.base_path
-    unmodified(model).base_name, model.base_path = name, path
-    return model
+    del model.modification
+    return model.requires_grad_(True)
 
 
 def merge_directory(
@@ -1666,10 +1637,20 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: {error}") from None
 
 
+def checksums(directory: Path, links: bool = True) -> dict[str, str]:
+    """The sha256 of each file in a directory and below it; of links, where that is asked for."""
+    sums = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and (links or not path.is_symlink()):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[path.relative_to(directory).as_posix()] = digest
+    return sums
+
+
 def write_manifest(directory: Path, leave_out: str = "") -> None:
-    """sha256 sums of the files in a directory and those below it."""
-    files = [file for file in sorted(directory.rglob("*")) if file.is_file()]
-    sums = {file.relative_to(directory).as_posix(): file_hash(file) for file in files}
+    """Notes the checksums of the files in a directory, but one."""
+    sums = checksums(directory)
     sums.pop(leave_out, None)
     write_json(directory / MANIFEST, {"files": sums})
 
@@ -1679,21 +1660,13 @@ def verify_directory(directory: Path, links: bool = False) -> None:
 
     links: files may be symbolic links, as in the hub's cache.
     """
-    sums = read_json(directory / MANIFEST).get("files")
-    if not isinstance(sums, dict):
+    expected, found = read_json(directory / MANIFEST).get("files"), checksums(directory, links)
+    if not isinstance(expected, dict):
         raise ValueError(f"{directory}: {MANIFEST} is damaged")
-    files = [file for file in directory.rglob("*") if file.is_file()]
-    present = {f.relative_to(directory).as_posix() for f in files if links or not f.is_symlink()}
-    for name, expected in sums.items():
-        if name not in present:  # a path that leads elsewhere is not among these names
-            raise ValueError(f"{directory}: {name} is missing")
-        if file_hash(directory / name) != expected:
-            raise ValueError(f"{directory}: {name} is damaged (its checksum differs)")
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for name in expected:  # a path that leads elsewhere is not among those found
+        if found.get(name) != expected[name]:
+            fault = "damaged (its checksum differs)" if name in found else "missing"
+            raise ValueError(f"{directory}: {name} is {fault}")
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
@@ -1892,11 +1865,11 @@ def from_hub(name: str) -> str:
 
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, number(int, 1), "tokens; >= 1"),
-    "hidden_size": Flag(768, number(int, 1), "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, number(int, 1), "must divide --hidden_size"),
+    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
+    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
     "num_hidden_layers": Flag(12, number(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, number(int, 1), "longest sequence, prefix included"),
+    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
 }
 BASE_FLAGS = {
     "modification_type": Flag("lora", TECHNIQUES, "what trains"),
@@ -1953,10 +1926,9 @@ def parsed(flags: Mapping[str, Flag], settings: Mapping[str, Any]) -> dict[str, 
     the default. Raises ValueError that names the flag, the value and what is legal."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_flags(parser, "", {name: flags[name] for name in settings})
-    left = {name: value for name, value in settings.items() if value is flags[name].default is None}
-    given = {name: value for name, value in settings.items() if name not in left}
+    given = {n: value for n, value in settings.items() if not value is flags[n].default is None}
     try:
-        return left | vars(parser.parse_args(command_line(given)))
+        return {**settings, **vars(parser.parse_args(command_line(given)))}
     except argparse.ArgumentError as error:
         raise ValueError(f"{error.argument_name}: {error.message}") from None
 
@@ -1989,18 +1961,14 @@ def check_together(args: argparse.Namespace) -> None:
     check_projection(args.prefix_type, args.prefix_projection_size)
 
 
-def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
-    """A line for each flag that was given and that the chosen technique does not look at."""
-    technique, idle = args.modification_type, {}
-    for owner, row in TECHNIQUES.items():
-        if owner != technique:
-            belongs = f", it belongs to --modification_type {owner}, this is {technique}"
-            idle |= dict.fromkeys(row.flags, belongs)
+def idle_flags(given: Iterable[str], args: argparse.Namespace) -> list[str]:
+    """A line for each model flag that was given and has no effect beside the others."""
+    used = BASE_FLAGS.keys() | TECHNIQUES[args.modification_type].flags.keys()
+    chosen = f"--modification_type {args.modification_type}"
     if not args.from_scratch:
-        idle |= dict.fromkeys(SCRATCH_FLAGS, " without --from_scratch")
-    if technique == "full":
-        idle["trainable_modules"] = ", full trains every module"
-    return [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
+        used, chosen = used - SCRATCH_FLAGS.keys(), f"{chosen} and no --from_scratch"
+    idle = sorted((model_flags().keys() - used).intersection(given))
+    return [f"--{name}: without effect with {chosen}" for name in idle]
 
 
 # ---- the script ----------------------------------------------------------------------------------
