@@ -1093,13 +1093,18 @@ def clear_directory(output_dir: Path) -> None:
     """Removes what a run wrote, and nothing else: of a link the link alone."""
     written = written_by_a_run(output_dir)
     for path in sorted(written, key=lambda path: path.name == "run.json"):  # it says so, so last
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
     if written:
         names = ", ".join(path.name for path in written)
         logger.info("--overwrite_output_dir: removed from %s: %s", output_dir, names)
+
+
+def remove(path: Path) -> None:
+    """Of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
@@ -1244,7 +1249,7 @@ def start_records(run: Run, closing: ExitStack) -> None:
     for path in checkpoints(output_dir):
         if step_number(path) > state.step:  # of the way that is left
             logger.info("%s is removed: the run goes on from step %d", path, state.step)
-            path.unlink()
+            remove(path)
     run.reported_step = cut_metrics(output_dir / "metrics.jsonl", state)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     open_log_file(log, closing)
@@ -1463,7 +1468,7 @@ def save_checkpoint(run: Run) -> None:
     others = [path for path in checkpoints(run.output_dir) if step_number(path) != step]
     for path in others[run.args.save_total_limit - 1 :]:
         if step_number(path) not in (run.progress.best_step, run.resumed_from):
-            attempt(f"{path} cannot be removed", path.unlink)
+            attempt(f"{path} cannot be removed", remove, path)
 
 
 def checksum(state: str, tensors: dict[str, Tensor]) -> str:
