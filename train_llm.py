@@ -1100,8 +1100,11 @@ def claim_directory(args: Args, runtime: Runtime, closing: ExitStack) -> None:
             raise ValueError(f"--output_dir {output_dir}: cannot be written to: {reason}") from None
         logger.warning("--output_dir %s: no locks there: see that no second run does", output_dir)
     refuse_used_directory(args)  # another run may have come and gone meanwhile
-    for path in [*output_dir.glob("checkpoints/.new_step_*"), *output_dir.glob("*.json*.new")]:
-        path.unlink()
+    unfinished = [f"{name}.new" for name in ("run.json", "metrics.jsonl", "predictions.jsonl")]
+    for path in output_dir.glob("checkpoints/.new_step_*"):
+        remove(path)
+    for name in unfinished:
+        (output_dir / name).unlink(missing_ok=True)
     recover_directories(output_dir)
 
 
@@ -2417,7 +2420,7 @@ def open_log_file(path: Path, closing: ExitStack) -> None:
             file = logging.FileHandler(path, encoding="utf-8", errors="replace")
             file.setFormatter(kept.formatter)
             file.handleError = lambda record: None  # a full disk: what fails next tells it
-            closing.callback(file.close)
+            closing.callback(attempt, f"{path}", file.close)
             closing.callback(vars(kept).update, target=None, capacity=sys.maxsize)
             vars(kept).update(target=file, capacity=1)  # from now on at once
             kept.flush()
