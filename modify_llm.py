@@ -15,6 +15,7 @@ TECHNIQUES below them holds all that the scripts know of a technique.
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -32,11 +33,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
@@ -79,7 +81,7 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout, self.thirds, self.rslora = nn.Dropout(dropout), thirds, rslora
         self.scaling = alpha / scaling_divisor(rank, rslora)
-        self.merged: Tensor | None = None  # the update, while the original weight holds it
+        self.merged: Tensor | None = None  # W0, while the original layer holds the merged weight
         self.lora_magnitude_vector = nn.Parameter(self.weight_norms()) if dora else None
 
     def full_B(self) -> Tensor:
@@ -145,16 +147,15 @@ class LoRALayer(nn.Module):
         if self.merged is not None:
             raise RuntimeError("merged already: merging twice would add the update twice")
         weight = self.original_layer.weight
-        self.merged = self.get_delta_weight().to(weight.dtype)
-        weight += self.merged
+        merged = weight + self.get_delta_weight()
+        self.merged, weight.data = weight.data, merged.to(weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the update out of the original weight again."""
         if self.merged is None:
             raise RuntimeError("not merged: there is no update to take out")
-        self.original_layer.weight -= self.merged
-        self.merged = None
+        self.original_layer.weight.data, self.merged = self.merged, None
 
 
 def scaling_divisor(rank: int, rslora: bool) -> float:
@@ -302,14 +303,12 @@ class IA3Layer(nn.Module):
 
     def __init__(self, original_layer: Conv1D, feedforward: bool) -> None:
         super().__init__()
-        self.original_layer, self.feedforward, self.merged = original_layer, feedforward, None
+        self.original_layer, self.feedforward = original_layer, feedforward
         weight = original_layer.weight  # (in, out)
         scaled = weight.shape[0 if feedforward else 1]
         self.ia3_l = nn.Parameter(torch.ones(scaled, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.original_layer(x)
         if self.feedforward:
             return self.original_layer(x * self.ia3_l.to(x.dtype))
         h = self.original_layer(x)
@@ -319,10 +318,10 @@ class IA3Layer(nn.Module):
     def merge(self) -> None:
         """Folds l into the weight (in, out) and, with what comes out, into the bias."""
         weight, bias = self.original_layer.weight, self.original_layer.bias
-        weight *= (self.ia3_l[:, None] if self.feedforward else self.ia3_l).to(weight.dtype)
+        scale = self.ia3_l[:, None] if self.feedforward else self.ia3_l
+        weight.data = (weight * scale).to(weight.dtype)
         if not self.feedforward:
-            bias *= self.ia3_l.to(bias.dtype)
-        self.merged = True
+            bias.data = (bias * scale).to(bias.dtype)
 
 
 def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
@@ -418,7 +417,7 @@ def apply_adapters(
             module.adapter = BottleneckAdapter(
                 model.config.n_embd, settings["adapter_size"], activation, block.ln_1.weight.device
             )
-            module.register_forward_hook(run_adapter)
+            module.adapter.hook = module.register_forward_hook(run_adapter)
     return model
 
 
@@ -587,7 +586,7 @@ def apply_prefix(
             tokens = tokens + transformer.wpe.weight[:prefix_length]  # tells repeated tokens apart
             prefix = KeyValuePrefix(columns, tokens, projection_size)
     transformer.prefix = prefix
-    transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
+    prefix.hook = transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
     return model
 
 
@@ -689,6 +688,8 @@ def start_modification(
     for module in modules:
         module.requires_grad_(True)
     model.modification, model.end_tokens = settings, {}
+    if not hasattr(model, "base_fingerprint"):
+        model.base_fingerprint = fingerprint(model)
     return settings
 
 
@@ -751,6 +752,9 @@ def number(kind: type, low: float, below: float = 1_000_000_000) -> Callable[[st
     return parse
 
 
+at_least_one = number(int, 1)
+
+
 def nonempty(text: str) -> str:
     """A flag's type: any text but an empty one."""
     if not text:
@@ -767,9 +771,9 @@ def layer_numbers(text: str) -> list[int]:
     """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
     for part in names(text):
-        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
-        if not numbers:
+        first, _, last = part.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 < len(numbers) < 10_000:
             raise ValueError
         layers.update(numbers)
     return sorted(layers)
@@ -781,7 +785,7 @@ def boolean(text: str) -> bool:
 
 
 boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
-layer_numbers.__name__ = "layer numbers below 10000, such as 0,1,4-7,"
+layer_numbers.__name__ = "layer numbers and ranges, such as 0,1,4-7,"
 
 
 class Technique(NamedTuple):
@@ -805,7 +809,7 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "lora_rank": Flag(4, number(int, 1), "rank r of A and B; >= 1"),
+            "lora_rank": Flag(4, at_least_one, "rank r of A and B; >= 1"),
             "lora_alpha": Flag(
                 8.0, number(float, 1e-9), "the update is scaled by alpha / r; > 0"
             ),
@@ -838,7 +842,7 @@ TECHNIQUES = {
             activation=args.adapter_activation, trainable_modules=args.trainable_modules,
         ),
         flags={
-            "adapter_size": Flag(64, number(int, 1), "width of the bottleneck; >= 1"),
+            "adapter_size": Flag(64, at_least_one, "width of the bottleneck; >= 1"),
             "adapter_placement": Flag(
                 "pfeiffer", ("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
             ),
@@ -861,7 +865,7 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "prefix_length": Flag(50, number(int, 1), "virtual tokens; >= 1"),
+            "prefix_length": Flag(50, at_least_one, "virtual tokens; >= 1"),
             "prefix_type": Flag(
                 "embedding", ("embedding", "key_value"),
                 "embedding: at the input, or key_value: in each layer",
@@ -994,29 +998,33 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     directory, settings, config = Path(directory), dict(model.modification), model.config
     directory.mkdir(parents=True, exist_ok=True)
     save, _ = LAYOUTS[TECHNIQUES[settings["modification_type"]].layout]
-    settings |= save(model, directory)
+    settings |= save(model, directory) or {}
     sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
-    settings["base_model_name_or_path"] = base_reference(model, directory)
-    settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
+    settings["base_model_name_or_path"] = name = base_reference(model)
+    settings["base_fingerprint"] = model.base_fingerprint
+    with suppress(ValueError, TypeError):  # no path leads to a hub or to another drive of Windows
+        relative = Path(os.path.relpath(os.path.realpath(name), directory.resolve())).as_posix()
+        settings["base_relative_path"] = relative if relative.startswith("..") else f"./{relative}"
     write_json(directory / METADATA, settings | model.end_tokens)
 
 
-def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
-    """The base as it was named; a local one by its path from the result, so that both can move and
-    what is published names no directory of this machine."""
-    name = getattr(model, "base_name", None)
-    local = name and Path(name).is_dir()
-    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
+def base_reference(model: GPT2LMHeadModel) -> str | None:
+    """The base as it was named; a local one by its absolute path, as PEFT looks for it from the
+    current directory."""
+    name = getattr(model, "base_name", model.name_or_path) or None
+    return os.path.abspath(name) if name and Path(name).is_dir() else name
 
 
 def load_trained(
-    directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
+    directory: str | Path, base: str | Path | GPT2LMHeadModel | None = None, *, dropout: float = 0.0
 ) -> GPT2LMHeadModel:
     """What a run saved (in best/ or final/, see `result_directory`), on its base model, ready to
     use or to train on; a PEFT-made LoRA too.
 
-    model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
+    base: a name or directory, by default the one that the result names. Or a loaded model, which
+    stays as it is: the new one shares its tensors, and costs no more memory than what was trained.
+    Raises ValueError.
     """
     directory = result_directory(directory)
     if (directory / MANIFEST).exists():
@@ -1025,37 +1033,64 @@ def load_trained(
         except ValueError as error:
             raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
     settings = trained_settings(directory)
-    base = model_name_or_path or settings.get("base_model_name_or_path")
-    if is_plain(settings["modification_type"]):
-        base = str(directory)  # it holds all its weights
-    if not base:
-        raise ValueError(f"{directory}: names no base model; give --model_name_or_path")
-    loading = {"model_name_or_path": base, "from_scratch": False, "dropout": dropout}
-    args = with_defaults(argparse.Namespace(**settings), **loading)
+    args = with_defaults(argparse.Namespace(**settings), dropout=dropout)
+    model = base_of(directory, settings, base, args)
+    _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
     try:
-        model = load_base(args)
-    except ValueError as error:
-        known = model_name_or_path or base == str(directory)
-        raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
-    try:
-        check_base(model, settings, directory, chosen=bool(model_name_or_path))
-        _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
         load(model, directory, args)
-    except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
+    except (TypeError, AttributeError, TimeoutError, regex.error) as error:
         raise ValueError(f"{directory}: its settings are damaged: {error}") from error
     except ValueError as error:
-        where = "" if str(error).startswith(("--model_name_or_path", str(directory))) else directory
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        where = "" if str(error).startswith(str(directory)) else f"{directory}: "
+        raise ValueError(f"{where}{error}") from None
     model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
-    return model
+    return model.eval()
+
+
+def base_of(
+    directory: Path, settings: dict, base: str | Path | GPT2LMHeadModel | None,
+    args: argparse.Namespace,
+) -> GPT2LMHeadModel:  # fmt: skip
+    """The base that was asked for; else the first that fits of where the result says it lies.
+
+    Raises ValueError.
+    """
+    technique, errors = args.modification_type, []
+    if is_plain(technique):
+        if isinstance(base, nn.Module):
+            shares = f"{technique} changed the base itself, there is nothing to share"
+            raise ValueError(f"{directory}: {shares}; load it without a base")
+        base = directory  # it holds all its weights
+    for name in [base] if base else settings["bases"]:
+        try:
+            if isinstance(name, nn.Module):
+                model = share_weights(name)
+                model.base_fingerprint = fingerprint(model)
+            else:
+                args.model_name_or_path = str(name)
+                model = load_base(args)
+            check_base(model, settings, directory, chosen=bool(base))
+            return model
+        except ValueError as error:
+            errors.append(str(error) if base else f"the base of {directory}: {error}")
+    errors.append(f"{directory}: names no base model; give --model_name_or_path")
+    raise ValueError(errors[0])
+
+
+def share_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A model of its own whose weights are the tensors of another: some hundred kilobytes."""
+    tensors = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def result_directory(directory: str | Path) -> Path:
     """The directory itself if it holds a result; else, of a run, best/ or final/."""
-    if any(os.path.exists(Path(directory, name)) for name in (METADATA, PEFT_CONFIG)):
-        return Path(directory)
-    results = [Path(directory, name) for name in ("best", "final")]
-    return next(filter(os.path.isdir, results), Path(directory))
+    for path in (Path(directory), Path(directory, "best"), Path(directory, "final")):
+        if (path / METADATA).exists() or (path / PEFT_CONFIG).exists():
+            return path
+    return Path(directory)
 
 
 def trained_settings(directory: Path) -> dict:
@@ -1078,18 +1113,26 @@ def trained_settings(directory: Path) -> dict:
             raise ValueError("adapters of an earlier version stand elsewhere: train them again")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    base = str(settings.get("base_model_name_or_path"))
-    if base.startswith(os.pardir):  # from the result, wherever the two are now
-        beside = os.path.normpath(directory / base)
-        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
-        settings["base_model_name_or_path"] = beside if is_beside else base
+    name, relative = settings.get("base_model_name_or_path"), settings.get("base_relative_path")
+    paths = [str(path) for path in (relative, name) if str(path).startswith(".")]
+    beside = [os.path.normpath(directory / path) for path in paths]
+    settings["bases"] = [*filter(os.path.isdir, beside), *([name] if name else [])]
+    settings["base_model_name_or_path"] = next(iter(settings["bases"]), None)
     return settings
+
+
+def prompt_settings(directory: str | Path) -> dict[str, Any]:
+    """How a result, or a model that was merged, is to be prompted, as far as it says: text_format
+    and max_length."""
+    path = Path(directory, METADATA)
+    settings = read_json(path) if path.is_file() else {}
+    return {name: settings[name] for name in ("text_format", "max_length") if name in settings}
 
 
 def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chosen: bool) -> None:
     """Raises ValueError for a base of another size than the one trained on; for one with other
     weights only if it was not chosen by name."""
-    where = f"--model_name_or_path {model.base_name}"
+    where = f"--model_name_or_path {base_reference(model)}"
     for key, trained_on in settings.get("base_config", {}).items():
         if (size := getattr(model.config, key, None)) != trained_on:
             trained = f"{directory} was trained on {trained_on}"
@@ -1103,10 +1146,9 @@ def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chose
     logger.warning(message)  # perhaps the same model at another precision
 
 
-def save_state(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_state(model: GPT2LMHeadModel, directory: Path) -> None:
     """All that trains, by its names in the model."""
     write_tensors(trainable_state(model), directory / STATE)
-    return {}
 
 
 def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
@@ -1116,22 +1158,27 @@ def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace
     put_tensors(model, read_tensors(path), path, required=trainable_state(model))
 
 
-def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_plain(model: GPT2LMHeadModel, directory: Path) -> None:
     """A plain Hugging Face model, at the precision of the base's files, which are not read again.
 
     `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
     written.
     """
+    plain = plain_shapes(model)
     dtype, exact = getattr(model, "stored_dtype", None), getattr(model, "exact_weights", {})
-    plain = build(model.config, "the model", "meta")
     weights = dict(model.named_parameters(remove_duplicate=False)) | exact
     weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
-    put_tensors(plain, weights, directory)
-    plain.tie_weights()
+    plain.load_state_dict(weights, assign=True)
+    if is_tied(model):
+        plain.lm_head.weight = plain.transformer.wte.weight
     write_plain(plain, directory, model.end_tokens)
-    written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
-    check_written(directory / "model.safetensors", written)
-    return {}
+    check_written(directory / "model.safetensors", plain.state_dict())
+
+
+def plain_shapes(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A plain model without weights, with a configuration of its own."""
+    with torch.device("meta"):
+        return GPT2LMHeadModel(copy.deepcopy(model.config))
 
 
 def load_plain(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
@@ -1165,7 +1212,7 @@ WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEF
 PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
-def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_lora(model: GPT2LMHeadModel, directory: Path) -> None:
     """PEFT's LoRA layout.
 
     n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
@@ -1200,33 +1247,48 @@ def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
         "bias": "all" if biases <= besides.keys() else wrapped_biases,
         "modules_to_save": whole_modules(besides),
     })  # fmt: skip
-    return {}
 
 
-def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """Wraps the layers whose A and B the file holds, and loads everything into its place.
+def load_peft(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+    """A LoRA, an IA3 or a prefix, with what was trained besides it: ours, or PEFT's own."""
+    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
+    path = older if older.exists() and not path.exists() else path
+    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
+    embeddings, rows = tensors.get("transformer.wte.weight"), model.config.vocab_size
+    if embeddings is not None and len(embeddings) != rows:
+        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
+        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
+    if args.modification_type == "prefix":
+        args.prefix_init_text = None  # what it started from does not count any more
+    else:
+        untie_if_apart(model, tensors)
+    if args.modification_type == "lora":
+        wrap_saved_layers(model, tensors, path, config, args)
+    else:
+        modify(model, args)
+    put_tensors(model, tensors, path, required=trainable_state(model))
+    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
+    for name in tensors:  # whole modules and biases that were trained (modules_to_save, bias)
+        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
+            model.get_parameter(name).requires_grad_(True)
+
+
+def wrap_saved_layers(
+    model: GPT2LMHeadModel, tensors: dict[str, Tensor], path: Path, config: dict,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Wraps the layers whose A and B were saved, and cuts the B of thirds out of its blocks.
 
     Ranks come from the tensors' shapes; alpha and its exceptions from PEFT's configuration; the
     thirds that a run of ours adapted from its own metadata.
     """
-    path, older = directory / WEIGHTS, directory / "adapter_model.bin"
-    path = older if older.exists() and not path.exists() else path
-    config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
     wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
     if not wrapped:
         raise ValueError(f"{path}: holds no LoRA")
-    targets = args.lora_target_modules or wrapped
-    matched = match_targets(model, targets, args.lora_layers)
-    embeddings = tensors.get("transformer.wte.weight")
-    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
-        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
-        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
-    untie_if_apart(model, tensors)
-    start_modification(
-        model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
-        lora_layers=args.lora_layers, lora_scaling=args.lora_scaling, lora_dora=args.lora_dora,
-    )  # fmt: skip
+    args.lora_target_modules = args.lora_target_modules or wrapped
+    matched = match_targets(model, args.lora_target_modules, args.lora_layers)
+    settings = {name: getattr(args, name) for name in TECHNIQUES["lora"].flags}
+    start_modification(model, "lora", args.trainable_modules, matched, **settings)
     rslora = args.lora_scaling == "rank_stabilized"
     for name, thirds in matched.items():
         A, B = f"{name}.lora_A", f"{name}.lora_B"
@@ -1235,25 +1297,23 @@ def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace)
         n = len(thirds) or 1
         rank, original = max(1, len(tensors[A]) // n), model.get_submodule(name)
         alpha = alpha_of(name, config) / scaling_divisor(n, rslora)
-        settings = (args.lora_dropout, thirds, rslora, args.lora_dora)
-        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *settings))
+        options = (args.lora_dropout, thirds, rslora, args.lora_dora)
+        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *options))
         if thirds and tensors[B].shape == layer.full_B().shape:
             blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
             blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
             tensors[B] = torch.cat(blocks)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, config)
 
 
 def alpha_of(layer_name: str, config: dict) -> float:
     """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
     for pattern, exception in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
+        if regex.fullmatch(rf"(.*\.)?({pattern})", layer_name, timeout=1):
             return exception  # as in PEFT, the first that matches
     return config.get("lora_alpha", 8)
 
 
-def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_ia3(model: GPT2LMHeadModel, directory: Path) -> None:
     """PEFT's IA3 layout."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
     besides = trained_besides(model, ".ia3_l")
@@ -1268,18 +1328,6 @@ def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
         "fan_in_fan_out": True,
         "modules_to_save": whole_modules(besides),
     })  # fmt: skip
-    return {}
-
-
-def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
-    path = directory / WEIGHTS
-    tensors = peft_tensors(path)
-    tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
-    untie_if_apart(model, tensors)
-    modify(model, args)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
 
 
 def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
@@ -1300,23 +1348,12 @@ def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
     return {"prefix_projection_size": 0}
 
 
-def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
-    args.prefix_init_text = None  # what it started from does not count any more
-    modify(model, args)
-    path = directory / WEIGHTS
-    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
-    if "prompt_embeddings" in tensors:
-        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
-    put_tensors(model, tensors, path, required=trainable_state(model))
-
-
 def write_as_peft(
     model: GPT2LMHeadModel, tensors: dict[str, Tensor], directory: Path, config: dict
 ) -> None:
     """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
     write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": base_reference(model, directory)}
+    base = {"base_model_name_or_path": base_reference(model)}
     common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
     write_json(directory / PEFT_CONFIG, config | common)
 
@@ -1349,13 +1386,15 @@ def peft_settings(path: Path) -> dict:
 
 
 def peft_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of PEFT's file by the names that they have in our models."""
+    """The tensors of PEFT's file by the names, and in the shapes, that they have in our models."""
     tensors = {}
     for key, tensor in read_tensors(path).items():
         # PEFT writes resized embeddings under two further names.
         if ".original_module." not in key and ".modules_to_save." not in key:
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
-            tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
+            name = re.sub(r"^base_model\.(model\.)?|(?<=\.lora_[AB])\.weight$", "", key)
+            name = name.replace(".base_layer.", ".original_layer.")
+            name = name.replace("prompt_embeddings", "transformer.prefix.embedding")
+            tensors[name] = tensor.flatten() if name.endswith(".ia3_l") else tensor
     return tensors
 
 
@@ -1377,14 +1416,6 @@ def whole_modules(besides: Iterable[str]) -> list[str] | None:
     return sorted({name.rpartition(".")[0] for name in names}) or None
 
 
-def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
-    """Whole modules and biases that were trained (modules_to_save, bias) train on."""
-    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
-    for name in loaded:
-        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
-            model.get_parameter(name).requires_grad_(True)
-
-
 def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
     """Gives a tied head a weight of its own where the tensors change one of the two alone."""
     wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
@@ -1397,9 +1428,9 @@ def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
 
 # How each layout is saved and loaded. To save returns the settings that it changed.
 LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
-    "lora": (save_lora, load_lora),
-    "ia3": (save_ia3, load_ia3),
-    "prefix": (save_prefix, load_prefix),
+    "lora": (save_lora, load_peft),
+    "ia3": (save_ia3, load_peft),
+    "prefix": (save_prefix, load_peft),
     "state": (save_state, load_state),
     "plain": (save_plain, load_plain),
 }
@@ -1409,47 +1440,92 @@ LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
 
 
 def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out: a plain model
-    remains. Raises ValueError for a technique that is no change of weights."""
+    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out, in place: a
+    plain model remains, with the same logits. Raises ValueError for a technique that is no change
+    of weights."""
     technique = getattr(model, "modification", {}).get("modification_type")
     if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
         carried = technique or "a plain model"
         raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
+    before = some_logits(model)
     for name, layer in [*model.named_modules()]:
-        if isinstance(layer, LoRALayer | IA3Layer):
-            if layer.merged is None:
+        if hasattr(layer, "original_layer"):
+            if getattr(layer, "merged", None) is None:
                 layer.merge()
             model.set_submodule(name, layer.original_layer)
-    del model.modification
+    difference, tolerance = (some_logits(model) - before).abs().max(), before.abs().max()
+    tolerance *= 1e-3 if model.dtype == torch.float32 else 0.1
+    is_plain_now = model.state_dict().keys() == plain_shapes(model).state_dict().keys()
+    if not (is_plain_now and difference <= tolerance):
+        raise ValueError(
+            f"{technique} cannot be folded into the base: what remains is another model"
+        )
+    del model.modification, model.base_fingerprint
     model.base_path = model.base_name = None  # the merged weights lie in no file yet
-    model.base_fingerprint = fingerprint(model)
     return model
 
 
-def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
+@torch.no_grad()
+def some_logits(model: GPT2LMHeadModel) -> Tensor:
+    """The logits of one short batch, in fp32."""
+    training, ids = model.training, torch.arange(8, device=model.device)[None]
+    logits = model.eval()(ids % model.config.vocab_size).logits.float()
+    model.train(training)
+    return logits
+
+
+def detach(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Takes a technique off, in place: the plain model remains, bit for bit, and another technique
+    may follow. Raises ValueError where weights of the base itself were trained."""
+    base_weights = plain_shapes(model).state_dict().keys()
+    for name in trainable_state(model):
+        if name.replace(".original_layer.", ".") in base_weights:
+            raise ValueError(f"{name} was trained: the base's own is gone, load the base again")
+    for name, module in [*model.named_modules()]:
+        if hasattr(module, "original_layer"):
+            if getattr(module, "merged", None) is not None:
+                module.unmerge()
+            model.set_submodule(name, module.original_layer)
+        elif hasattr(module, "hook"):
+            module.hook.remove()
+            parent, _, child = name.rpartition(".")
+            delattr(model.get_submodule(parent), child)
+    del model.modification
+    return model.requires_grad_(True)
+
+
+def merge_directory(
+    adapter_path: str, merge_to: str, model_name_or_path: str | None = None
+) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
-    the adapter's tokenizer or else the base's. Raises ValueError."""
-    adapter_path = str(result_directory(adapter_path))
-    model = load_trained(adapter_path, model_name_or_path)
-    technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
-    if is_plain(technique):
-        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
-    target, base_name = Path(merge_to), str(model.base_name)
+    the adapter's tokenizer or else the base's, or nothing. Raises ValueError, OSError."""
+    directory, target = result_directory(adapter_path), Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
-    source = adapter_path if has_vocabulary else model.base_path
-    tokenizer = matching_files(source, TOKENIZER_FILES)
+    model, where = load_trained(directory, model_name_or_path), f"--adapter_path {directory}"
+    technique, base = model.modification["modification_type"], str(model.base_name)
+    if is_plain(technique):
+        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
+    settings = {"modification_type": "full"} | prompt_settings(directory) | model.end_tokens
+    source = directory if matching_files(directory, VOCABULARY_FILES) else Path(model.base_path)
     try:
         merge_lora(model)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    write_plain(model.to(model.stored_dtype), target, model.end_tokens)
-    for file in tokenizer:
-        shutil.copy(file, target)
-    load = "AutoModelForCausalLM.from_pretrained"
-    card = f"# {technique}, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
-    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
+    try:
+        write_plain(model.to(model.stored_dtype), target, model.end_tokens)
+        write_json(target / METADATA, settings)
+        for file in matching_files(source, TOKENIZER_FILES):
+            copied = target / file.relative_to(source)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copy(file, copied)
+        load = "AutoModelForCausalLM.from_pretrained"
+        card = f"# {technique}, merged into {Path(base).name}\n\nTo load it: `{load}(DIR)`\n"
+        card = card_metadata(base, "transformers") + card
+        (target / "README.md").write_text(card, encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 
@@ -1471,7 +1547,7 @@ def card_metadata(base_name: str, library: str) -> str:
 VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*",
+    "added_tokens.json", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LFS_POINTER = b"version https://git-lfs"
@@ -1494,7 +1570,7 @@ def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a .bin, where nothing but tensors is unpickled.
 
-    Raises ValueError for a damaged file, one that holds something else, and one with NaN.
+    Raises ValueError for a damaged file, one that holds something else, quantised weights or NaN.
     """
     try:
         with open(path, "rb") as file:
@@ -1502,41 +1578,45 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
         is_pickle = path.suffix == ".bin"
         tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-        named = isinstance(tensors, Mapping)
-        if not (named and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-            raise ValueError("holds something else than tensors by name")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (*FLOATS, torch.uint8, torch.bool):  # masks, random states
+                raise ValueError(f"{name} is {tensor.dtype}: quantised, not in full precision")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        return tensors
+    except AttributeError:
+        raise ValueError(f"{path}: holds something else than tensors by name") from None
     except (pickle.UnpicklingError, EOFError):
         objects = "damaged, or holds objects, which could run code and are not loaded"
         raise ValueError(f"{path}: {objects}; give model.safetensors") from None
     except Exception as error:  # of any type, for damaged files
         raise ValueError(f"{path}: {first_line(error)}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values")
-    return tensors
 
 
 def put_tensors(
     model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, required: Iterable[str] = ()
 ) -> None:
-    """Copies tensors into the parameters of these names; on device "meta", they become these.
+    """Copies tensors into the parameters of these names, into memory of their own: what these held
+    before may be another model's too.
 
-    Raises ValueError for one that has no place or another shape there, and for a required one that
+    Raises ValueError for one that has no place, or another shape there, and for a required one that
     is not given.
     """
-    if missing := set(required) - tensors.keys():
-        raise ValueError(f"{path}: lacks {min(missing)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        if missing := set(required) - tensors.keys():
+            raise ValueError(f"lacks {min(missing)}")
+        for name, tensor in tensors.items():
+            if name not in parameters:
+                raise ValueError(f"{name} has no place in this model")
+            if parameters[name].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
+                raise ValueError(f"{name} has shape {shapes}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
-        if name not in parameters:
-            raise ValueError(f"{path}: {name} has no place in this model")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised, not in full precision")
-        if parameters[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
-            raise ValueError(f"{path}: {name} has shape {shapes}")
-    on_meta = any(parameter.is_meta for parameter in parameters.values())
-    model.load_state_dict(tensors, strict=False, assign=on_meta)
+        place = parameters[name]
+        place.data = tensor.to(place.device, place.dtype, copy=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -1557,11 +1637,22 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: {error}") from None
 
 
+def checksums(directory: Path, links: bool = True) -> dict[str, str]:
+    """The sha256 of each file in a directory and below it; of links, where that is asked for."""
+    sums = {}
+    for path in sorted(directory.rglob("*")):
+        if path.is_file() and (links or not path.is_symlink()):
+            with open(path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            sums[path.relative_to(directory).as_posix()] = digest
+    return sums
+
+
 def write_manifest(directory: Path, leave_out: str = "") -> None:
-    """sha256 sums of the files in a directory, and one of the sums themselves."""
-    files = [file for file in sorted(directory.iterdir()) if file.name != leave_out]
-    sums = {file.name: file_hash(file) for file in files}
-    write_json(directory / MANIFEST, {"files": sums, "manifest_sha256": sum_of_sums(sums)})
+    """Notes the checksums of the files in a directory, but one."""
+    sums = checksums(directory)
+    sums.pop(leave_out, None)
+    write_json(directory / MANIFEST, {"files": sums})
 
 
 def verify_directory(directory: Path, links: bool = False) -> None:
@@ -1569,26 +1660,13 @@ def verify_directory(directory: Path, links: bool = False) -> None:
 
     links: files may be symbolic links, as in the hub's cache.
     """
-    manifest = read_json(directory / MANIFEST)
-    sums = manifest.get("files")
-    if not isinstance(sums, dict) or manifest.get("manifest_sha256") != sum_of_sums(sums):
+    expected, found = read_json(directory / MANIFEST).get("files"), checksums(directory, links)
+    if not isinstance(expected, dict):
         raise ValueError(f"{directory}: {MANIFEST} is damaged")
-    files = [file for file in directory.iterdir() if file.is_file()]
-    present = {file.name for file in files if links or not file.is_symlink()}
-    for name, expected in sums.items():
-        if name not in present:  # a path that leads elsewhere is not among these names
-            raise ValueError(f"{directory}: {name} is missing")
-        if file_hash(directory / name) != expected:
-            raise ValueError(f"{directory}: {name} is damaged (its checksum differs)")
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sum_of_sums(sums: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    for name in expected:  # a path that leads elsewhere is not among those found
+        if found.get(name) != expected[name]:
+            fault = "damaged (its checksum differs)" if name in found else "missing"
+            raise ValueError(f"{directory}: {name} is {fault}")
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
@@ -1610,27 +1688,33 @@ GPT2_SIZES = {
     "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
 }  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
-# Keys of config.json that are about generating or about other code, not about the model.
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
-NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
-NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
+# What of config.json is about the model; the rest is about generating or about other code.
+CONFIG_KEYS = {*GPT2Config.__annotations__, *GPT2Config.attribute_map, "dtype", "torch_dtype"}
+CONFIG_KEYS -= {"use_cache"}
 
 
-def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The base model in fp32, all of it trainable, its own dropouts set to --dropout.
+def load_base(args: argparse.Namespace, device: str = "cpu") -> GPT2LMHeadModel:
+    """The base model in fp32, all of it trainable, its own dropouts set to --dropout; on device
+    "meta" its shapes alone.
 
     `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never
     filled in quietly.
     """
-    path, name = None, None
-    if args.from_scratch:
+    path, name = None, None if args.from_scratch else str(args.model_name_or_path)
+    where = f"--model_name_or_path {name}" if name else "--from_scratch"
+    try:
+        if name and device != "meta":
+            path = locate(name)
+            model = load_weights(path)
+        else:
+            with torch.device(device):
+                model = GPT2LMHeadModel(read_config(args))
+    except Exception as error:  # of any type, for settings that no model can have
+        reason = first_line(error).removeprefix(f"{where}: ").removeprefix(f"{path}{os.sep}")
+        raise ValueError(f"{where}: {reason}") from None
+    if not name and device != "meta":
         logger.warning("RANDOM WEIGHTS: --from_scratch starts at random, nothing is pretrained")
-        model = build(read_config(args), named_base(args))
-    else:
-        name = args.model_name_or_path
-        path = locate(name)
-        model = load_weights(path, named_base(args))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -1638,70 +1722,58 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     return model
 
 
-def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
-    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
+def load_weights(directory: str) -> GPT2LMHeadModel:
+    """The model of a directory, in fp32: its config.json and its weights, and no adapter or
+    generation settings that lie beside them.
 
-    from_pretrained would load an adapter that lies beside the model, take over its generation
-    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
-    Raises ValueError.
+    `model.stored_dtype` is the files' precision. Raises ValueError where weights and configuration
+    do not fit exactly.
     """
-    model = build(stored_config(directory, where), where, "meta")
-    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
+    config, tensors = stored_config(directory), {}
+    for file in weight_files(Path(directory)):
+        tensors |= read_tensors(file)
+    for name in [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]:
+        del tensors[name]  # causal masks, in older files
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what does not fit is told below
     try:
-        files = weight_files(Path(directory))
-        for name, tensor in (item for file in files for item in read_tensors(file).items()):
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
-                whole_name = f"transformer.{name}"  # the published files leave the start out
-                tensors[whole_name if whole_name in parameters else name] = tensor
-        if is_tied(model) and "lm_head.weight" in tensors:
-            # Some files hold the tied pair under the head's name alone.
-            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
-            untie_if_apart(model, tensors)
-        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
-        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
-        model.tie_weights()
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
+        model, unfit = GPT2LMHeadModel.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for what, names in unfit.items():
+        if names:
+            raise ValueError(f"its weights do not fit config.json: {what} {min(map(str, names))}")
+    model.config.tie_word_embeddings = is_tied(model)  # apart, where the file holds two that differ
     model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return model.float().eval()
+    return model
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Which files are this model's weights: the only place that decides.
 
     model.safetensors comes before pytorch_model.bin, one file before its shards. Nothing else in
-    the directory counts, such as an adapter. Raises ValueError for a file that is missing.
+    the directory counts, such as an adapter. Raises ValueError.
     """
     for name in WEIGHT_FILES:
+        index = directory / f"{name}.index.json"
         if (directory / name).exists():
             return [directory / name]
-        index = directory / f"{name}.index.json"
         if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index.name} names no weight file")
-            files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
-            return files
+            shards = set(read_json(index)["weight_map"].values())
+            return [directory / shard for shard in sorted(shards)]
     raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
 
 
-def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadModel:
-    """A model with random weights; with none, only shapes, on PyTorch's device "meta".
-
-    Raises ValueError."""
-    try:
-        with torch.device(device):
-            return GPT2LMHeadModel(config)
-    except Exception as error:  # of any type, for sizes that no model can have
-        raise ValueError(f"{where}: its settings make no model: {first_line(error)}") from None
-
-
 def fingerprint(model: nn.Module) -> str:
-    """Tells one base model from another: a hash of the first values of each of its parameters."""
+    """Tells one base model from another: a hash of the first values of each of its parameters.
+    "" for shapes alone."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            return ""
         values = parameter.detach().flatten()[:256].float().cpu().numpy()
         digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
@@ -1726,37 +1798,23 @@ def read_config(args: argparse.Namespace) -> GPT2Config:
     size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
     if size and not Path(name).exists():
         return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
-    return stored_config(locate(name), named_base(args))
+    return stored_config(locate(name))
 
 
-def stored_config(directory: str, where: str) -> GPT2Config:
+def stored_config(directory: str) -> GPT2Config:
     """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
-    try:
-        settings = read_json(Path(directory) / "config.json")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    settings = read_json(Path(directory) / "config.json")
     architecture = settings.get("model_type")
     if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
         architecture = "gpt2"  # the oldest files do not say what they are
     if architecture != "gpt2":
-        raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
-    try:
-        if settings.get("quantization_config"):
-            raise ValueError("quantised weights; give the model in full precision")
-        settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
-        config = GPT2Config.from_dict(settings)
-        sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
-        if min(*sizes, config.vocab_size) < 1:
-            raise ValueError("a size below 1")
-        return config
-    except Exception as error:  # of any type, for values that are none of GPT-2's
-        raise ValueError(f"{where}: config.json: {first_line(error)}") from None
-
-
-def named_base(args: argparse.Namespace) -> str:
-    """The flag that messages about the base model name."""
-    name = args.model_name_or_path
-    return "--from_scratch" if args.from_scratch else f"--model_name_or_path {name}"
+        raise ValueError(f"a {architecture!r} model; only GPT-2 is supported")
+    if settings.get("quantization_config"):
+        raise ValueError("config.json: quantised weights; give the model in full precision")
+    config = GPT2Config.from_dict({key: settings[key] for key in CONFIG_KEYS & settings.keys()})
+    if min(config.n_layer, config.n_embd, config.n_head, config.n_positions, config.vocab_size) < 1:
+        raise ValueError("config.json: a size below 1")
+    return config
 
 
 def locate(name: str) -> str:
@@ -1767,10 +1825,9 @@ def locate(name: str) -> str:
     where = f"--model_name_or_path {name}"
     directory = name if Path(name).exists() else from_hub(name)
     if not (Path(directory) / "config.json").is_file():
-        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
-        if (Path(directory) / PEFT_CONFIG).is_file():
-            ways_out = "it is an adapter, give it as --adapter_path"
-        raise ValueError(f"{where}: holds no config.json; {ways_out}")
+        is_adapter = (Path(directory) / PEFT_CONFIG).is_file()
+        hint = "; it is an adapter, give it as --adapter_path" if is_adapter else ""
+        raise ValueError(f"{where}: holds no config.json{hint}")
     return directory
 
 
@@ -1784,22 +1841,23 @@ def from_hub(name: str) -> str:
     cached = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
-        weight_files(Path(cached))
-        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
+        needed = [Path(cached, "config.json"), *weight_files(Path(cached))]
+        if all(map(Path.exists, needed)) and matching_files(cached, VOCABULARY_FILES):
             return cached
+    where = f"--model_name_or_path {name}"
     try:
         files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
         has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
         weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
-        patterns = ["config.json", *TOKENIZER_FILES, weights]
+        patterns = ["config.json", METADATA, *TOKENIZER_FILES, weights]
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        where, reason = f"--model_name_or_path {name}", first_line(error)
+        reason = first_line(error)
         if cached:
             logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
             return cached
         neither = "neither a local directory nor to be had from the hub"
-        ways_out = "give a local directory, or --from_scratch"
+        ways_out = "give --model_name_or_path a local directory"
         raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
 
 
@@ -1807,11 +1865,11 @@ def from_hub(name: str) -> str:
 
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, number(int, 1), "tokens; >= 1"),
-    "hidden_size": Flag(768, number(int, 1), "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, number(int, 1), "must divide --hidden_size"),
+    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
+    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
     "num_hidden_layers": Flag(12, number(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, number(int, 1), "longest sequence, prefix included"),
+    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
 }
 BASE_FLAGS = {
     "modification_type": Flag("lora", TECHNIQUES, "what trains"),
@@ -1868,10 +1926,9 @@ def parsed(flags: Mapping[str, Flag], settings: Mapping[str, Any]) -> dict[str, 
     the default. Raises ValueError that names the flag, the value and what is legal."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_flags(parser, "", {name: flags[name] for name in settings})
-    left = {name: value for name, value in settings.items() if value is flags[name].default is None}
-    given = {name: value for name, value in settings.items() if name not in left}
+    given = {n: value for n, value in settings.items() if not value is flags[n].default is None}
     try:
-        return left | vars(parser.parse_args(command_line(given)))
+        return {**settings, **vars(parser.parse_args(command_line(given)))}
     except argparse.ArgumentError as error:
         raise ValueError(f"{error.argument_name}: {error.message}") from None
 
@@ -1904,26 +1961,17 @@ def check_together(args: argparse.Namespace) -> None:
     check_projection(args.prefix_type, args.prefix_projection_size)
 
 
-def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
-    """A line for each flag that was given and that the chosen technique does not look at."""
-    technique, idle = args.modification_type, {}
-    for owner, row in TECHNIQUES.items():
-        if owner != technique:
-            belongs = f", it belongs to --modification_type {owner}, this is {technique}"
-            idle |= dict.fromkeys(row.flags, belongs)
+def idle_flags(given: Iterable[str], args: argparse.Namespace) -> list[str]:
+    """A line for each model flag that was given and has no effect beside the others."""
+    used = BASE_FLAGS.keys() | TECHNIQUES[args.modification_type].flags.keys()
+    chosen = f"--modification_type {args.modification_type}"
     if not args.from_scratch:
-        idle |= dict.fromkeys(SCRATCH_FLAGS, " without --from_scratch")
-    if technique == "full":
-        idle["trainable_modules"] = ", full trains every module"
-    return [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
+        used, chosen = used - SCRATCH_FLAGS.keys(), f"{chosen} and no --from_scratch"
+    idle = sorted((model_flags().keys() - used).intersection(given))
+    return [f"--{name}: without effect with {chosen}" for name in idle]
 
 
 # ---- the script ----------------------------------------------------------------------------------
-
-
-def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The modified model on PyTorch's meta device: every shape, no weight."""
-    return modify(build(read_config(args), named_base(args), "meta"), args)
 
 
 def compare(args: argparse.Namespace) -> list[dict]:
@@ -1933,7 +1981,8 @@ def compare(args: argparse.Namespace) -> list[dict]:
     for technique, row in TECHNIQUES.items():
         for label, paper, changes in row.compared:
             settings = argparse.Namespace(**base)
-            model = meta_model(with_defaults(settings, modification_type=technique, **changes))
+            args = with_defaults(settings, modification_type=technique, **changes)
+            model = modify(load_base(args, "meta"), args)
             total, trainable = parameter_counts(model)
             saved = total if is_plain(technique) else trainable
             for layer in lora_layers(model).values():  # thirds are saved as one B of all rows
@@ -2001,7 +2050,7 @@ def run(args: argparse.Namespace, given: dict) -> None:
             base = "GPT-2 of these sizes" if args.from_scratch else args.model_name_or_path
             plot_comparison(rows, f"{base}: what each technique trains", args.plot)
     else:
-        print(statistics(meta_model(args)))
+        print(statistics(modify(load_base(args, "meta"), args)))
 
 
 def main(argv: list[str] | None = None) -> int:

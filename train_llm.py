@@ -288,10 +288,9 @@ def causal_attention(
     *, scaling: float, dropout: float = 0.0, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Attention as transformers calls it: query, key, value (batch, heads, length, head size) to
-    (batch, length, heads, head size). The queries stand at the end of the keys."""
+    (batch, length, heads, head size). The queries stand at the end of the keys, of which there are
+    more where a prefix or a cache comes first."""
     queries, keys = query.shape[2], key.shape[2]
-    if query.device.type == "cpu" and not dropout:
-        return block_attention(query, key, value, scaling).transpose(1, 2), None
     # PyTorch's own `is_causal` has the queries at the start of the keys.
     bias = causal_lower_right(queries, keys) if 1 < queries < keys else None
     return sdpa_attention_forward(module, query, key, value, bias, dropout, scaling)
@@ -311,66 +310,6 @@ def attention_without_mask(model: GPT2LMHeadModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-QUERY_BLOCK = 128  # queries at a time in a CPU's attention
-
-
-class BlockAttention(torch.autograd.Function):
-    """Causal attention a block of queries at a time, for CPUs: a whole LoRA step on short rows in
-    bf16 is 12% faster than with PyTorch's own kernel. The plain version, to which a test holds it
-    equal:
-
-        scores = scaling * query @ key.transpose(-1, -2)
-        later = torch.ones_like(scores, dtype=torch.bool).triu(keys - queries + 1)
-        scores.masked_fill(later, -math.inf).softmax(-1) @ value
-
-    query (n, queries, head size), key and value (n, keys, head size); the queries stand at the end
-    of the keys, of which there are more where a prefix or a cache comes first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        output, weights = torch.empty_like(query), []
-        for block, seen in query_blocks(query, key):
-            q, k, v = query[:, block], key[:, :seen], value[:, :seen]
-            length = q.shape[1]
-            mask = q.new_full((length, seen), -math.inf).triu_(seen - length + 1)
-            scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scaling)
-            weights.append(scores.softmax(-1))  # (n, length, seen)
-            output[:, block] = torch.bmm(weights[-1], v)
-        ctx.save_for_backward(query, key, value, *weights)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (query, key, value, *weights), scaling = ctx.saved_tensors, ctx.scaling
-        query_grad = torch.empty_like(query)
-        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
-        for p, (block, seen) in zip(weights, query_blocks(query, key), strict=True):
-            q, k, v, output_grad = query[:, block], key[:, :seen], value[:, :seen], grad[:, block]
-            value_grad[:, :seen].baddbmm_(p.transpose(1, 2), output_grad)
-            p_grad = torch.bmm(output_grad, v.transpose(1, 2))
-            scores_grad = torch.ops.aten._softmax_backward_data(p_grad, p, -1, p.dtype)
-            query_grad[:, block] = torch.bmm(scores_grad, k).mul_(scaling)
-            key_grad[:, :seen].baddbmm_(scores_grad.transpose(1, 2), q, alpha=scaling)
-        return query_grad, key_grad, value_grad, None
-
-
-def query_blocks(query: Tensor, key: Tensor) -> Iterator[tuple[slice, int]]:
-    """(a block of queries, the number of keys up to its end)"""
-    queries, keys = query.shape[1], key.shape[1]
-    for start in range(0, queries, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, queries)
-        yield slice(start, end), keys - queries + end
-
-
-@torch.compiler.disable  # its loop over blocks would be compiled anew for each width
-def block_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """BlockAttention of (batch, heads, length, head size)."""
-    flat = (x.flatten(0, 1) for x in (query, key, value))
-    return BlockAttention.apply(*flat, scaling).view(query.shape)
 
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -874,7 +813,8 @@ def load_rows(
         held_out = labelled("eval_dataset_path")
         train = labelled("dataset_path") if args.dataset_path else held_out.first(0)
     else:
-        train, held_out = labelled("dataset_path").split(args.eval_fraction, args.seed)
+        split_seed = args.seed if args.split_seed is None else args.split_seed
+        train, held_out = labelled("dataset_path").split(args.eval_fraction, split_seed)
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
@@ -943,7 +883,8 @@ def build_model(args: Args) -> GPT2LMHeadModel:
         model = final_modify(args, from_scratch=False, model_name_or_path=str(base))
     else:
         model = final_modify(args)
-    split = {"seed": args.seed, "eval_fraction": args.eval_fraction}
+    split_seed = args.seed if args.split_seed is None else args.split_seed
+    split = {"split_seed": split_seed, "eval_fraction": args.eval_fraction}
     model.modification |= {"text_format": args.text_format, "max_length": args.max_length} | split
     return model
 
@@ -1248,8 +1189,8 @@ def attempt(what: str, work: Callable[..., object], *args: object) -> bool:
 def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
     """Adds a function to run.trackers that takes numbers by name, and their step. A run that is
     resumed goes on in the tracker's same run; one that fails says so there."""
-    settings, reported = public_settings(run.args), run.reported_step
-    run_id = run.tracker_runs.setdefault(name, uuid.uuid4().hex[:8])
+    settings = {key: str(value) for key, value in public_settings(run.args).items()}
+    reported = run.reported_step  # by an earlier start: steps never go back
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -1263,18 +1204,17 @@ def start_tracker(run: Run, name: str, closing: ExitStack) -> None:
 
     else:
         tracker = importlib.import_module(name)  # trackio is called as wandb is
-        tracker.init(
-            project=os.environ.get(f"{name.upper()}_PROJECT", "train_llm"), resume="allow",
-            config={key: str(value) for key, value in settings.items()},  # what all can store
-            **{"id" if name == "wandb" else "name": run_id},
-        )  # fmt: skip
+        run_id = run.tracker_runs.setdefault(name, uuid.uuid4().hex[:8])
+        project = os.environ.get(f"{name.upper()}_PROJECT", "train_llm")
+        same_run = {"id" if name == "wandb" else "name": run_id, "resume": "allow"}
+        tracker.init(project=project, config=settings, **same_run)
 
         def end(kind: type | None, *_: object) -> None:
             failed = {"exit_code": int(kind not in (None, Stopped))} if name == "wandb" else {}
             attempt(name, partial(tracker.finish, **failed))
 
         def log(values: dict[str, float], step: int) -> None:
-            if step > reported:  # by an earlier start: steps never go back
+            if step > reported:
                 tracker.log(values, step=step)
 
         closing.push(end)
@@ -1496,24 +1436,21 @@ def write_extras(run: Run) -> None:
 # ---- checkpoints and resuming --------------------------------------------------------------------
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # the parts of AdamW's state, by PyTorch's names
+GENERATORS = {"cpu": torch.random, "cuda": torch.cuda, "mps": torch.mps}
 
 
 def save_checkpoint(run: Run) -> None:
     """checkpoints/step_N, one safetensors file: trainable weights, optimizer and random states; in
     its metadata the progress, and a sum over all. What rotates out is removed."""
-    runtime, step, kind, tensors = run.runtime, run.progress.step, run.runtime.device.type, {}
-    random = {"cpu": torch.get_rng_state()}
-    if kind != "cpu":
-        random[kind] = getattr(torch, kind).get_rng_state()
-    gathered = gather(random, runtime)
+    runtime, step, tensors = run.runtime, run.progress.step, {}
+    random = {kind: GENERATORS[kind].get_rng_state() for kind in {"cpu", runtime.device.type}}
+    for rank, states in enumerate(gather(random, runtime)):
+        tensors |= {f"random.{rank}.{kind}": state for kind, state in states.items()}
     if runtime.rank != 0:
         return
-    tensors = {}
-    for rank, states in enumerate(gathered):
-        tensors |= {f"random.{rank}.{kind}": state for kind, state in states.items()}
     for name, parameter in run.trainable.items():
-        tensors[f"weight.{name}"] = parameter
-        tensors |= {f"{kind}.{name}": t for kind, t in run.optimizer.state[parameter].items()}
+        parts = {"weight": parameter, **run.optimizer.state[parameter]}
+        tensors |= {f"{part}.{name}": tensor for part, tensor in parts.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     state = json.dumps({
         "progress": asdict(run.progress), "settings": public_settings(run.args),
@@ -1688,8 +1625,8 @@ def restore(run: Run, state: dict) -> None:
     run.progress = progress = state["progress"]
     run.resumed_from, run.tracker_runs = progress.step, state["trackers"]
     before, now = state["circumstances"], circumstances(run)
-    changed = {name for name in now if before[name] != now[name]}
-    for name in sorted(changed):
+    changed = [name for name in now if before[name] != now[name]]
+    for name in changed:
         logger.info("From here on %s: %s, not %s", name, now[name], before[name])
     other_rows = "held-out rows (sha256)" in changed
     if other_rows:
@@ -1705,17 +1642,16 @@ def restore(run: Run, state: dict) -> None:
     for name, parameter in run.trainable.items():
         parameter.data.copy_(tensors[f"weight.{name}"])
         if progress.step:
-            moments = {kind: tensors[f"{kind}.{name}"].to(parameter.device) for kind in MOMENTS}
+            moments = {part: tensors[f"{part}.{name}"].to(parameter.device) for part in MOMENTS}
             run.optimizer.state[parameter] = moments
     if state["grad_scaler"] and run.runtime.fp16:  # empty from a run that needed none
         run.scaler.load_state_dict(state["grad_scaler"])
     torch.manual_seed(run.args.seed + rank + 100_003 * progress.step)
     for kind in {"cpu", run.runtime.device.type}:
-        random = state["random"].get(f"random.{rank}.{kind}")
-        if random is None:
-            logger.info("Random states that were not there, of process %d, are seeded anew", rank)
+        if (random := state["random"].get(f"random.{rank}.{kind}")) is not None:
+            GENERATORS[kind].set_rng_state(random)
         else:
-            (torch if kind == "cpu" else getattr(torch, kind)).set_rng_state(random)
+            logger.info("Random states that were not there, of process %d, are seeded anew", rank)
 
 
 def finished(run: Run) -> bool:
@@ -1892,20 +1828,26 @@ def answer_prompts(
     """Prints the answer to each --prompt, writes those to --prompts_file, and chats."""
     if runtime.rank != 0:
         return
-    encoded = [prompt_ids(text, model, tokenizer, args.text_format) for text in args.prompt]
-    answers = generate_answers(encoded, model, tokenizer, args, runtime)
-    for prompt, (answer, stopped) in zip(args.prompt, answers, strict=True):
-        end = "" if stopped else " [...]"
-        table.info("Prompt: %s\nAnswer: %s%s", prompt, without_frame(answer), end)
+    check_prompts(args, model, tokenizer)
+    for prompt, answer, stopped in answered(args.prompt, 0, args, runtime, model, tokenizer):
+        table.info("Prompt: %s\nAnswer: %s%s", prompt, answer, "" if stopped else " [...]")
     if args.prompts_file:
         answer_file(args, runtime, model, tokenizer)
     if args.chat:
         chat(args, runtime, model, tokenizer)
 
 
-def without_frame(answer: str) -> str:
-    """An answer without the empty lines and blanks around it; indentation stays."""
-    return re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip())
+def answered(
+    prompts: list[Any], first: int, args: Args, runtime: Runtime, model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[tuple[Any, str, bool]]:  # fmt: skip
+    """(prompt, answer without the blanks around it but its indentation, whether it stopped)"""
+    ids = [prompt_ids(prompt, model, tokenizer, args.text_format) for prompt in prompts]
+    answers = generate_answers(ids, model, tokenizer, args, runtime, first=first)
+    return [
+        (prompt, re.sub(r"^ (?=\S)", "", answer.strip("\n").rstrip()), stopped)
+        for prompt, (answer, stopped) in zip(prompts, answers, strict=True)
+    ]
 
 
 def answers_path(args: Args, model: GPT2LMHeadModel) -> Path:
@@ -1924,21 +1866,19 @@ def answer_file(
     args: Args, runtime: Runtime, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Writes the answers to --prompts_file, each batch as it comes: stopped at any moment, the same
-    command goes on with the rest. Raises ValueError for a prompt that cannot be put."""
-    check_prompts(args, model, tokenizer)
+    command goes on with the rest."""
     path, prompts, done = answers_path(args, model), read_prompts(args), []
     if path.exists():
-        done = path.read_text("utf-8").splitlines(keepends=True)
+        done = [line + "\n" for line in path.read_text("utf-8").split("\n")[:-1]]
         if len(done) < len(prompts):
             del done[len(done) // ANSWERS_AT_ONCE * ANSWERS_AT_ONCE :]  # whole batches stay
     write_at_once(path, "".join(done))
     for first in tqdm(range(len(done), len(prompts), ANSWERS_AT_ONCE), "answering", leave=False):
-        batch = prompts[first : first + ANSWERS_AT_ONCE]
-        ids = [prompt_ids(fields, model, tokenizer, args.text_format) for _, fields in batch]
-        answers = generate_answers(ids, model, tokenizer, args, runtime, first=first)
+        shown, fields = zip(*prompts[first : first + ANSWERS_AT_ONCE], strict=True)
+        answers = answered(list(fields), first, args, runtime, model, tokenizer)
         rows = [
-            {"prompt": prompt, "answer": without_frame(answer), "stopped": stopped}
-            for (prompt, _), (answer, stopped) in zip(batch, answers, strict=True)
+            {"prompt": prompt, "answer": answer, "stopped": stopped}
+            for prompt, (_, answer, stopped) in zip(shown, answers, strict=True)
         ]
         with open(path, "a", encoding="utf-8") as file:
             file.write(as_lines(rows))
@@ -2087,28 +2027,34 @@ def compare(args: Args, runtime: Runtime) -> None:
         directory = output_dir / f"{name}{several}"
         resume_from = "auto" if (directory / "run.json").exists() else None
         row = {"technique": name, "directory": str(directory), "settings": known[name]}
+        start_peak_memory(runtime)
         try:
             chosen = resolve(vars(args) | known[name] | {
-                "learning_rate": rate, "seed": args.seed + seed, "output_dir": str(directory),
-                "resume_from": resume_from, "compare": None, "learning_rates": [], "seeds": 1,
+                "learning_rate": rate, "seed": args.seed + seed, "split_seed": args.seed,
+                "output_dir": str(directory), "resume_from": resume_from,
+                "compare": None, "learning_rates": [], "seeds": 1,
             })  # fmt: skip
             row |= {"learning_rate": chosen.learning_rate, "seed": chosen.seed}
-            train_model(chosen, runtime)
+            with quiet_screen():
+                train_model(chosen, runtime)
             row |= outcome(directory) if runtime.rank == 0 else {}
         except (ValueError, OSError, SafetensorError, RuntimeError, MemoryError) as error:
             row["failed"] = in_one_line(error, {})
         rows.append(row)
         if runtime.rank == 0:
-            table.info("%s: %s", name, row.get("failed") or COMPARED.format(**row))
+            failed = "{directory}: failed: {failed}" if "failed" in row else COMPARED
+            table.info(failed.format(name=directory.name, **row))
             write_at_once(output_dir / "comparison.json", json.dumps(rows, indent=2))
     if runtime.rank == 0:
         show_comparison(rows, output_dir)
 
 
-# A finished run's line on the screen
+COMPARED_HEAD = (
+    "run                          trainable    share  saved bytes    before     after    right"
+)
 COMPARED = (
-    "{trainable:,} parameters ({share:.2%}), {saved_bytes:,} bytes, perplexity "
-    "{perplexity_before:.2f} -> {eval_perplexity:.2f}, {eval_accuracy:.1%} right, {seconds:.0f} s"
+    "{name:<26} {trainable:>11,} {share:>8.2%} {saved_bytes:>12,} {perplexity_before:>9.2f} "
+    "{eval_perplexity:>9.2f} {eval_accuracy:>8.1%}"
 )
 
 
@@ -2123,17 +2069,21 @@ def compared_name(technique: str, settings: dict[str, Any]) -> str:
 
 def untouched_base(args: Args, runtime: Runtime, runs: int) -> dict[str, Any]:
     """The row of the base itself, evaluated once; says how long so many runs may take."""
-    tokenizer, started = tokenizer_for(args), time.perf_counter()
+    tokenizer = tokenizer_for(args)
     model = modify_llm.load_base(args).requires_grad_(False)
     prepare_model(model, args, runtime)
     train, held_out = load_rows(args, tokenizer)
     if not len(held_out):
         raise ValueError("--compare: needs held-out rows, --eval_fraction or --eval_dataset_path")
+    started = time.perf_counter()
     measured = evaluate_model(args, runtime, model, tokenizer, held_out)
-    # A step costs three times an evaluation of its tokens.
-    share = 3 * (args.epochs * train.lengths.sum() / held_out.lengths.sum() + 1)
-    minutes = (time.perf_counter() - started) * share * runs / 60
+    rows_a_step = args.batch_size * args.gradient_accumulation_steps * runtime.world_size
+    rows = args.max_steps * rows_a_step or args.epochs * len(train)
+    # A step costs three times an evaluation of its rows; each run evaluates at least twice.
+    evaluations = 3 * rows / len(held_out) + 2
+    minutes = (time.perf_counter() - started) * evaluations * runs / 60
     table.info("%d runs, roughly %.0f minutes; the same command goes on if stopped", runs, minutes)
+    table.info(COMPARED_HEAD)
     return {"technique": "base", "trainable": 0} | measured
 
 
@@ -2177,8 +2127,9 @@ def show_comparison(rows: list[dict[str, Any]], output_dir: Path) -> None:
     best = pd.DataFrame(best).sort_values("loss")
     table.info("\nThe best rate of each, by held-out loss (untouched base: %.4f):", base)
     for row in best.itertuples():
-        values = (row.technique, row.loss, row.deviation, row.learning_rate, edge[row.technique])
-        table.info("%-26s %.4f +- %.4f at %g%s", *values)
+        spread = f" +- {row.deviation:.4f}" if row.deviation else ""
+        values = (row.technique, row.loss, spread, row.learning_rate, edge[row.technique])
+        table.info("%-26s %.4f%s at %g%s", *values)
     attempt("comparison.png", plot_comparison, best, base, output_dir / "comparison.png")
     attempt("answers.md", write_answers, ended.directory, output_dir / "answers.md")
     gain = base - best.loss
@@ -2200,7 +2151,7 @@ def plot_comparison(best: pd.DataFrame, base: float, path: Path) -> None:
         axes.annotate(row.technique, (row.trainable, row.loss), (6, 4), textcoords="offset points")
     axes.set(xscale="log", xlabel="trainable parameters", ylabel="held-out loss per token")
     axes.margins(x=0.15)
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
     axes.figure.savefig(path, dpi=120)
 
 
@@ -2358,6 +2309,14 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
+def start_peak_memory(runtime: Runtime) -> None:
+    """From here on `peak_memory` counts."""
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def join_processes(gpu: torch.device | None) -> None:
     """Waits until all processes are there, and says so where that takes longer than seconds."""
     waiting = "Waiting for the other processes: {WORLD_SIZE} in all, at {MASTER_ADDR}:{MASTER_PORT}"
@@ -2411,6 +2370,19 @@ def logging_to_screen(rank: int) -> Iterator[None]:
         root.setLevel(level)
         if bars:
             enable_progress_bar()
+
+
+@contextmanager
+def quiet_screen() -> Iterator[None]:
+    """Inside, only warnings reach the screen; a log file gets all."""
+    screens = [h for h in logging.getLogger().handlers if isinstance(h, Screen)]
+    for screen in screens:
+        screen.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for screen in screens:
+            screen.setLevel(logging.INFO)
 
 
 def open_log_file(path: Path, closing: ExitStack) -> None:
@@ -2523,6 +2495,7 @@ TRAINING_DATA_FLAGS = DATA_FLAGS | {
     "text_format": DATA_FLAGS["text_format"]._replace(default="alpaca"),
     "eval_fraction": DATA_FLAGS["eval_fraction"]._replace(default=0.05),
     "num_workers": DATA_FLAGS["num_workers"]._replace(default=0),
+    "split_seed": Flag(None, DATA_FLAGS["seed"].type, "of the held-out rows' draw (--seed)"),
 }
 FLAGS = TRAINING_DATA_FLAGS | modify_llm.MODEL_FLAGS | OPTIMISATION_FLAGS | EVALUATION_FLAGS
 FLAGS |= RUN_FLAGS | USE_FLAGS | COMPARISON_FLAGS
@@ -2680,7 +2653,9 @@ def resolve(given: dict[str, Any]) -> Args:
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
         known = {*modify_llm.MODEL_FLAGS, "text_format", "max_length"}
-        known |= {"seed", "eval_fraction"} if given.get("eval_only") else set()  # the same split
+        known |= (
+            {"split_seed", "eval_fraction"} if given.get("eval_only") else set()
+        )  # the same split
         defaults |= {name: value for name, value in saved.items() if name in known}
         defaults["model_name_or_path"] = None
         for name in given.keys() & saved.keys() & modify_llm.MODEL_FLAGS.keys():
@@ -2872,7 +2847,8 @@ def show_demo_answers(args: Args, runtime: Runtime) -> None:
     table.info(shown.head().to_string(index=False, justify="left"))
     right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
-    table.info("As --compare shows it: %s", COMPARED.format(**outcome(output_dir)))
+    row = COMPARED.format(name="lora", **outcome(output_dir))
+    table.info("\nAs --compare shows a technique:\n%s\n%s\n", COMPARED_HEAD, row)
     table.info("The model is tiny, the tasks are made up of some 60 words, and it knows no others.")
 
 

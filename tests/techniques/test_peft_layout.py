@@ -47,7 +47,14 @@ def test_no_peft_at_run_time():
     }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
-    assert packages <= {"torch", "transformers", "safetensors", "huggingface_hub", "matplotlib"}
+    assert packages <= {
+        "torch",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "matplotlib",
+        "regex",
+    }
 
 
 PEFT_KINDS = {
@@ -201,7 +208,7 @@ def test_settings_that_are_null_files_that_are_empty_and_places_that_are_not_the
         load_trained(tmp_path / "nowhere")
     save_trained(modified(base), tmp_path / "final")
     settings = json.loads((tmp_path / "final" / "modification.json").read_text())
-    settings["base_model_name_or_path"] = "gone/away"
+    settings |= {"base_model_name_or_path": "gone/away", "base_relative_path": "../gone"}
     (tmp_path / "final" / "modification.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"^the base of \S+final: --model_name_or_path gone/away"):
         load_trained(tmp_path / "final")

@@ -175,7 +175,10 @@ def test_a_bad_flag_is_refused_in_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ("--hidden_size 900000000 --num_attention_heads 1 --num_hidden_layers 1", "its settings"),
+        (
+            "--hidden_size 900000000 --num_attention_heads 1 --num_hidden_layers 1",
+            "--from_scratch: ",
+        ),
         ("--num_hidden_layers 2000000000", "--num_hidden_layers"),
     ],
 )
