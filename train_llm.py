@@ -2844,7 +2844,8 @@ def show_demo_answers(args: Args, runtime: Runtime) -> None:
         shown[name] = [answer.strip() for answer, _ in answers]
     shown["right answer"] = rows.output
     table.info("\nHeld-out questions, on lists of words that are in neither part's rows:\n")
-    table.info(shown.head().to_string(index=False, justify="left"))
+    head = shown.head().apply(lambda column: column.str.ljust(column.str.len().max()))
+    table.info(head.to_string(index=False, justify="left"))
     right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
     row = COMPARED.format(name="lora", **outcome(output_dir))
