@@ -796,25 +796,13 @@ def load_rows(
     args: Args, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
-
-    def labelled(flag: str) -> AlpacaDataset:
-        path, length = getattr(args, flag), args.max_length
-        dataset = load_dataset(
-            path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
-        )
-        keep = dataset.label_counts > 0
-        if not keep.any():
-            raise ValueError(f"--{flag} {path}: no row is left to learn from")
-        if not keep.all():
-            logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
-        return dataset.select(keep)
-
+    split_seed = args.seed if args.split_seed is None else args.split_seed
     if args.eval_dataset_path:
-        held_out = labelled("eval_dataset_path")
-        train = labelled("dataset_path") if args.dataset_path else held_out.first(0)
+        held_out = labelled_rows("eval_dataset_path", args, tokenizer)
+        train = held_out if args.eval_only else labelled_rows("dataset_path", args, tokenizer)
     else:
-        split_seed = args.seed if args.split_seed is None else args.split_seed
-        train, held_out = labelled("dataset_path").split(args.eval_fraction, split_seed)
+        rows = labelled_rows("dataset_path", args, tokenizer)
+        train, held_out = rows.split(args.eval_fraction, split_seed)
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
@@ -827,15 +815,43 @@ def load_rows(
             f"--early_stopping_patience: needs held-out rows, --eval_fraction {args.eval_fraction} "
             "leaves none"
         )
-    held_out = held_out.first(limit)
+    train, held_out = train.first(args.max_samples), held_out.first(limit)
     if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
         logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
     if args.eval_answers > len(held_out):
         logger.warning("--eval_answers %d: %d rows are held out", args.eval_answers, len(held_out))
-    train = train.first(args.max_samples)
-    if shared := data_pipeline.rows_in_common(held_out, train):
+    trained = train
+    if args.eval_only:
+        trained = trained_rows(args, tokenizer) if args.adapter_path and args.dataset_path else None
+    if trained and (shared := data_pipeline.rows_in_common(held_out, trained)):
         logger.warning("%d of %d held-out rows are also trained on", shared, len(held_out))
     return train, held_out
+
+
+def labelled_rows(flag: str, args: Args, tokenizer: PreTrainedTokenizerBase) -> AlpacaDataset:
+    """The rows of a dataset that hold something to learn. Raises ValueError where none does."""
+    path, length = getattr(args, flag), args.max_length
+    dataset = load_dataset(
+        path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
+    )
+    keep = dataset.label_counts > 0
+    if not keep.any():
+        raise ValueError(f"--{flag} {path}: no row is left to learn from")
+    if not keep.all():
+        logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
+    return dataset.select(keep)
+
+
+def trained_rows(args: Args, tokenizer: PreTrainedTokenizerBase) -> AlpacaDataset | None:
+    """Those of --dataset_path that --adapter_path was trained on, where its hash says so."""
+    saved = trained_settings(Path(args.adapter_path))
+    rows = labelled_rows("dataset_path", args, tokenizer)
+    split, _ = rows.split(saved.get("eval_fraction", 0), saved.get("split_seed", 0))
+    for candidate in (split, rows):
+        trained = candidate.first(saved.get("max_samples", 0))
+        if trained.content_hash() == saved.get("dataset_sha256"):
+            return trained
+    return None
 
 
 FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
@@ -884,8 +900,9 @@ def build_model(args: Args) -> GPT2LMHeadModel:
     else:
         model = final_modify(args)
     split_seed = args.seed if args.split_seed is None else args.split_seed
-    split = {"split_seed": split_seed, "eval_fraction": args.eval_fraction}
-    model.modification |= {"text_format": args.text_format, "max_length": args.max_length} | split
+    rows = {"split_seed": split_seed, "eval_fraction": args.eval_fraction}
+    rows |= {name: getattr(args, name) for name in ("text_format", "max_length", "max_samples")}
+    model.modification |= rows
     return model
 
 
@@ -1375,19 +1392,23 @@ In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`
 
 def write_predictions(run: Run) -> None:
     """predictions.jsonl: the reference, the untouched base's answer and the tuned model's."""
-    tokenizer, count = run.tokenizer, run.args.num_samples
+    tokenizer, count, model = run.tokenizer, run.args.num_samples, run.model
     prompts, references = held_out_prompts(run.eval_rows, count, tokenizer)
     if not prompts:
         return
-    settings = (tokenizer, run.args, run.runtime)
-    tuned = generate_answers(prompts, run.model, *settings)
-    chosen = Args(from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0)
-    base = modify_llm.load_base(chosen).requires_grad_(False)
-    prepare_model(base, run.args, run.runtime)
-    untuned, rows = generate_answers(prompts, base, *settings), []
-    for i, (answer, stopped) in enumerate(tuned):
-        row = {"prompt": tokenizer.decode(prompts[i]), "reference": tokenizer.decode(references[i])}
-        rows.append(row | {"base": untuned[i][0], "tuned": answer, "stopped": stopped})
+    try:
+        base = modify_llm.detach(modify_llm.share_weights(model))
+    except ValueError:  # where it was trained itself
+        chosen = Args(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
+        base = modify_llm.load_base(chosen).requires_grad_(False)
+        prepare_model(base, run.args, run.runtime)
+    texts = [[tokenizer.decode(ids) for ids in some] for some in (prompts, references)]
+    for answering in (base, model):
+        answers = generate_answers(prompts, answering, tokenizer, run.args, run.runtime)
+        texts += [*zip(*answers, strict=True)]
+    names = ("prompt", "reference", "base", "_", "tuned", "stopped")
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True)]
+    rows = [{name: value for name, value in row.items() if name != "_"} for row in rows]
     write_at_once(run.output_dir / "predictions.jsonl", as_lines(rows))
 
 
@@ -2663,9 +2684,7 @@ def resolve(given: dict[str, Any]) -> Args:
                 raise ValueError(f"--{name}: {adapter_path} was trained with {saved[name]}")
     else:
         model = given.get("model_name_or_path", "")
-        defaults |= (
-            modify_llm.prompt_settings(model) if hasattr(modify_llm, "prompt_settings") else {}
-        )
+        defaults |= modify_llm.prompt_settings(model)
     args = Args(**defaults | given)
     modify_llm.check_together(args)
     if problem := conflict(args):

@@ -33,7 +33,7 @@ def flip_a_byte_of_a_tensor(checkpoint):
 
 
 def flip_a_byte_of_the_progress(checkpoint):
-    replace_bytes(checkpoint, rb'{\"progress\": {\"step\": 5', rb'{\"progress\": {\"step\": 4')
+    replace_bytes(checkpoint, rb"{\"progress\": {\"step\": 5", rb"{\"progress\": {\"step\": 4")
 
 
 def flip_a_byte_of_the_sum(checkpoint):
@@ -45,7 +45,10 @@ def flip_a_byte_of_the_sum(checkpoint):
 def exchange_two_names(checkpoint):
     """Tensors of one shape, each whole."""
     content = checkpoint.read_bytes()
-    a, b = b'"exp_avg.transformer.h.0.attn.c_attn.lora_A"', b'"weight.transformer.h.0.attn.c_attn.lora_A"'
+    a, b = (
+        b'"exp_avg.transformer.h.0.attn.c_attn.lora_A"',
+        b'"weight.transformer.h.0.attn.c_attn.lora_A"',
+    )
     assert content.count(a) == content.count(b) == 1
     checkpoint.write_bytes(content.replace(a, b"?").replace(b, a).replace(b"?", b))
 
@@ -129,7 +132,9 @@ def lose_a_tensor(checkpoint):
 
 
 def misshape_a_tensor(checkpoint):
-    forge(checkpoint, lambda tensors, _: tensors.update({of_kind(tensors, "weight"): torch.zeros(3)}))
+    forge(
+        checkpoint, lambda tensors, _: tensors.update({of_kind(tensors, "weight"): torch.zeros(3)})
+    )
 
 
 def lose_a_moment(checkpoint):
