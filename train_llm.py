@@ -2633,7 +2633,7 @@ def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--resume_from {wanted}: lies in no run; --output_dir DIR says where it goes on"
         )
-    if wanted != "auto" and not (checkpoint or run_dir.is_dir()):
+    if wanted != "auto" and not (checkpoint or os.path.isdir(run_dir)):
         raise ValueError(f"--resume_from {wanted}: no such directory")
     stored: dict[str, Any] = {}
     for path in (run_dir / "run.json", *([checkpoint] if checkpoint else checkpoints(run_dir))):

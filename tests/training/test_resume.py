@@ -289,9 +289,10 @@ def test_a_run_resumed_from_an_older_checkpoint_leaves_the_newer_ones(flags, hal
     assert [path.name[-1] for path in checkpoints(half)] == ["2", "3"]
 
 
-def test_checkpoints_on_another_disk_resume_by_their_path_and_are_overwritten(
+def test_checkpoints_on_another_disk_resume_by_their_path_and_stay_when_the_run_is_overwritten(
     flags, half, tmp_path
 ):
+    """Of a link the link alone is removed."""
     disk = tmp_path / "disk" / "ck"
     disk.parent.mkdir()
     shutil.move(half / "checkpoints", disk)
@@ -299,10 +300,13 @@ def test_checkpoints_on_another_disk_resume_by_their_path_and_are_overwritten(
     step = half / "checkpoints" / "step_00000004"
     assert run([*flags(half, eval_interval=2), "--resume_from", str(step)]) == 0
     assert not (disk.parent / "run.json").exists()
+    before = snapshot(disk)
+    assert {"step_00000004", "step_00000006"} <= before.keys()
     with stopped_in(4):
         argv = [*flags(half, eval_interval=2), "--overwrite_output_dir"]
         assert run(argv) == 143
-    assert [path.name[-1] for path in disk.iterdir()] == ["2"]
+    assert [path.name[-1] for path in checkpoints(half)] == ["2"]
+    assert snapshot(disk) == before
 
 
 def test_a_result_whose_checkpoints_are_gone_is_not_started_over(flags, half, capsys):

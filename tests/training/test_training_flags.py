@@ -168,9 +168,9 @@ def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_l
     [
         (
             {"adapter_size": 8},
-            "--adapter_size: without effect, it belongs to --modification_type adapter",
+            "--adapter_size: without effect with --modification_type lora",
         ),
-        ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect without --from_scratch"),
+        ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect"),
         (
             {"modification_type": "full", "trainable_modules": "wte"},
             "--trainable_modules: without effect",
