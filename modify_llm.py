@@ -1967,6 +1967,8 @@ def idle_flags(given: Iterable[str], args: argparse.Namespace) -> list[str]:
     chosen = f"--modification_type {args.modification_type}"
     if not args.from_scratch:
         used, chosen = used - SCRATCH_FLAGS.keys(), f"{chosen} and no --from_scratch"
+    if args.modification_type == "full":  # it trains every module
+        used = used - {"trainable_modules"}
     idle = sorted((model_flags().keys() - used).intersection(given))
     return [f"--{name}: without effect with {chosen}" for name in idle]
 

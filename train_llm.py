@@ -1058,8 +1058,11 @@ def claim_directory(args: Args, runtime: Runtime, closing: ExitStack) -> None:
             raise ValueError(f"--output_dir {output_dir}: cannot be written to: {reason}") from None
         logger.warning("--output_dir %s: no locks there: see that no second run does", output_dir)
     refuse_used_directory(args)  # another run may have come and gone meanwhile
-    for path in [*output_dir.glob("checkpoints/.new_step_*"), *output_dir.glob("*.json*.new")]:
-        path.unlink()
+    unfinished = [f"{name}.new" for name in ("run.json", "metrics.jsonl", "predictions.jsonl")]
+    for path in output_dir.glob("checkpoints/.new_step_*"):
+        remove(path)
+    for name in unfinished:
+        (output_dir / name).unlink(missing_ok=True)
     recover_directories(output_dir)
 
 
@@ -2410,7 +2413,7 @@ def open_log_file(path: Path, closing: ExitStack) -> None:
             file = logging.FileHandler(path, encoding="utf-8", errors="replace")
             file.setFormatter(kept.formatter)
             file.handleError = lambda record: None  # a full disk: what fails next tells it
-            closing.callback(file.close)
+            closing.callback(attempt, f"{path}", file.close)
             closing.callback(vars(kept).update, target=None, capacity=sys.maxsize)
             vars(kept).update(target=file, capacity=1)  # from now on at once
             kept.flush()
@@ -2630,7 +2633,7 @@ def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--resume_from {wanted}: lies in no run; --output_dir DIR says where it goes on"
         )
-    if wanted != "auto" and not (checkpoint or run_dir.is_dir()):
+    if wanted != "auto" and not (checkpoint or os.path.isdir(run_dir)):
         raise ValueError(f"--resume_from {wanted}: no such directory")
     stored: dict[str, Any] = {}
     for path in (run_dir / "run.json", *([checkpoint] if checkpoint else checkpoints(run_dir))):
@@ -2860,7 +2863,8 @@ def show_demo_answers(args: Args, runtime: Runtime) -> None:
         shown[name] = [answer.strip() for answer, _ in answers]
     shown["right answer"] = rows.output
     table.info("\nHeld-out questions, on lists of words that are in neither part's rows:\n")
-    table.info(shown.head().to_string(index=False, justify="left"))
+    head = shown.head().apply(lambda column: column.str.ljust(column.str.len().max()))
+    table.info(head.to_string(index=False, justify="left"))
     right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
     row = COMPARED.format(name="lora", **outcome(output_dir))
