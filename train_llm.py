@@ -796,13 +796,12 @@ def load_rows(
     args: Args, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
-    split_seed = args.seed if args.split_seed is None else args.split_seed
     if args.eval_dataset_path:
         held_out = labelled_rows("eval_dataset_path", args, tokenizer)
         train = held_out if args.eval_only else labelled_rows("dataset_path", args, tokenizer)
     else:
         rows = labelled_rows("dataset_path", args, tokenizer)
-        train, held_out = rows.split(args.eval_fraction, split_seed)
+        train, held_out = rows.split(args.eval_fraction, args.split_seed)
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
@@ -899,10 +898,8 @@ def build_model(args: Args) -> GPT2LMHeadModel:
         model = final_modify(args, from_scratch=False, model_name_or_path=str(base))
     else:
         model = final_modify(args)
-    split_seed = args.seed if args.split_seed is None else args.split_seed
-    rows = {"split_seed": split_seed, "eval_fraction": args.eval_fraction}
-    rows |= {name: getattr(args, name) for name in ("text_format", "max_length", "max_samples")}
-    model.modification |= rows
+    rows = ("text_format", "max_length", "max_samples", "split_seed", "eval_fraction")
+    model.modification |= {name: getattr(args, name) for name in rows}
     return model
 
 
@@ -1402,14 +1399,15 @@ def write_predictions(run: Run) -> None:
         chosen = Args(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
         base = modify_llm.load_base(chosen).requires_grad_(False)
         prepare_model(base, run.args, run.runtime)
-    texts = [[tokenizer.decode(ids) for ids in some] for some in (prompts, references)]
-    for answering in (base, model):
-        answers = generate_answers(prompts, answering, tokenizer, run.args, run.runtime)
-        texts += [*zip(*answers, strict=True)]
-    names = ("prompt", "reference", "base", "_", "tuned", "stopped")
-    rows = [dict(zip(names, row, strict=True)) for row in zip(*texts, strict=True)]
-    rows = [{name: value for name, value in row.items() if name != "_"} for row in rows]
-    write_at_once(run.output_dir / "predictions.jsonl", as_lines(rows))
+    settings = (tokenizer, run.args, run.runtime)
+    answers = [generate_answers(prompts, answering, *settings) for answering in (base, model)]
+    write_at_once(run.output_dir / "predictions.jsonl", as_lines([
+        {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference),
+         "base": untuned, "tuned": tuned, "stopped": stopped}
+        for prompt, reference, (untuned, _), (tuned, stopped) in zip(
+            prompts, references, *answers, strict=True
+        )
+    ]))  # fmt: skip
 
 
 def as_lines(rows: list[dict[str, Any]]) -> str:
@@ -2051,7 +2049,7 @@ def compare(args: Args, runtime: Runtime) -> None:
         start_peak_memory(runtime)
         try:
             chosen = resolve(vars(args) | known[name] | {
-                "learning_rate": rate, "seed": args.seed + seed, "split_seed": args.seed,
+                "learning_rate": rate, "seed": args.seed + seed,
                 "output_dir": str(directory), "resume_from": resume_from,
                 "compare": None, "learning_rates": [], "seeds": 1,
             })  # fmt: skip
@@ -2674,9 +2672,7 @@ def resolve(given: dict[str, Any]) -> Args:
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
         known = {*modify_llm.MODEL_FLAGS, "text_format", "max_length"}
-        known |= (
-            {"split_seed", "eval_fraction"} if given.get("eval_only") else set()
-        )  # the same split
+        known |= {"split_seed", "eval_fraction"} if given.get("eval_only") else set()
         defaults |= {name: value for name, value in saved.items() if name in known}
         defaults["model_name_or_path"] = None
         for name in given.keys() & saved.keys() & modify_llm.MODEL_FLAGS.keys():
@@ -2691,6 +2687,8 @@ def resolve(given: dict[str, Any]) -> Args:
         raise ValueError(problem)
     if args.learning_rate is None and args.compare is None:
         args.learning_rate = TECHNIQUES[args.modification_type].learning_rate(args)
+    if args.split_seed is None:
+        args.split_seed = args.seed
     return args
 
 

@@ -52,7 +52,7 @@ def test_no_peft_at_run_time():
         "transformers",
         "safetensors",
         "huggingface_hub",
-        "matplotlib",
+        "pandas",
         "regex",
     }
 
@@ -290,7 +290,7 @@ def test_what_peft_made_after_resizing_the_embeddings_loads_on_the_resized_base(
     ours = load_trained(tmp_path / "peft", str(tmp_path / "resized"))
     assert close(logits(ours), logits(theirs), 1e-5)
     assert len(trainable_state(ours)) == len(trainable_state(theirs))
-    rows = f"embeddings of {VOCAB + 7} rows, the base has {VOCAB}; give --model_name_or_path"
+    rows = rf"has shape \({VOCAB + 7}, \d+\), the model's \({VOCAB}, \d+\)"
     with pytest.raises(ValueError, match=rows):
         load_trained(tmp_path / "peft", base)
 
@@ -303,7 +303,7 @@ def test_an_adapter_in_a_bin_file_loads_and_one_without_lora_is_named(base, tmp_
     assert close(logits(load_trained(tmp_path)), logits(theirs), 1e-5)
     torch.save({"base_model.model.transformer.ln_f.bias": torch.zeros(HIDDEN)},
                tmp_path / "adapter_model.bin")  # fmt: skip
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'adapter_model.bin'}: holds no")):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: .*names no layer"):
         load_trained(tmp_path)
     (tmp_path / "adapter_model.bin").write_text(LFS)
     with pytest.raises(ValueError, match=r"adapter_model\.bin: a git-LFS pointer"):

@@ -128,7 +128,7 @@ def test_output_that_nobody_reads_ends_without_a_word_of_complaint():
         ("--lora_rank four", ["--lora_rank", "'four'"]),
         (
             "--from_scratch --hidden_size 100 --num_attention_heads 3",
-            ["--hidden_size 100", "3 heads"],
+            ["--from_scratch", "100", "num_heads`: 3"],
         ),
         ("--from_scratch --num_attention_heads 0", ["--num_attention_heads", "'0'"]),
         ("--from_scratch --vocab_size -5", ["--vocab_size", "'-5'"]),

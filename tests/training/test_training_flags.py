@@ -166,10 +166,7 @@ def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_l
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (
-            {"adapter_size": 8},
-            "--adapter_size: without effect with --modification_type lora",
-        ),
+        ({"adapter_size": 8}, "--adapter_size: without effect with --modification_type lora"),
         ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect"),
         (
             {"modification_type": "full", "trainable_modules": "wte"},
