@@ -1,5 +1,6 @@
 """What the README tells a reader to type, to click and to look up is there, and works."""
 
+import functools
 import importlib
 import json
 import re
@@ -67,12 +68,16 @@ def test_the_readmes_python_runs(newcomer, monkeypatch, capsys):
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
 
 
+@functools.cache
+def help_of(script):
+    command = [sys.executable, ROOT / script, "--help"]
+    return subprocess.run(command, capture_output=True, text=True).stdout
+
+
 def test_flags_of_the_measuring_commands_are_known():
     for line in COMMANDS:
         for script in re.findall(r"python (tests/\w+\.py)", line):
-            known = subprocess.run(
-                [sys.executable, ROOT / script, "--help"], capture_output=True, text=True
-            ).stdout
+            known = help_of(script)
             source = (ROOT / script).read_text(encoding="utf-8")
             for flag in re.findall(r"(--\w+)", line.partition(script)[2]):
                 assert flag in known or f'"{flag}"' in source, (script, flag)
