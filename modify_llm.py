@@ -14,7 +14,7 @@ TECHNIQUES below them holds all that the scripts know of a technique.
 
 from __future__ import annotations
 
-import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -26,23 +26,33 @@ import re
 import shutil
 import signal
 import sys
+from argparse import (
+    SUPPRESS,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+)  # fmt: skip
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import regex
 import torch
+from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from pandas import DataFrame
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import AutoTokenizer, DynamicCache, GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
+Settings, Tensors = dict[str, Any], dict[str, Tensor]
 
 
 # ---- LoRA and DoRA -------------------------------------------------------------------------------
@@ -68,18 +78,19 @@ class LoRALayer(nn.Module):
         thirds: str = "", rslora: bool = False, dora: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        weight = original_layer.weight  # Conv1D: (in, out), Linear: (out, in)
-        conv1d = isinstance(original_layer, Conv1D)
-        in_features, out_features = weight.shape if conv1d else weight.shape[::-1]
+        self.original_layer, self.dropout = original_layer, nn.Dropout(dropout)
+        self.thirds, self.rslora = thirds, rslora
+        self.scaling = alpha / scaling_divisor(rank, rslora)
+        (out_features, in_features), device = (
+            self.original_weight().shape,
+            original_layer.weight.device,
+        )
         parts = len(thirds) or 1
         rows = parts * out_features // 3 if thirds else out_features
-        self.original_layer = original_layer
-        self.lora_A = nn.Parameter(torch.empty(parts * rank, in_features, device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=weight.device))
+        self.lora_A = nn.Parameter(torch.empty(parts * rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.dropout, self.thirds, self.rslora = nn.Dropout(dropout), thirds, rslora
-        self.scaling = alpha / scaling_divisor(rank, rslora)
-        self.merged: Tensor | None = None  # the update, while the original weight holds it
+        self.merged: Tensor | None = None  # W0, while the original layer holds the merged weight
         self.lora_magnitude_vector = nn.Parameter(self.weight_norms()) if dora else None
 
     def full_B(self) -> Tensor:
@@ -109,7 +120,7 @@ class LoRALayer(nn.Module):
         return h + update.to(h.dtype)
 
     def original_weight(self) -> Tensor:
-        """W0 (out_features, in_features)"""
+        """W0 (out_features, in_features): Conv1D's lies the other way."""
         weight = self.original_layer.weight
         return weight.t() if isinstance(self.original_layer, Conv1D) else weight
 
@@ -145,16 +156,15 @@ class LoRALayer(nn.Module):
         if self.merged is not None:
             raise RuntimeError("merged already: merging twice would add the update twice")
         weight = self.original_layer.weight
-        self.merged = self.get_delta_weight().to(weight.dtype)
-        weight += self.merged
+        merged = weight + self.get_delta_weight()
+        self.merged, weight.data = weight.data, merged.to(weight.dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the update out of the original weight again."""
         if self.merged is None:
             raise RuntimeError("not merged: there is no update to take out")
-        self.original_layer.weight -= self.merged
-        self.merged = None
+        self.original_layer.weight.data, self.merged = self.merged, None
 
 
 def scaling_divisor(rank: int, rslora: bool) -> float:
@@ -175,16 +185,11 @@ def apply_lora(
     "standard" or "rank_stabilized". In place. Raises ValueError for a target that matches nothing,
     or no layer of these types.
     """
-    check_unmodified(model)
-    targets, layers = checked("lora_target_modules", target_modules), checked("lora_layers", layers)
-    matched = match_targets(model, targets, layers, logging.INFO)
-    if dora and (parts := [name for name, thirds in matched.items() if thirds]):
+    settings = checked("lora", locals())
+    matched = match_targets(model, settings["lora_target_modules"], settings["lora_layers"])
+    if settings["lora_dora"] and (parts := [name for name, thirds in matched.items() if thirds]):
         raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
-    settings = start_modification(
-        model, "lora", trainable_modules, matched, lora_rank=rank, lora_alpha=alpha,
-        lora_dropout=dropout, lora_target_modules=targets, lora_layers=layers,
-        lora_scaling=scaling, lora_dora=dora,
-    )  # fmt: skip
+    start_modification(model, settings, matched)
     rank, alpha, dropout = (settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
     rslora = settings["lora_scaling"] == "rank_stabilized"
     for name, thirds in matched.items():
@@ -195,19 +200,18 @@ def apply_lora(
 
 
 def match_targets(
-    model: GPT2LMHeadModel, targets: Iterable[str], blocks: Iterable[int] | None = None,
-    level: int = logging.DEBUG,
-) -> dict[str, str]:  # fmt: skip
+    model: GPT2LMHeadModel, targets: Iterable[str], blocks: Iterable[int] | None
+) -> dict[str, str]:
     """{layer name: its adapted thirds, "" for the whole layer}, of these blocks alone (None: all).
-    Logs each target's coverage at this level."""
+    Logs how many layers a target names."""
     matched: dict[str, str] = {}
-    inside = tuple(f"transformer.h.{block}." for block in blocks or ())
     check_blocks(model, "lora_layers", blocks or ())
+    inside = tuple(f"transformer.h.{block}." for block in blocks or ())
     for target in targets:
         where = f"--lora_target_modules {target}"
         third = re.fullmatch(r"((?:.*\.)?c_attn)\.([qkv])", target)
         suffix, part = third.groups() if third else (target, "")
-        found = modules_named(model, suffix, "lora_target_modules", (Conv1D, nn.Linear))
+        found = modules_named(model, suffix, "lora_target_modules")
         found = {n: m for n, m in found.items() if blocks is None or n.startswith(inside)}
         for name, module in found.items():
             # bitsandbytes' 8-bit layers are Linear, too
@@ -222,7 +226,8 @@ def match_targets(
             if name in matched and (not part or not matched[name] or part in matched[name]):
                 raise ValueError(f"{where}: {name} is matched by another target too")
             matched[name] = "".join(sorted(matched.get(name, "") + part, key="qkv".index))
-        logger.log(level, "LoRA target %s: %d layers", target, len(found))
+        if len(found) > 1:
+            logger.info("LoRA target %s: %d layers", target, len(found))
     if not matched:
         raise ValueError("--lora_target_modules: names no layer, or none of --lora_layers")
     return matched
@@ -302,14 +307,12 @@ class IA3Layer(nn.Module):
 
     def __init__(self, original_layer: Conv1D, feedforward: bool) -> None:
         super().__init__()
-        self.original_layer, self.feedforward, self.merged = original_layer, feedforward, None
+        self.original_layer, self.feedforward = original_layer, feedforward
         weight = original_layer.weight  # (in, out)
         scaled = weight.shape[0 if feedforward else 1]
         self.ia3_l = nn.Parameter(torch.ones(scaled, device=weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            return self.original_layer(x)
         if self.feedforward:
             return self.original_layer(x * self.ia3_l.to(x.dtype))
         h = self.original_layer(x)
@@ -319,18 +322,19 @@ class IA3Layer(nn.Module):
     def merge(self) -> None:
         """Folds l into the weight (in, out) and, with what comes out, into the bias."""
         weight, bias = self.original_layer.weight, self.original_layer.bias
-        weight *= (self.ia3_l[:, None] if self.feedforward else self.ia3_l).to(weight.dtype)
+        scale = self.ia3_l[:, None] if self.feedforward else self.ia3_l
+        weight.data = (weight * scale).to(weight.dtype)
         if not self.feedforward:
-            bias *= self.ia3_l.to(bias.dtype)
-        self.merged = True
+            bias.data = (bias * scale).to(bias.dtype)
 
 
 def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
     """Scales what every `c_attn` gives and every feed-forward `c_proj` takes by learned vectors;
     freezes all else. In place."""
+    settings = checked("ia3", locals())
     scaled = modules_named(model, "c_attn", "modification_type")
     feedforward = modules_named(model, "mlp.c_proj", "modification_type")
-    start_modification(model, "ia3", trainable_modules, scaled | feedforward)
+    start_modification(model, settings, scaled | feedforward)
     for name, layer in (scaled | feedforward).items():
         model.set_submodule(name, IA3Layer(layer, name in feedforward))
     return model
@@ -338,7 +342,7 @@ def apply_ia3(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> 
 
 def apply_bitfit(model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()) -> GPT2LMHeadModel:
     """Trains the biases alone (Ben Zaken et al., 2022). In place."""
-    start_modification(model, "bitfit", trainable_modules)
+    start_modification(model, checked("bitfit", locals()))
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.requires_grad_(True)
@@ -349,7 +353,7 @@ def apply_layernorm_tuning(
     model: GPT2LMHeadModel, trainable_modules: Iterable[str] = ()
 ) -> GPT2LMHeadModel:
     """Trains the LayerNorms alone (Zhao et al., 2023). In place."""
-    start_modification(model, "layernorm", trainable_modules)
+    start_modification(model, checked("layernorm", locals()))
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_(True)
@@ -377,9 +381,8 @@ class BottleneckAdapter(nn.Module):
         self.down_proj = nn.Linear(hidden_size, adapter_size, device=device)
         self.up_proj = nn.Linear(adapter_size, hidden_size, device=device)
         nn.init.normal_(self.down_proj.weight, std=0.02)
-        nn.init.zeros_(self.down_proj.bias)
-        nn.init.zeros_(self.up_proj.weight)
-        nn.init.zeros_(self.up_proj.bias)
+        for parameter in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(parameter)
 
     def forward(self, h: Tensor) -> Tensor:  # (batch, length, hidden)
         down, up = self.down_proj, self.up_proj
@@ -408,17 +411,15 @@ def apply_adapters(
     Houlsby's runs train the LayerNorms too: trainable_modules=("ln_1", "ln_2", "ln_f").
     """
     activation = activation or ("gelu" if placement == "houlsby" else "relu")
-    settings = start_modification(
-        model, "adapter", trainable_modules, adapter_size=adapter_size,
-        adapter_placement=placement, adapter_activation=activation,
-    )  # fmt: skip
+    settings = checked("adapter", locals())
+    start_modification(model, settings)
     for block in model.transformer.h:
         houlsby = [block.attn.resid_dropout, block.mlp.dropout]
         for module in houlsby if placement == "houlsby" else [block]:
             module.adapter = BottleneckAdapter(
                 model.config.n_embd, settings["adapter_size"], activation, block.ln_1.weight.device
             )
-            module.register_forward_hook(run_adapter)
+            module.adapter.hook = module.register_forward_hook(run_adapter)
     return model
 
 
@@ -444,7 +445,7 @@ class PromptEmbedding(nn.Module):
 
         Attention is causal: the prefix sees no text, so its states are the same for every row.
         """
-        cache = Cache(layer_class_to_replicate=UncopiedLayer)
+        cache = DynamicCache()
         virtual = self.embedding[None]  # (1, prefix length, hidden)
         # Autocast casts what enters products, not LayerNorms.
         autocast = autocast_dtype(virtual.device)
@@ -496,7 +497,7 @@ class KeyValuePrefix(nn.Module):
         return zip(parts[::2], parts[1::2], strict=True)
 
 
-def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: Settings) -> tuple[tuple, Settings]:
     """GPT2Model's forward pre-hook: `transformer.prefix` comes before the text, in training, in
     evaluation and at generate()'s first step.
 
@@ -524,23 +525,12 @@ def prepend_prefix(transformer: GPT2Model, args: tuple, kwargs: dict) -> tuple[t
             raise ValueError("gradient checkpointing drops the cache that carries a prefix")
         dtype = autocast_dtype(tokens.device) or transformer.wte.weight.dtype
         if cache is None:
-            cache = Cache(layer_class_to_replicate=UncopiedLayer)
+            cache = DynamicCache()
         kwargs["past_key_values"] = cache
         for layer, states in enumerate(prefix.keys_and_values(transformer, dtype)):
             key, value = (part.expand(batch_size, -1, -1, -1) for part in states)
             cache.update(key, value, layer)
     return (), kwargs
-
-
-class UncopiedLayer(DynamicLayer):
-    """A layer's cache that takes its first states as they are; DynamicLayer would copy them."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        if self.is_initialized:
-            return super().update(key_states, value_states, *args, **kwargs)
-        self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
 
 
 # " the of and to in a is that for it was on are as with his they at be this from have or by", in
@@ -563,20 +553,19 @@ def apply_prefix(
     (section 7.4) find a start from real words far better than a random one where data is scarce,
     words of the task a little better still, and no difference with all of the data.
     """
+    settings = checked("prefix", locals())
     config, transformer = model.config, model.transformer
-    prefix_length = checked("prefix_length", prefix_length)
-    projection_size = checked("prefix_projection_size", projection_size)
-    check_projection(prefix_type, projection_size)
+    prefix_length, projection_size = (
+        settings[f"prefix_{name}"] for name in ("length", "projection_size")
+    )
+    check_together(Namespace(**settings))
     if prefix_length >= config.n_positions:
         room = f"leaves no room for text in {config.n_positions} positions"
         raise ValueError(f"--prefix_length {prefix_length}: {room}")
     if config.add_cross_attention:
         reason = "a prefix needs a model that attends to its own text alone"
         raise ValueError(f"--modification_type prefix: the base has cross-attention; {reason}")
-    start_modification(
-        model, "prefix", trainable_modules, prefix_length=prefix_length, prefix_type=prefix_type,
-        prefix_projection_size=projection_size,
-    )  # fmt: skip
+    start_modification(model, settings)
     start = list(init_ids or FREQUENT_WORDS)
     ids = [start[i % len(start)] % config.vocab_size for i in range(prefix_length)]
     with torch.no_grad():
@@ -587,15 +576,8 @@ def apply_prefix(
             tokens = tokens + transformer.wpe.weight[:prefix_length]  # tells repeated tokens apart
             prefix = KeyValuePrefix(columns, tokens, projection_size)
     transformer.prefix = prefix
-    transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
+    prefix.hook = transformer.register_forward_pre_hook(prepend_prefix, with_kwargs=True)
     return model
-
-
-def check_projection(prefix_type: str, projection_size: int) -> None:
-    """Raises ValueError: an embedding prefix has no reparametrisation."""
-    if projection_size and prefix_type != "key_value":
-        needs = "needs --prefix_type key_value"
-        raise ValueError(f"--prefix_projection_size {projection_size}: {needs}")
 
 
 def key_value_columns(transformer: GPT2Model, prompt: PromptEmbedding) -> Tensor:
@@ -639,16 +621,12 @@ def apply_selective_freezing(
     blocks = model.transformer.h
     if freeze_layers is None:
         freeze_layers = range(len(blocks) // 2)
-    frozen = checked("freeze_layers", freeze_layers)
-    if outside := [layer for layer in frozen if layer >= len(blocks)]:
-        has = f"the model has layers 0 to {len(blocks) - 1}"
-        raise ValueError(f"--freeze_layers {outside[0]}: {has}")
-    freeze_head = checked("freeze_head", freeze_head)
-    if freeze_head and len(frozen) == len(blocks) and not trainable_modules:
+    settings = checked("selective", locals())
+    frozen, freeze_head = settings["freeze_layers"], settings["freeze_head"]
+    check_blocks(model, "freeze_layers", frozen)
+    if freeze_head and len(frozen) == len(blocks) and not settings["trainable_modules"]:
         raise ValueError("--freeze_layers with --freeze_head: nothing is left to train")
-    start_modification(
-        model, "selective", trainable_modules, freeze_layers=frozen, freeze_head=freeze_head
-    )
+    start_modification(model, settings)
     trained = [block for layer, block in enumerate(blocks) if layer not in frozen]
     for module in trained + ([] if freeze_head else [model.lm_head, model.transformer.ln_f]):
         module.requires_grad_(True)
@@ -657,7 +635,7 @@ def apply_selective_freezing(
 
 def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """Trains every parameter."""
-    start_modification(model, "full")
+    start_modification(model, checked("full", locals()))
     model.requires_grad_(True)
     return model
 
@@ -665,52 +643,54 @@ def apply_full_finetuning(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 # ---- what every technique asks of the model ------------------------------------------------------
 
 
-def start_modification(
-    model: GPT2LMHeadModel, technique: str, trainable_modules: Iterable[str] = (),
-    wrapped: Iterable[str] = (), **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Freezes all but the `trainable_modules` and notes the settings in `model.modification`, for
-    saving and loading. Returns them, as their flags parse them.
-
-    wrapped: the layers that LoRA is about to wrap. Raises ValueError, before anything is changed,
-    for a setting out of its flag's range and a module that is not there, or wrapped.
+def checked(technique: str, arguments: Settings) -> Settings:
+    """A technique's settings: the arguments of its `apply_` function, as their flags parse them. A
+    flag's first word is left out where the argument lacks it. Raises ValueError.
     """
-    check_unmodified(model)
-    settings = {"modification_type": technique, "trainable_modules": trainable_modules, **settings}
-    settings = parsed(model_flags(), settings)
+    settings = {"modification_type": technique, "trainable_modules": ()}
+    for flag in (*TECHNIQUES[technique].flags, "trainable_modules"):
+        name = flag if flag in arguments else flag.partition("_")[2]
+        settings |= {flag: arguments[name]} if name in arguments else {}
+    return parsed(model_flags(), settings)
+
+
+def start_modification(
+    model: GPT2LMHeadModel, settings: Settings, wrapped: Iterable[str] = ()
+) -> None:
+    """Freezes all but the `trainable_modules` and notes the settings in `model.modification`, for
+    saving and loading.
+
+    wrapped: the layers that a technique is about to wrap. Raises ValueError, before anything is
+    changed, for a module that is not there, or wrapped, and a model that carries a technique.
+    """
+    if done := getattr(model, "modification", None):
+        technique = done["modification_type"]
+        raise ValueError(f"the model carries {technique} already; load a fresh base")
     modules = []
     for suffix in settings["trainable_modules"]:
         for name, module in modules_named(model, suffix, "trainable_modules").items():
             if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
-                both = f"{name} is wrapped by LoRA; choose one of the two"
+                both = f"{name} is wrapped by LoRA or IA3; choose one"
                 raise ValueError(f"--trainable_modules {suffix}: {both}")
             modules.append(module)
     model.requires_grad_(False)
     for module in modules:
         module.requires_grad_(True)
     model.modification, model.end_tokens = settings, {}
-    return settings
+    if not hasattr(model, "base_fingerprint"):
+        model.base_fingerprint = fingerprint(model)
 
 
-def check_unmodified(model: GPT2LMHeadModel) -> None:
-    """Raises ValueError for a model that carries a technique already."""
-    if done := getattr(model, "modification", None):
-        technique = done["modification_type"]
-        raise ValueError(f"the model carries {technique} already; load a fresh base")
-
-
-def modules_named(
-    model: nn.Module, suffix: str, flag: str, kinds: type | tuple[type, ...] = nn.Module
-) -> dict[str, nn.Module]:
+def modules_named(model: nn.Module, suffix: str, flag: str) -> dict[str, nn.Module]:
     """The modules with weights whose dotted name is, or ends in, `suffix`.
 
-    Raises ValueError that names the flag, and the modules of these kinds, where there is none.
+    Raises ValueError that names the flag, and the modules there are, where there is none.
     """
     modules = {name: m for name, m in model.named_modules() if list(m.parameters())}
     found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
     if not found:
-        held = [n for n, m in modules.items() if isinstance(m, kinds) and list(m.parameters(False))]
-        legal = ", ".join(sorted({name.split(".")[-1] for name in held}))
+        leaves = {name.split(".")[-1] for name, m in modules.items() if list(m.parameters(False))}
+        legal = ", ".join(sorted(leaves))
         raise ValueError(f"--{flag} {suffix}: matches nothing; the model has {legal}")
     return found
 
@@ -751,6 +731,9 @@ def number(kind: type, low: float, below: float = 1_000_000_000) -> Callable[[st
     return parse
 
 
+at_least_one = number(int, 1)
+
+
 def nonempty(text: str) -> str:
     """A flag's type: any text but an empty one."""
     if not text:
@@ -767,9 +750,9 @@ def layer_numbers(text: str) -> list[int]:
     """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
     for part in names(text):
-        ends = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
-        numbers = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else ()
-        if not numbers:
+        first, _, last = part.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 < len(numbers) < 10_000:
             raise ValueError
         layers.update(numbers)
     return sorted(layers)
@@ -781,15 +764,15 @@ def boolean(text: str) -> bool:
 
 
 boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
-layer_numbers.__name__ = "layer numbers below 10000, such as 0,1,4-7,"
+layer_numbers.__name__ = "layer numbers and ranges, such as 0,1,4-7,"
 
 
 class Technique(NamedTuple):
     """All that the scripts know of a technique: a new one is a row of TECHNIQUES."""
 
-    apply: Callable[[GPT2LMHeadModel, argparse.Namespace], GPT2LMHeadModel]
+    apply: Callable[[GPT2LMHeadModel, Namespace], GPT2LMHeadModel]
     flags: dict[str, Flag]  # its settings, kept in modification.json
-    learning_rate: Callable[[argparse.Namespace], float]
+    learning_rate: Callable[[Namespace], float]
     compared: list[tuple[str, str, dict]]  # rows of --compare: label, paper, settings
     layout: str = "state"  # of its files, one of LAYOUTS
     merges: bool = False  # what it trains can be folded into the base's weights
@@ -805,7 +788,7 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "lora_rank": Flag(4, number(int, 1), "rank r of A and B; >= 1"),
+            "lora_rank": Flag(4, at_least_one, "rank r of A and B; >= 1"),
             "lora_alpha": Flag(
                 8.0, number(float, 1e-9), "the update is scaled by alpha / r; > 0"
             ),
@@ -838,7 +821,7 @@ TECHNIQUES = {
             activation=args.adapter_activation, trainable_modules=args.trainable_modules,
         ),
         flags={
-            "adapter_size": Flag(64, number(int, 1), "width of the bottleneck; >= 1"),
+            "adapter_size": Flag(64, at_least_one, "width of the bottleneck; >= 1"),
             "adapter_placement": Flag(
                 "pfeiffer", ("pfeiffer", "houlsby"), "pfeiffer: one a block, or houlsby: two"
             ),
@@ -861,7 +844,7 @@ TECHNIQUES = {
             trainable_modules=args.trainable_modules,
         ),
         flags={
-            "prefix_length": Flag(50, number(int, 1), "virtual tokens; >= 1"),
+            "prefix_length": Flag(50, at_least_one, "virtual tokens; >= 1"),
             "prefix_type": Flag(
                 "embedding", ("embedding", "key_value"),
                 "embedding: at the input, or key_value: in each layer",
@@ -932,7 +915,7 @@ TECHNIQUES = {
 }  # fmt: skip
 
 
-def modify(model: GPT2LMHeadModel, args: argparse.Namespace) -> GPT2LMHeadModel:
+def modify(model: GPT2LMHeadModel, args: Namespace) -> GPT2LMHeadModel:
     """Applies the technique that the flags name, in place."""
     return TECHNIQUES[args.modification_type].apply(model, args)
 
@@ -958,7 +941,7 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+def trainable_state(model: nn.Module) -> Tensors:
     """The trainable parameters by name, not copied."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -994,106 +977,139 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     directory, settings, config = Path(directory), dict(model.modification), model.config
     directory.mkdir(parents=True, exist_ok=True)
     save, _ = LAYOUTS[TECHNIQUES[settings["modification_type"]].layout]
-    settings |= save(model, directory)
+    settings |= save(model, directory) or {}
     sizes = ("n_layer", "n_embd", "n_head", "vocab_size")
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
-    settings["base_model_name_or_path"] = base_reference(model, directory)
-    settings["base_fingerprint"] = getattr(model, "base_fingerprint", None)
+    settings["base_model_name_or_path"] = name = base_reference(model)
+    settings["base_fingerprint"] = model.base_fingerprint
+    with suppress(ValueError, TypeError):  # no path leads to a hub or to another drive of Windows
+        relative = Path(os.path.relpath(os.path.realpath(name), directory.resolve())).as_posix()
+        settings["base_relative_path"] = relative if relative.startswith("..") else f"./{relative}"
     write_json(directory / METADATA, settings | model.end_tokens)
 
 
-def base_reference(model: GPT2LMHeadModel, directory: Path) -> str | None:
-    """The base as it was named; a local one by its path from the result, so that both can move and
-    what is published names no directory of this machine."""
-    name = getattr(model, "base_name", None)
-    local = name and Path(name).is_dir()
-    return os.path.relpath(Path(name).resolve(), directory.resolve()) if local else name
+def base_reference(model: GPT2LMHeadModel) -> str | None:
+    """The base as it was named; a local one by its absolute path, as PEFT looks for it from the
+    current directory."""
+    name = getattr(model, "base_name", model.name_or_path) or None
+    return os.path.abspath(name) if name and Path(name).is_dir() else name
 
 
 def load_trained(
-    directory: str | Path, model_name_or_path: str | None = None, *, dropout: float = 0.0
+    directory: str | Path, base: str | Path | GPT2LMHeadModel | None = None, *, dropout: float = 0.0
 ) -> GPT2LMHeadModel:
     """What a run saved (in best/ or final/, see `result_directory`), on its base model, ready to
     use or to train on; a PEFT-made LoRA too.
 
-    model_name_or_path: the base; by default the one that the directory names. Raises ValueError.
+    base: a name or directory, by default the one that the result names. Or a loaded model, which
+    stays as it is: the new one shares its tensors, and costs no more memory than what was trained.
+    Raises ValueError.
     """
     directory = result_directory(directory)
     if (directory / MANIFEST).exists():
-        try:
-            verify_directory(directory, links=True)
-        except ValueError as error:
-            raise ValueError(f"{error}; if changed on purpose, delete {MANIFEST}") from None
+        verify_directory(directory)
     settings = trained_settings(directory)
-    base = model_name_or_path or settings.get("base_model_name_or_path")
-    if is_plain(settings["modification_type"]):
-        base = str(directory)  # it holds all its weights
-    if not base:
-        raise ValueError(f"{directory}: names no base model; give --model_name_or_path")
-    loading = {"model_name_or_path": base, "from_scratch": False, "dropout": dropout}
-    args = with_defaults(argparse.Namespace(**settings), **loading)
+    args = with_defaults(Namespace(**settings), dropout=dropout)
+    model = base_of(directory, settings, base, args)
+    _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
     try:
-        model = load_base(args)
-    except ValueError as error:
-        known = model_name_or_path or base == str(directory)
-        raise ValueError(str(error) if known else f"the base of {directory}: {error}") from None
-    try:
-        check_base(model, settings, directory, chosen=bool(model_name_or_path))
-        _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
         load(model, directory, args)
-    except (TypeError, AttributeError, re.error) as error:  # a JSON field of another type
+    except (TypeError, AttributeError, TimeoutError, regex.error) as error:
         raise ValueError(f"{directory}: its settings are damaged: {error}") from error
     except ValueError as error:
-        where = "" if str(error).startswith(("--model_name_or_path", str(directory))) else directory
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+        where = "" if str(error).startswith(str(directory)) else f"{directory}: "
+        raise ValueError(f"{where}{error}") from None
     model.end_tokens = {name: settings[name] for name in SPECIAL_TOKENS & settings.keys()}
-    return model
+    return model.eval()
+
+
+def base_of(
+    directory: Path, settings: Settings, base: str | Path | GPT2LMHeadModel | None,
+    args: Namespace,
+) -> GPT2LMHeadModel:  # fmt: skip
+    """The base that was asked for; else the first that fits of where the result says it lies.
+
+    Raises ValueError.
+    """
+    technique, errors = args.modification_type, []
+    if isinstance(base, nn.Module):
+        if is_plain(technique):
+            raise ValueError(f"{directory}: {technique} left nothing of a base to share; give none")
+        model = share_weights(base)
+        model.base_fingerprint = fingerprint(model)
+        check_base(model, settings, directory, chosen=True)
+        return model
+    if is_plain(technique):
+        base = directory  # it holds all its weights
+    for name in [base] if base else settings["bases"]:
+        args.model_name_or_path = str(name)
+        try:
+            model = load_base(args)
+            check_base(model, settings, directory, chosen=bool(base))
+            return model
+        except ValueError as error:
+            errors.append(str(error) if base else f"the base of {directory}: {error}")
+    raise ValueError([*errors, f"{directory}: names no base model; give --model_name_or_path"][0])
+
+
+def share_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A model of its own whose weights are the tensors of another: some hundred kilobytes."""
+    tensors = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def result_directory(directory: str | Path) -> Path:
     """The directory itself if it holds a result; else, of a run, best/ or final/."""
-    if any(os.path.exists(Path(directory, name)) for name in (METADATA, PEFT_CONFIG)):
-        return Path(directory)
-    results = [Path(directory, name) for name in ("best", "final")]
-    return next(filter(os.path.isdir, results), Path(directory))
+    for path in (Path(directory), Path(directory, "best"), Path(directory, "final")):
+        if (path / METADATA).exists() or (path / PEFT_CONFIG).exists():
+            return path
+    return Path(directory)
 
 
-def trained_settings(directory: Path) -> dict:
+def trained_settings(directory: Path) -> Settings:
     """The settings of what a run of ours saved, or PEFT. Raises ValueError that names the file."""
-    path = directory / METADATA
+    ours, path = directory / METADATA, directory / PEFT_CONFIG
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory")
-    if path.is_file():
-        settings = read_json(path)
-    elif (path := directory / PEFT_CONFIG).is_file():
-        settings = peft_settings(path)
-    else:
+    if not (ours.is_file() or path.is_file()):
         neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained to its end"
         raise ValueError(f"{directory}: {neither}")
+    settings = read_json(ours) if ours.is_file() else peft_settings(path)
     try:
-        technique = with_defaults(argparse.Namespace(**settings)).modification_type
+        technique = with_defaults(Namespace(**settings)).modification_type
         if "modification_type" not in settings:
             raise ValueError("lacks modification_type")
         if technique == "adapter" and "adapter_activation" not in settings:
             raise ValueError("adapters of an earlier version stand elsewhere: train them again")
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    base = str(settings.get("base_model_name_or_path"))
-    if base.startswith(os.pardir):  # from the result, wherever the two are now
-        beside = os.path.normpath(directory / base)
-        is_beside = os.path.isdir(beside) or not os.path.isdir(base)
-        settings["base_model_name_or_path"] = beside if is_beside else base
+        raise ValueError(f"{ours if ours.is_file() else path}: {error}") from None
+    name, relative = settings.get("base_model_name_or_path"), settings.get("base_relative_path")
+    beside = [directory / str(path) for path in (relative, name) if str(path).startswith(".")]
+    beside = [os.path.normpath(path) for path in beside if path.is_dir()]
+    settings["bases"] = beside + ([name] if name else [])
+    settings["base_model_name_or_path"] = next(iter(settings["bases"]), None)
     return settings
 
 
-def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chosen: bool) -> None:
+def prompt_settings(directory: str | Path) -> Settings:
+    """How a result, or a model that was merged, is to be prompted, as far as it says: text_format
+    and max_length."""
+    path = Path(directory, METADATA)
+    settings = read_json(path) if path.is_file() else {}
+    return {name: settings[name] for name in {"text_format", "max_length"} & settings.keys()}
+
+
+def check_base(
+    model: GPT2LMHeadModel, settings: Settings, directory: Path, *, chosen: bool
+) -> None:
     """Raises ValueError for a base of another size than the one trained on; for one with other
     weights only if it was not chosen by name."""
-    where = f"--model_name_or_path {model.base_name}"
-    for key, trained_on in settings.get("base_config", {}).items():
-        if (size := getattr(model.config, key, None)) != trained_on:
-            trained = f"{directory} was trained on {trained_on}"
-            raise ValueError(f"{where}: {key} is {size}; {trained}")
+    where = f"--model_name_or_path {base_reference(model)}"
+    for key, size in settings.get("base_config", {}).items():
+        if (found := getattr(model.config, key, None)) != size:
+            raise ValueError(f"{where}: {key} is {found}; {directory} was trained on {size}")
     trained_on = settings.get("base_fingerprint")
     if is_plain(settings["modification_type"]) or trained_on in (None, model.base_fingerprint):
         return
@@ -1103,40 +1119,40 @@ def check_base(model: GPT2LMHeadModel, settings: dict, directory: Path, *, chose
     logger.warning(message)  # perhaps the same model at another precision
 
 
-def save_state(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_state(model: GPT2LMHeadModel, directory: Path) -> None:
     """All that trains, by its names in the model."""
     write_tensors(trainable_state(model), directory / STATE)
-    return {}
 
 
-def load_state(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
+def load_state(model: GPT2LMHeadModel, directory: Path, args: Namespace) -> None:
     """What save_state wrote."""
     modify(model, args)
     path = directory / STATE
     put_tensors(model, read_tensors(path), path, required=trainable_state(model))
 
 
-def save_plain(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_plain(model: GPT2LMHeadModel, directory: Path) -> None:
     """A plain Hugging Face model, at the precision of the base's files, which are not read again.
 
     `model.exact_weights` are those of the frozen ones that training rounds; it is they that are
     written.
     """
-    dtype, exact = getattr(model, "stored_dtype", None), getattr(model, "exact_weights", {})
-    plain = build(model.config, "the model", "meta")
-    weights = dict(model.named_parameters(remove_duplicate=False)) | exact
-    weights = {name: w.detach().cpu().to(dtype or w.dtype) for name, w in weights.items()}
-    put_tensors(plain, weights, directory)
-    plain.tie_weights()
-    write_plain(plain, directory, model.end_tokens)
-    written = {name: tensor.cpu() for name, tensor in plain.state_dict().items()}
-    check_written(directory / "model.safetensors", written)
-    return {}
+    dtype, exact = getattr(model, "stored_dtype", model.dtype), getattr(model, "exact_weights", {})
+    weights = dict(model.named_parameters()) | exact  # a tied head once
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    write_tensors(weights, directory / "model.safetensors")
+    config, generation = copy.deepcopy((model.config, model.generation_config))
+    config.dtype, config.architectures = dtype, [type(model).__name__]
+    config.update(model.end_tokens)
+    generation.update(**model.end_tokens)
+    config.save_pretrained(directory)
+    generation.save_pretrained(directory)
 
 
-def load_plain(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """Nothing is left to load: a plain model's own weights are the base."""
-    modify(model, args)
+def plain_shapes(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """A plain model without weights, with a configuration of its own."""
+    with torch.device("meta"):
+        return GPT2LMHeadModel(copy.deepcopy(model.config))
 
 
 def is_plain(technique: str) -> bool:
@@ -1152,20 +1168,13 @@ def set_end_token(model: GPT2LMHeadModel, token_id: int, pad_token_id: int | Non
     model.end_tokens = {"eos_token_id": token_id, "pad_token_id": pad_token_id}
 
 
-def write_plain(model: GPT2LMHeadModel, directory: Path, special: Mapping[str, int]) -> None:
-    """model.safetensors, config.json and generation_config.json, with the special tokens."""
-    model.config.update(special)
-    model.generation_config.update(**special)
-    model.save_pretrained(directory)
-
-
 # ---- PEFT's layout -------------------------------------------------------------------------------
 
 WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's file names
-PEFT_PREFIX = "base_model.model."  # of the names in PEFT's files
+PROMPT = "prompt_embeddings"  # PEFT's name of a prefix
 
 
-def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
+def save_lora(model: GPT2LMHeadModel, directory: Path) -> None:
     """PEFT's LoRA layout.
 
     n thirds of a fused projection, each of rank r, have no name in PEFT; they are exactly one LoRA
@@ -1173,155 +1182,126 @@ def save_lora(model: GPT2LMHeadModel, directory: Path) -> dict:
     goes into PEFT's patterns.
     """
     layers, settings = lora_layers(model), model.modification
-    rank, alpha, rslora = settings["lora_rank"], settings["lora_alpha"], False
-    tensors, ranks, alphas, besides = {}, {}, {}, trained_besides(model, ".lora_")
-    for name, layer in layers.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.full_B()
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{PEFT_PREFIX}{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector
-        ranks[name], rslora = len(layer.lora_A), layer.rslora
-        alphas[name] = layer.scaling * scaling_divisor(ranks[name], rslora)
-    biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
-    biases = {PEFT_PREFIX + name.replace(".original_layer", ".base_layer") for name in biases}
-    wrapped_biases = "lora_only" if any(".base_layer" in name for name in besides) else "none"
-    conv1d = [isinstance(layer.original_layer, Conv1D) for layer in layers.values()]
-    write_as_peft(model, tensors | besides, directory, {
+    rank, alpha = settings["lora_rank"], settings["lora_alpha"]
+    tensors = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    tensors |= {f"{name}.lora_B": layer.full_B() for name, layer in layers.items()}
+    ranks = {name: len(layer.lora_A) for name, layer in layers.items()}
+    alphas = {
+        name: layer.scaling * scaling_divisor(ranks[name], layer.rslora)
+        for name, layer in layers.items()
+    }
+    biases = {n: p.requires_grad for n, p in model.named_parameters() if n.endswith(".bias")}
+    wrapped_biases = any(trains and ".original_layer." in name for name, trains in biases.items())
+    write_as_peft(model, tensors, directory, {
         "peft_type": "LORA",
-        "use_rslora": rslora,
-        "use_dora": any(layer.lora_magnitude_vector is not None for layer in layers.values()),
+        "use_rslora": settings["lora_scaling"] == "rank_stabilized",
+        "use_dora": settings["lora_dora"],
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": settings["lora_dropout"],
         "target_modules": sorted(layers),
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {n: a for n, a in alphas.items() if not math.isclose(a, alpha)},
-        "fan_in_fan_out": all(conv1d),
-        "bias": "all" if biases <= besides.keys() else wrapped_biases,
-        "modules_to_save": whole_modules(besides),
+        "fan_in_fan_out": all(isinstance(la.original_layer, Conv1D) for la in layers.values()),
+        "bias": "all" if all(biases.values()) else "lora_only" if wrapped_biases else "none",
     })  # fmt: skip
-    return {}
 
 
-def load_lora(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """Wraps the layers whose A and B the file holds, and loads everything into its place.
+def save_ia3(model: GPT2LMHeadModel, directory: Path) -> None:
+    """PEFT's IA3 layout."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
+    feedforward = sorted(name for name, layer in layers.items() if layer.feedforward)
+    tensors = {
+        f"{name}.ia3_l": layer.ia3_l.view((1, -1) if name in feedforward else (-1, 1))
+        for name, layer in layers.items()
+    }
+    write_as_peft(model, tensors, directory, {
+        "peft_type": "IA3", "target_modules": sorted(layers), "feedforward_modules": feedforward,
+        "fan_in_fan_out": True,
+    })  # fmt: skip
 
-    Ranks come from the tensors' shapes; alpha and its exceptions from PEFT's configuration; the
-    thirds that a run of ours adapted from its own metadata.
+
+def save_prefix(model: GPT2LMHeadModel, directory: Path) -> Settings:
+    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out."""
+    prefix = model.transformer.prefix
+    kind = "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING"
+    config = {"peft_type": kind, "num_virtual_tokens": len(prefix.embedding)}
+    write_as_peft(model, {PROMPT: prefix.prompt_embeddings()}, directory, config)
+    return {"prefix_projection_size": 0}
+
+
+def write_as_peft(
+    model: GPT2LMHeadModel, tensors: Tensors, directory: Path, config: Settings
+) -> None:
+    """PEFT's two files: a technique's tensors and what trains besides them, by PEFT's names.
+
+    Without a task_type PEFT would load a prefix, and then ignore it. It has no modules_to_save for
+    a prefix, but loads what is named as it names the base's weights.
     """
+    config |= {"task_type": "CAUSAL_LM", "inference_mode": True}
+    config["base_model_name_or_path"] = base_reference(model)
+    trained, start = trainable_state(model), "base_model."
+    besides = {n: t for n, t in trained.items() if n not in tensors and ".prefix." not in n}
+    if PROMPT not in tensors:
+        start = "base_model.model."
+        if "transformer.wte.weight" in besides and is_tied(model):
+            # With wte alone, PEFT would keep the old head.
+            besides["lm_head.weight"] = besides["transformer.wte.weight"].clone()
+        whole = {n.rpartition(".")[0] for n in besides if not n.endswith(".bias")}
+        config["modules_to_save"] = sorted(whole) or None
+    named = {}
+    for name, tensor in (tensors | besides).items():
+        name = re.sub(r"(\.lora_[AB])$", r"\1.weight", name)
+        name = name.replace(".original_layer.", ".base_layer.")
+        named[name if name == PROMPT else start + name] = tensor
+    write_tensors(named, directory / WEIGHTS)
+    write_json(directory / PEFT_CONFIG, config)
+
+
+def load_peft(model: GPT2LMHeadModel, directory: Path, args: Namespace) -> None:
+    """A LoRA, an IA3 or a prefix, with what was trained besides it: ours, or PEFT's own."""
     path, older = directory / WEIGHTS, directory / "adapter_model.bin"
     path = older if older.exists() and not path.exists() else path
     config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
+    if args.modification_type == "prefix":
+        args.prefix_init_text = None  # what it started from does not count any more
+    else:
+        untie_if_apart(model, tensors)
     wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
-    if not wrapped:
-        raise ValueError(f"{path}: holds no LoRA")
-    targets = args.lora_target_modules or wrapped
-    matched = match_targets(model, targets, args.lora_layers)
-    embeddings = tensors.get("transformer.wte.weight")
-    if embeddings is not None and len(embeddings) != (rows := model.config.vocab_size):
-        resized = f"trained on embeddings of {len(embeddings)} rows, the base has {rows}"
-        raise ValueError(f"{path}: {resized}; give --model_name_or_path the resized base")
-    untie_if_apart(model, tensors)
-    start_modification(
-        model, "lora", args.trainable_modules, matched, lora_rank=args.lora_rank,
-        lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, lora_target_modules=targets,
-        lora_layers=args.lora_layers, lora_scaling=args.lora_scaling, lora_dora=args.lora_dora,
-    )  # fmt: skip
-    rslora = args.lora_scaling == "rank_stabilized"
-    for name, thirds in matched.items():
-        A, B = f"{name}.lora_A", f"{name}.lora_B"
-        if lacking := {A, B} - tensors.keys():
-            raise ValueError(f"{path}: lacks {min(lacking)}")
-        n = len(thirds) or 1
-        rank, original = max(1, len(tensors[A]) // n), model.get_submodule(name)
-        alpha = alpha_of(name, config) / scaling_divisor(n, rslora)
-        settings = (args.lora_dropout, thirds, rslora, args.lora_dora)
-        model.set_submodule(name, layer := LoRALayer(original, rank, alpha, *settings))
-        if thirds and tensors[B].shape == layer.full_B().shape:
-            blocks = tensors[B].unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
-            blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(thirds)]
-            tensors[B] = torch.cat(blocks)
+    args.lora_target_modules = args.lora_target_modules or wrapped
+    modify(model, args)
+    for name, layer in lora_layers(model).items():
+        fit_layer(name, layer, tensors, config)
     put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, config)
+    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
+    for name in tensors:  # whole modules and biases that were trained (modules_to_save, bias)
+        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
+            model.get_parameter(name).requires_grad_(True)
 
 
-def alpha_of(layer_name: str, config: dict) -> float:
+def fit_layer(name: str, layer: LoRALayer, tensors: Tensors, config: Settings) -> None:
+    """Gives a layer the rank of its tensors and the alpha that PEFT's configuration has for it;
+    cuts the B of thirds, which a run of ours adapted, out of its blocks."""
+    A, B, n = layer.lora_A, layer.lora_B, len(layer.thirds) or 1
+    rank = max(1, len(tensors.get(f"{name}.lora_A", A)) // n)  # put_tensors tells what lacks
+    A.data, B.data = A.new_empty(n * rank, A.shape[1]), B.new_empty(len(B), rank)
+    layer.scaling = alpha_of(name, config) / scaling_divisor(n * rank, layer.rslora)
+    stored = tensors.get(f"{name}.lora_B", B)
+    if layer.thirds and stored.shape == layer.full_B().shape:
+        blocks = stored.unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
+        blocks = [blocks["qkv".index(third), :, i] for i, third in enumerate(layer.thirds)]
+        tensors[f"{name}.lora_B"] = torch.cat(blocks)
+
+
+def alpha_of(layer_name: str, config: Settings) -> float:
     """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
     for pattern, exception in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer_name):
+        if regex.fullmatch(rf"(.*\.)?({pattern})", layer_name, timeout=1):
             return exception  # as in PEFT, the first that matches
     return config.get("lora_alpha", 8)
 
 
-def save_ia3(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's IA3 layout."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, IA3Layer)}
-    besides = trained_besides(model, ".ia3_l")
-    tensors = {
-        f"{PEFT_PREFIX}{name}.ia3_l": layer.ia3_l.view((1, -1) if layer.feedforward else (-1, 1))
-        for name, layer in layers.items()
-    }
-    write_as_peft(model, tensors | besides, directory, {
-        "peft_type": "IA3",
-        "target_modules": sorted(layers),
-        "feedforward_modules": sorted(name for name, layer in layers.items() if layer.feedforward),
-        "fan_in_fan_out": True,
-        "modules_to_save": whole_modules(besides),
-    })  # fmt: skip
-    return {}
-
-
-def load_ia3(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """What save_ia3 wrote, or PEFT for the layers that it scales in GPT-2 by default."""
-    path = directory / WEIGHTS
-    tensors = peft_tensors(path)
-    tensors |= {name: t.flatten() for name, t in tensors.items() if name.endswith(".ia3_l")}
-    untie_if_apart(model, tensors)
-    modify(model, args)
-    put_tensors(model, tensors, path, required=trainable_state(model))
-    train_whole_modules(model, tensors, read_json(directory / PEFT_CONFIG))
-
-
-def save_prefix(model: GPT2LMHeadModel, directory: Path) -> dict:
-    """PEFT's PROMPT_TUNING or PREFIX_TUNING layout; the reparametrisation is computed out.
-
-    PEFT has no such place for the modules trained besides, but loads what is named as it names the
-    base's weights.
-    """
-    prefix = model.transformer.prefix
-    tensors = {f"base_model.{name}": tensor for name, tensor in trainable_state(model).items()}
-    tensors = {name: t for name, t in tensors.items() if ".prefix." not in name}
-    tensors["prompt_embeddings"] = prefix.prompt_embeddings()
-    write_as_peft(model, tensors, directory, {
-        "peft_type":
-            "PREFIX_TUNING" if isinstance(prefix, KeyValuePrefix) else "PROMPT_TUNING",
-        "num_virtual_tokens": len(prefix.embedding),
-    })  # fmt: skip
-    return {"prefix_projection_size": 0}
-
-
-def load_prefix(model: GPT2LMHeadModel, directory: Path, args: argparse.Namespace) -> None:
-    """The virtual tokens, and the modules trained besides them, from PEFT's file."""
-    args.prefix_init_text = None  # what it started from does not count any more
-    modify(model, args)
-    path = directory / WEIGHTS
-    tensors = {n.removeprefix("base_model."): tensor for n, tensor in read_tensors(path).items()}
-    if "prompt_embeddings" in tensors:
-        tensors["transformer.prefix.embedding"] = tensors.pop("prompt_embeddings")
-    put_tensors(model, tensors, path, required=trainable_state(model))
-
-
-def write_as_peft(
-    model: GPT2LMHeadModel, tensors: dict[str, Tensor], directory: Path, config: dict
-) -> None:
-    """PEFT's two files. Without a task_type PEFT would load a prefix, and then ignore it."""
-    write_tensors(tensors, directory / WEIGHTS)
-    base = {"base_model_name_or_path": base_reference(model, directory)}
-    common = {"task_type": "CAUSAL_LM", **base, "inference_mode": True}
-    write_json(directory / PEFT_CONFIG, config | common)
-
-
-def peft_settings(path: Path) -> dict:
+def peft_settings(path: Path) -> Settings:
     """The settings of a LoRA or IA3 directory that PEFT itself wrote, from its configuration."""
     config = read_json(path)
     base = {"base_model_name_or_path": config.get("base_model_name_or_path")}
@@ -1330,10 +1310,8 @@ def peft_settings(path: Path) -> dict:
     if kind != "LORA":
         loads = "of PEFT's own directories LORA and IA3 load"
         raise ValueError(f"{path}: peft_type {kind!r}; {loads}")
-    unsupported = ("lora_bias", "use_qalora", "alora_invocation_tokens", "trainable_token_indices")
-    for option in unsupported:
-        if config.get(option):
-            raise ValueError(f"{path}: {option} is not supported")
+    if config.get("alora_invocation_tokens"):  # other options have tensors that find no place
+        raise ValueError(f"{path}: alora_invocation_tokens is not supported")
     start = config.get("init_lora_weights", True)
     if start not in (True, False, "gaussian", "eva", "orthogonal"):
         raise ValueError(f"{path}: init_lora_weights {start!r} changes the base; not supported")
@@ -1348,47 +1326,23 @@ def peft_settings(path: Path) -> dict:
     }
 
 
-def peft_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of PEFT's file by the names that they have in our models."""
+def peft_tensors(path: Path) -> Tensors:
+    """The tensors of PEFT's file by the names, and in the shapes, that they have in our models."""
     tensors = {}
     for key, tensor in read_tensors(path).items():
         # PEFT writes resized embeddings under two further names.
         if ".original_module." not in key and ".modules_to_save." not in key:
-            name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".original_layer.")
-            tensors[re.sub(r"(\.lora_[AB])\.weight$", r"\1", name)] = tensor
+            name = re.sub(r"^base_model\.(model\.)?|(?<=\.lora_[AB])\.weight$", "", key)
+            name = name.replace(".base_layer.", ".original_layer.")
+            name = name.replace(PROMPT, "transformer.prefix.embedding")
+            tensors[name] = tensor.flatten() if name.endswith(".ia3_l") else tensor
     return tensors
 
 
-def trained_besides(model: GPT2LMHeadModel, marker: str) -> dict[str, Tensor]:
-    """What trains besides the parameters that hold the marker, by PEFT's names."""
-    others = {name: t for name, t in trainable_state(model).items() if marker not in name}
-    if "transformer.wte.weight" in others and is_tied(model):
-        # With wte alone, PEFT would keep the old head.
-        others["lm_head.weight"] = others["transformer.wte.weight"].clone()
-    return {
-        PEFT_PREFIX + name.replace(".original_layer", ".base_layer"): tensor
-        for name, tensor in others.items()
-    }
-
-
-def whole_modules(besides: Iterable[str]) -> list[str] | None:
-    """PEFT's modules_to_save."""
-    names = (name.removeprefix(PEFT_PREFIX) for name in besides if not name.endswith(".bias"))
-    return sorted({name.rpartition(".")[0] for name in names}) or None
-
-
-def train_whole_modules(model: GPT2LMHeadModel, loaded: Iterable[str], config: dict) -> None:
-    """Whole modules and biases that were trained (modules_to_save, bias) train on."""
-    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
-    for name in loaded:
-        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
-            model.get_parameter(name).requires_grad_(True)
-
-
-def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
+def untie_if_apart(model: GPT2LMHeadModel, tensors: Tensors) -> None:
     """Gives a tied head a weight of its own where the tensors change one of the two alone."""
     wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
-    together = wte is head is None or (None not in (wte, head) and torch.equal(wte, head))
+    together = wte is head or (None not in (wte, head) and torch.equal(wte, head))
     if is_tied(model) and not together:
         separate = model.lm_head.weight.detach().clone()
         model.lm_head.weight = nn.Parameter(separate, requires_grad=False)
@@ -1397,11 +1351,11 @@ def untie_if_apart(model: GPT2LMHeadModel, tensors: dict[str, Tensor]) -> None:
 
 # How each layout is saved and loaded. To save returns the settings that it changed.
 LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
-    "lora": (save_lora, load_lora),
-    "ia3": (save_ia3, load_ia3),
-    "prefix": (save_prefix, load_prefix),
+    "lora": (save_lora, load_peft),
+    "ia3": (save_ia3, load_peft),
+    "prefix": (save_prefix, load_peft),
     "state": (save_state, load_state),
-    "plain": (save_plain, load_plain),
+    "plain": (save_plain, lambda model, directory, args: modify(model, args)),  # its own base
 }
 
 
@@ -1409,61 +1363,103 @@ LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
 
 
 def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
-    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out: a plain model
-    remains. Raises ValueError for a technique that is no change of weights."""
+    """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out, in place: a
+    plain model remains, with the same logits. Raises ValueError for a technique that is no change
+    of weights."""
     technique = getattr(model, "modification", {}).get("modification_type")
     if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
         carried = technique or "a plain model"
         raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
+    before = some_logits(model)
     for name, layer in [*model.named_modules()]:
-        if isinstance(layer, LoRALayer | IA3Layer):
-            if layer.merged is None:
+        if hasattr(layer, "original_layer"):
+            if getattr(layer, "merged", None) is None:
                 layer.merge()
             model.set_submodule(name, layer.original_layer)
-    del model.modification
+    difference, tolerance = (some_logits(model) - before).abs().max(), before.abs().max()
+    tolerance *= 1e-3 if model.dtype == torch.float32 else 0.1
+    is_plain_now = model.state_dict().keys() == plain_shapes(model).state_dict().keys()
+    if not (is_plain_now and difference <= tolerance):
+        raise ValueError(
+            f"{technique} cannot be folded into the base: what remains is another model"
+        )
+    del model.modification, model.base_fingerprint
     model.base_path = model.base_name = None  # the merged weights lie in no file yet
-    model.base_fingerprint = fingerprint(model)
     return model
 
 
-def merge_directory(adapter_path: str, merge_to: str, model_name_or_path: str | None) -> None:
+@torch.no_grad()
+def some_logits(model: GPT2LMHeadModel) -> Tensor:
+    """The logits of one short batch, in fp32."""
+    training, ids = model.training, torch.arange(8, device=model.device)[None]
+    logits = model.eval()(ids % model.config.vocab_size).logits.float()
+    model.train(training)
+    return logits
+
+
+def detach(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Takes a technique off, in place: the plain model remains, bit for bit, and another technique
+    may follow. Raises ValueError where weights of the base itself were trained."""
+    base_weights = plain_shapes(model).state_dict().keys()
+    for name in trainable_state(model):
+        if name.replace(".original_layer.", ".") in base_weights:
+            raise ValueError(f"{name} was trained: the base's own is gone, load the base again")
+    for name, module in [*model.named_modules()]:
+        if hasattr(module, "original_layer"):
+            if getattr(module, "merged", None) is not None:
+                module.unmerge()
+            model.set_submodule(name, module.original_layer)
+        elif hasattr(module, "hook"):
+            module.hook.remove()
+            parent, _, child = name.rpartition(".")
+            delattr(model.get_submodule(parent), child)
+    del model.modification
+    return model.requires_grad_(True)
+
+
+def merge_directory(
+    adapter_path: str, merge_to: str, model_name_or_path: str | None = None
+) -> None:
     """Folds the LoRA of `adapter_path` into its base and writes a plain Hugging Face model, with
-    the adapter's tokenizer or else the base's. Raises ValueError."""
-    adapter_path = str(result_directory(adapter_path))
-    model = load_trained(adapter_path, model_name_or_path)
-    technique, where = model.modification["modification_type"], f"--adapter_path {adapter_path}"
-    if is_plain(technique):
-        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
-    target, base_name = Path(merge_to), str(model.base_name)
+    the adapter's tokenizer or else the base's, or nothing. Raises ValueError, OSError."""
+    directory, target = result_directory(adapter_path), Path(merge_to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
-    has_vocabulary = matching_files(adapter_path, VOCABULARY_FILES)
-    source = adapter_path if has_vocabulary else model.base_path
-    tokenizer = matching_files(source, TOKENIZER_FILES)
+    model, where = load_trained(directory, model_name_or_path), f"--adapter_path {directory}"
+    technique, base = model.modification["modification_type"], str(model.base_name)
+    if is_plain(technique):
+        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
+    settings = {"modification_type": "full"} | prompt_settings(directory) | model.end_tokens
+    source = directory if matching_files(directory, VOCABULARY_FILES) else Path(model.base_path)
     try:
         merge_lora(model)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    write_plain(model.to(model.stored_dtype), target, model.end_tokens)
-    for file in tokenizer:
-        shutil.copy(file, target)
-    load = "AutoModelForCausalLM.from_pretrained"
-    card = f"# {technique}, merged into {Path(base_name).name}\n\nTo load it: `{load}(DIR)`\n"
-    (target / "README.md").write_text(card_metadata(base_name, "transformers") + card)
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        save_plain(model, target)
+        write_json(target / METADATA, settings)
+        for file in matching_files(source, TOKENIZER_FILES):
+            copied = target / file.relative_to(source)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copy(file, copied)
+        load = "AutoModelForCausalLM.from_pretrained"
+        card = f"# {technique}, merged into {Path(base).name}\n\nTo load it: `{load}(DIR)`\n"
+        card = card_metadata(base, "transformers") + card
+        (target / "README.md").write_text(card, encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     logger.info("Merged: %s holds a plain GPT-2 for AutoModelForCausalLM", merge_to)
 
 
 def card_metadata(base_name: str, library: str) -> str:
-    """The head of a model card, as the hub reads it; the base and its licence where it has it."""
-    metadata = {"library_name": library} if library else {}
-    if not Path(base_name).exists():
-        metadata["base_model"] = base_name
-        size = base_name.removeprefix("openai-community/").removeprefix("distilbert/")
-        if size in GPT2_SIZES:
-            metadata["license"] = "apache-2.0" if size == "distilgpt2" else "mit"
-    metadata["pipeline_tag"] = "text-generation"
-    lines = [f"{key}: {json.dumps(value)}" for key, value in metadata.items()]
-    return "\n".join(["---", *lines, "---", ""])
+    """The head of a model card, as the hub reads it; the base where it has it."""
+    base = None if Path(base_name).exists() else base_name
+    metadata = ModelCardData(
+        base_model=base, library_name=library or None, pipeline_tag="text-generation"
+    )
+    return f"---\n{metadata}\n---\n"
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -1471,30 +1467,26 @@ def card_metadata(base_name: str, library: str) -> str:
 VOCABULARY_FILES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
 TOKENIZER_FILES = (
     *VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*",
+    "added_tokens.json", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LFS_POINTER = b"version https://git-lfs"
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file and reads it back. Raises OSError."""
+def write_tensors(tensors: Tensors, path: Path) -> None:
+    """Writes a safetensors file. It counts only when every tensor in it returns as it was: raises
+    OSError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
-    check_written(path, tensors)
-
-
-def check_written(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A file counts only when every tensor in it returns as it was. Raises OSError."""
     for name, tensor in load_file(path).items():
         if not torch.equal(tensor, tensors[name]):
             raise OSError(f"{path}: {name} does not read back as it was written")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> Tensors:
     """The tensors of a .safetensors file, or of a .bin, where nothing but tensors is unpickled.
 
-    Raises ValueError for a damaged file, one that holds something else, and one with NaN.
+    Raises ValueError for a damaged file, one that holds something else, quantised weights or NaN.
     """
     try:
         with open(path, "rb") as file:
@@ -1502,48 +1494,52 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError("a git-LFS pointer; fetch the file itself: git lfs pull")
         is_pickle = path.suffix == ".bin"
         tensors = torch.load(path, "cpu", weights_only=True) if is_pickle else load_file(path)
-        named = isinstance(tensors, Mapping)
-        if not (named and all(isinstance(tensor, Tensor) for tensor in tensors.values())):
-            raise ValueError("holds something else than tensors by name")
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (*FLOATS, torch.uint8, torch.bool):  # masks, random states
+                raise ValueError(f"{name} is {tensor.dtype}: quantised, not in full precision")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
+        return tensors
+    except AttributeError:
+        raise ValueError(f"{path}: holds something else than tensors by name") from None
     except (pickle.UnpicklingError, EOFError):
         objects = "damaged, or holds objects, which could run code and are not loaded"
         raise ValueError(f"{path}: {objects}; give model.safetensors") from None
     except Exception as error:  # of any type, for damaged files
         raise ValueError(f"{path}: {first_line(error)}") from None
-    for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not tensor.isfinite().all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite values")
-    return tensors
 
 
 def put_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str, required: Iterable[str] = ()
+    model: nn.Module, tensors: Tensors, path: Path | str, required: Iterable[str] = ()
 ) -> None:
-    """Copies tensors into the parameters of these names; on device "meta", they become these.
+    """Copies tensors into the parameters of these names, into memory of their own: what these held
+    before may be another model's too.
 
-    Raises ValueError for one that has no place or another shape there, and for a required one that
+    Raises ValueError for one that has no place, or another shape there, and for a required one that
     is not given.
     """
-    if missing := set(required) - tensors.keys():
-        raise ValueError(f"{path}: lacks {min(missing)}")
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    try:
+        if missing := set(required) - tensors.keys():
+            raise ValueError(f"lacks {min(missing)}")
+        for name, tensor in tensors.items():
+            if name not in parameters:
+                raise ValueError(f"{name} has no place in this model")
+            if parameters[name].shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
+                raise ValueError(f"{name} has shape {shapes}")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
-        if name not in parameters:
-            raise ValueError(f"{path}: {name} has no place in this model")
-        if tensor.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is {tensor.dtype}: quantised, not in full precision")
-        if parameters[name].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
-            raise ValueError(f"{path}: {name} has shape {shapes}")
-    on_meta = any(parameter.is_meta for parameter in parameters.values())
-    model.load_state_dict(tensors, strict=False, assign=on_meta)
+        place = parameters[name]
+        place.data = tensor.to(place.device, place.dtype, copy=True)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: Settings) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> Settings:
     """A JSON object. Raises ValueError that names the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -1557,44 +1553,37 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: {error}") from None
 
 
+def checksums(directory: Path) -> dict[str, str]:
+    """The sha256 of each file in a directory and below it."""
+    sums = {}
+    for path in filter(Path.is_file, directory.rglob("*")):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        sums[path.relative_to(directory).as_posix()] = digest.hexdigest()
+    return sums
+
+
 def write_manifest(directory: Path, leave_out: str = "") -> None:
-    """sha256 sums of the files in a directory, and one of the sums themselves."""
-    files = [file for file in sorted(directory.iterdir()) if file.name != leave_out]
-    sums = {file.name: file_hash(file) for file in files}
-    write_json(directory / MANIFEST, {"files": sums, "manifest_sha256": sum_of_sums(sums)})
+    """Notes the checksums of the files in a directory, but one."""
+    sums = checksums(directory)
+    sums.pop(leave_out, None)
+    write_json(directory / MANIFEST, {"files": sums})
 
 
-def verify_directory(directory: Path, links: bool = False) -> None:
-    """Raises ValueError unless every file is there as its manifest says.
-
-    links: files may be symbolic links, as in the hub's cache.
-    """
-    manifest = read_json(directory / MANIFEST)
-    sums = manifest.get("files")
-    if not isinstance(sums, dict) or manifest.get("manifest_sha256") != sum_of_sums(sums):
-        raise ValueError(f"{directory}: {MANIFEST} is damaged")
-    files = [file for file in directory.iterdir() if file.is_file()]
-    present = {file.name for file in files if links or not file.is_symlink()}
-    for name, expected in sums.items():
-        if name not in present:  # a path that leads elsewhere is not among these names
-            raise ValueError(f"{directory}: {name} is missing")
-        if file_hash(directory / name) != expected:
-            raise ValueError(f"{directory}: {name} is damaged (its checksum differs)")
-
-
-def file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sum_of_sums(sums: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+def verify_directory(directory: Path) -> None:
+    """Raises ValueError unless every file is there as its manifest says."""
+    expected, found = read_json(directory / MANIFEST).get("files"), checksums(directory)
+    for name, checksum in (expected or {MANIFEST: "damaged"}).items():
+        if found.get(name) != checksum:  # a path that leads elsewhere is not among those found
+            fault = "damaged (its checksum differs)" if name in found else "missing"
+            way_out = f"if changed on purpose, delete {MANIFEST}"
+            raise ValueError(f"{directory}: {name} is {fault}; {way_out}")
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
     """The files of a directory whose names match a pattern."""
-    found = [file for pattern in patterns for file in Path(directory).glob(pattern)]
-    return [file for file in found if file.is_file()]
+    paths = (path for pattern in patterns for path in Path(directory).glob(pattern))
+    return [path for path in paths if path.is_file()]
 
 
 def first_line(error: Exception) -> str:
@@ -1610,27 +1599,33 @@ GPT2_SIZES = {
     "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25),
 }  # fmt: skip
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; the first counts
-# Keys of config.json that are about generating or about other code, not about the model.
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-NOT_THE_MODEL = vars(GenerationConfig()).keys() - SPECIAL_TOKENS
-NOT_THE_MODEL |= {"return_dict", "torchscript", "attn_implementation", "_attn_implementation"}
-NOT_THE_MODEL |= {"task_specific_params", "auto_map"}
+# What of config.json is about the model; the rest is about generating or about other code.
+CONFIG_KEYS = {*GPT2Config.__annotations__, *GPT2Config.attribute_map, "dtype", "torch_dtype"}
+CONFIG_KEYS -= {"use_cache"}
 
 
-def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The base model in fp32, all of it trainable, its own dropouts set to --dropout.
+def load_base(args: Namespace, device: str = "cpu") -> GPT2LMHeadModel:
+    """The base model in fp32, all of it trainable, its own dropouts set to --dropout; on device
+    "meta" its shapes alone.
 
     `model.base_path` is where its weights lie (None: random). Raises ValueError; weights are never
     filled in quietly.
     """
-    path, name = None, None
-    if args.from_scratch:
+    path, name = None, None if args.from_scratch else str(args.model_name_or_path)
+    where = f"--model_name_or_path {name}" if name else "--from_scratch"
+    try:
+        if name and device != "meta":
+            path = locate(name)
+            model = load_weights(path)
+        else:
+            with torch.device(device):
+                model = GPT2LMHeadModel(read_config(args))
+    except Exception as error:  # of any type, for settings that no model can have
+        reason = first_line(error).removeprefix(f"{where}: ").removeprefix(f"{path}{os.sep}")
+        raise ValueError(f"{where}: {reason}") from None
+    if not name and device != "meta":
         logger.warning("RANDOM WEIGHTS: --from_scratch starts at random, nothing is pretrained")
-        model = build(read_config(args), named_base(args))
-    else:
-        name = args.model_name_or_path
-        path = locate(name)
-        model = load_weights(path, named_base(args))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = args.dropout
@@ -1638,125 +1633,93 @@ def load_base(args: argparse.Namespace) -> GPT2LMHeadModel:
     return model
 
 
-def load_weights(directory: str, where: str) -> GPT2LMHeadModel:
-    """The model of a directory, in fp32: its config.json and its weights, nothing else from there.
+def load_weights(directory: str) -> GPT2LMHeadModel:
+    """The model of a directory, in fp32: its config.json and its weights, and no adapter or
+    generation settings that lie beside them.
 
-    from_pretrained would load an adapter that lies beside the model, take over its generation
-    settings, and only report what does not fit. `model.stored_dtype` is the files' precision.
-    Raises ValueError.
+    `model.stored_dtype` is the files' precision. Raises ValueError where weights and configuration
+    do not fit exactly.
     """
-    model = build(stored_config(directory, where), where, "meta")
-    parameters, tensors = dict(model.named_parameters(remove_duplicate=False)), {}
+    config, tensors = stored_config(directory), {}
+    for file in weight_files(Path(directory)):
+        tensors |= read_tensors(file)
+    for name in [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]:
+        del tensors[name]  # causal masks, in older files
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what does not fit is told below
     try:
-        files = weight_files(Path(directory))
-        for name, tensor in (item for file in files for item in read_tensors(file).items()):
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # masks, in older files
-                whole_name = f"transformer.{name}"  # the published files leave the start out
-                tensors[whole_name if whole_name in parameters else name] = tensor
-        if is_tied(model) and "lm_head.weight" in tensors:
-            # Some files hold the tied pair under the head's name alone.
-            tensors.setdefault("transformer.wte.weight", tensors["lm_head.weight"])
-            untie_if_apart(model, tensors)
-        source = files[0] if len(files) == 1 else f"{files[0]} and its shards"
-        put_tensors(model, tensors, source, required=dict(model.named_parameters()))
-        model.tie_weights()
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix(f'{directory}{os.sep}')}") from None
+        model, unfit = GPT2LMHeadModel.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for what, names in unfit.items():
+        if names:
+            raise ValueError(f"its weights do not fit config.json: {what} {min(map(str, names))}")
+    model.config.tie_word_embeddings = is_tied(model)  # apart, where the file holds two that differ
     model.stored_dtype = max((t.dtype for t in tensors.values()), key=lambda dtype: dtype.itemsize)
-    return model.float().eval()
+    return model
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Which files are this model's weights: the only place that decides.
 
     model.safetensors comes before pytorch_model.bin, one file before its shards. Nothing else in
-    the directory counts, such as an adapter. Raises ValueError for a file that is missing.
+    the directory counts, such as an adapter. Raises ValueError.
     """
     for name in WEIGHT_FILES:
+        index = directory / f"{name}.index.json"
         if (directory / name).exists():
             return [directory / name]
-        index = directory / f"{name}.index.json"
         if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index.name} names no weight file")
-            files = [directory / str(shard) for shard in sorted(set(shards.values()), key=str)]
-            if missing := [file.name for file in files if not file.is_file()]:
-                raise ValueError(f"{missing[0]} is missing, which {index.name} names")
-            return files
+            shards = set(read_json(index)["weight_map"].values())
+            return [directory / shard for shard in sorted(shards)]
     raise ValueError(f"holds neither {' nor '.join(WEIGHT_FILES)}")
 
 
-def build(config: GPT2Config, where: str, device: str = "cpu") -> GPT2LMHeadModel:
-    """A model with random weights; with none, only shapes, on PyTorch's device "meta".
-
-    Raises ValueError."""
-    try:
-        with torch.device(device):
-            return GPT2LMHeadModel(config)
-    except Exception as error:  # of any type, for sizes that no model can have
-        raise ValueError(f"{where}: its settings make no model: {first_line(error)}") from None
-
-
 def fingerprint(model: nn.Module) -> str:
-    """Tells one base model from another: a hash of the first values of each of its parameters."""
+    """Tells one base model from another: a hash of the first values of each of its parameters.
+    "" for shapes alone."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            return ""
         values = parameter.detach().flatten()[:256].float().cpu().numpy()
         digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
 
 
-def read_config(args: argparse.Namespace) -> GPT2Config:
+def read_config(args: Namespace) -> GPT2Config:
     """The base model's configuration: the flags', a published size's or a directory's.
 
     Raises ValueError for anything but a GPT-2.
     """
     if args.from_scratch:
-        return GPT2Config(
-            vocab_size=args.vocab_size,
-            n_embd=args.hidden_size,
-            n_head=args.num_attention_heads,
-            n_layer=args.num_hidden_layers,
-            n_positions=args.max_position_embeddings,
-            bos_token_id=args.vocab_size - 1,  # GPT-2's end-of-text is its last token
-            eos_token_id=args.vocab_size - 1,
-        )
+        end = args.vocab_size - 1  # GPT-2's end-of-text is its last token
+        sizes = {name: getattr(args, name) for name in SCRATCH_FLAGS}
+        return GPT2Config(**sizes, bos_token_id=end, eos_token_id=end)
     name = args.model_name_or_path
     size = GPT2_SIZES.get(name.removeprefix("openai-community/").removeprefix("distilbert/"))
     if size and not Path(name).exists():
         return GPT2Config(n_layer=size[0], n_embd=size[1], n_head=size[2])
-    return stored_config(locate(name), named_base(args))
+    return stored_config(locate(name))
 
 
-def stored_config(directory: str, where: str) -> GPT2Config:
+def stored_config(directory: str) -> GPT2Config:
     """A directory's config.json. Raises ValueError for anything but a GPT-2 in full precision."""
-    try:
-        settings = read_json(Path(directory) / "config.json")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    settings = read_json(Path(directory) / "config.json")
     architecture = settings.get("model_type")
     if architecture is None and settings.keys() >= {"n_layer", "n_embd", "n_head"}:
         architecture = "gpt2"  # the oldest files do not say what they are
     if architecture != "gpt2":
-        raise ValueError(f"{where}: a {architecture!r} model; only GPT-2 is supported")
-    try:
-        if settings.get("quantization_config"):
-            raise ValueError("quantised weights; give the model in full precision")
-        settings = {key: value for key, value in settings.items() if key not in NOT_THE_MODEL}
-        config = GPT2Config.from_dict(settings)
-        sizes = (config.n_layer, config.n_embd, config.n_head, config.n_positions)
-        if min(*sizes, config.vocab_size) < 1:
-            raise ValueError("a size below 1")
-        return config
-    except Exception as error:  # of any type, for values that are none of GPT-2's
-        raise ValueError(f"{where}: config.json: {first_line(error)}") from None
-
-
-def named_base(args: argparse.Namespace) -> str:
-    """The flag that messages about the base model name."""
-    name = args.model_name_or_path
-    return "--from_scratch" if args.from_scratch else f"--model_name_or_path {name}"
+        raise ValueError(f"a {architecture!r} model; only GPT-2 is supported")
+    if settings.get("quantization_config"):
+        raise ValueError("config.json: quantised weights; give the model in full precision")
+    config = GPT2Config.from_dict({key: settings[key] for key in CONFIG_KEYS & settings.keys()})
+    if min(config.n_layer, config.n_embd, config.n_head, config.n_positions, config.vocab_size) < 1:
+        raise ValueError("config.json: a size below 1")
+    return config
 
 
 def locate(name: str) -> str:
@@ -1767,10 +1730,9 @@ def locate(name: str) -> str:
     where = f"--model_name_or_path {name}"
     directory = name if Path(name).exists() else from_hub(name)
     if not (Path(directory) / "config.json").is_file():
-        ways_out = "give --model_name_or_path a local directory, or --from_scratch"
-        if (Path(directory) / PEFT_CONFIG).is_file():
-            ways_out = "it is an adapter, give it as --adapter_path"
-        raise ValueError(f"{where}: holds no config.json; {ways_out}")
+        is_adapter = (Path(directory) / PEFT_CONFIG).is_file()
+        hint = "; it is an adapter, give it as --adapter_path" if is_adapter else ""
+        raise ValueError(f"{where}: holds no config.json{hint}")
     return directory
 
 
@@ -1779,39 +1741,36 @@ def from_hub(name: str) -> str:
 
     Raises ValueError within seconds, where transformers would retry for a minute.
     """
-    from huggingface_hub import HfApi, snapshot_download
-
-    cached = ""
     with suppress(Exception):  # it fails for what is not cached, and for what is no hub id at all
         cached = snapshot_download(name, local_files_only=True, ignore_patterns="*")
-        weight_files(Path(cached))
-        if Path(cached, "config.json").exists() and matching_files(cached, VOCABULARY_FILES):
+        needed = [Path(cached, "config.json"), *weight_files(Path(cached))]
+        if all(map(Path.exists, needed)) and matching_files(cached, VOCABULARY_FILES):
             return cached
+    where = f"--model_name_or_path {name}"
     try:
         files = HfApi().model_info(name, timeout=5).siblings  # one quick request tells
         has_safetensors = any(file.rfilename.startswith(WEIGHT_FILES[0]) for file in files)
         weights = "model*.safetensors*" if has_safetensors else "pytorch_model*.bin*"
-        patterns = ["config.json", *TOKENIZER_FILES, weights]
+        patterns = ["config.json", METADATA, *TOKENIZER_FILES, weights]
         return snapshot_download(name, allow_patterns=patterns, ignore_patterns="*/*")
     except Exception as error:
-        where, reason = f"--model_name_or_path {name}", first_line(error)
-        if cached:
-            logger.warning("%s: only what the cache holds of it is taken: %s", where, reason)
+        with suppress(Exception):
+            cached = snapshot_download(name, local_files_only=True)
+            logger.warning("%s: only what the cache holds of it is taken", where)
             return cached
-        neither = "neither a local directory nor to be had from the hub"
-        ways_out = "give a local directory, or --from_scratch"
-        raise ValueError(f"{where}: {neither} ({reason}); {ways_out}") from None
+        neither = f"neither a local directory nor to be had from the hub ({first_line(error)})"
+        raise ValueError(f"{where}: {neither}; give --model_name_or_path a directory") from None
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, number(int, 1), "tokens; >= 1"),
-    "hidden_size": Flag(768, number(int, 1), "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, number(int, 1), "must divide --hidden_size"),
+    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
+    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
+    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
     "num_hidden_layers": Flag(12, number(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, number(int, 1), "longest sequence, prefix included"),
+    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
 }
 BASE_FLAGS = {
     "modification_type": Flag("lora", TECHNIQUES, "what trains"),
@@ -1836,14 +1795,14 @@ def model_flags() -> dict[str, Flag]:
 MODEL_FLAGS = model_flags()
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: ArgumentParser) -> None:
     """Declares the model flags, a group a technique."""
     add_flags(parser, "model", BASE_FLAGS)
     for name, technique in TECHNIQUES.items():
         add_flags(parser, f"--modification_type {name}", technique.flags)
 
 
-def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
+def add_flags(parser: ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
     """Declares flags. None gets its default here, so that what was parsed is what was given."""
     group = parser.add_argument_group(title)
     for name, (default, kind, text) in flags.items():
@@ -1851,10 +1810,10 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
         if kind is bool:
             typed = {"type": boolean, "nargs": "?", "const": True}
         shown = "" if default in (None, []) else f" ({str(default).translate(PLAIN_LIST)})"
-        group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=text + shown, **typed)
+        group.add_argument(f"--{name}", default=SUPPRESS, help=text + shown, **typed)
 
 
-def command_line(settings: Mapping[str, Any]) -> list[str]:
+def command_line(settings: Settings) -> list[str]:
     """Settings as flags, as they would be given on a command line."""
     lists = (list, tuple, set, range)
     return [
@@ -1863,25 +1822,26 @@ def command_line(settings: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def parsed(flags: Mapping[str, Flag], settings: Mapping[str, Any]) -> dict[str, Any]:
+def parsed(flags: Mapping[str, Flag], settings: Settings) -> Settings:
     """Settings, as text or as values, as a command line of them is parsed; None stays where it is
     the default. Raises ValueError that names the flag, the value and what is legal."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_flags(parser, "", {name: flags[name] for name in settings})
-    left = {name: value for name, value in settings.items() if value is flags[name].default is None}
-    given = {name: value for name, value in settings.items() if name not in left}
+    given = {n: v for n, v in settings.items() if (v, flags[n].default) != (None, None)}
     try:
-        return left | vars(parser.parse_args(command_line(given)))
-    except argparse.ArgumentError as error:
+        return settings | vars(parser.parse_args(command_line(given)))
+    except ArgumentError as error:
         raise ValueError(f"{error.argument_name}: {error.message}") from None
 
 
-def checked(name: str, value: Any) -> Any:
-    """A setting as its flag parses it. Raises ValueError that names the flag."""
-    return parsed(model_flags(), {name: value})[name]
+def check_together(args: Namespace) -> None:
+    """Raises ValueError for settings that are legal each, but not together."""
+    if args.prefix_projection_size and args.prefix_type != "key_value":
+        size = f"--prefix_projection_size {args.prefix_projection_size}"
+        raise ValueError(f"{size}: needs --prefix_type key_value")
 
 
-def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
+def with_defaults(args: object = None, **overrides: Any) -> Namespace:
     """All model flags: those that `args` has as attributes, the others at their defaults,
     `overrides` above both.
 
@@ -1891,81 +1851,56 @@ def with_defaults(args: object = None, **overrides: Any) -> argparse.Namespace:
     if unknown := overrides.keys() - flags.keys():
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
     given = {name: getattr(args, name, flag.default) for name, flag in flags.items()}
-    settings = argparse.Namespace(**parsed(flags, given | overrides))
-    check_together(settings)
-    return settings
+    return Namespace(**parsed(flags, given | overrides))
 
 
-def check_together(args: argparse.Namespace) -> None:
-    """Raises ValueError for settings that are legal each, but not together."""
-    if args.hidden_size % args.num_attention_heads:
-        heads = f"not a multiple of {args.num_attention_heads} heads"
-        raise ValueError(f"--hidden_size {args.hidden_size}: {heads}")
-    check_projection(args.prefix_type, args.prefix_projection_size)
-
-
-def idle_flags(given: Mapping[str, Any], args: argparse.Namespace) -> list[str]:
-    """A line for each flag that was given and that the chosen technique does not look at."""
-    technique, idle = args.modification_type, {}
-    for owner, row in TECHNIQUES.items():
-        if owner != technique:
-            belongs = f", it belongs to --modification_type {owner}, this is {technique}"
-            idle |= dict.fromkeys(row.flags, belongs)
+def idle_flags(given: Iterable[str], args: Namespace) -> list[str]:
+    """A line for each model flag that was given and has no effect beside the others."""
+    used = BASE_FLAGS.keys() | TECHNIQUES[args.modification_type].flags.keys()
+    chosen = f"--modification_type {args.modification_type}"
     if not args.from_scratch:
-        idle |= dict.fromkeys(SCRATCH_FLAGS, " without --from_scratch")
-    if technique == "full":
-        idle["trainable_modules"] = ", full trains every module"
-    return [f"--{name}: without effect{idle[name]}" for name in sorted(idle.keys() & given.keys())]
+        used, chosen = used - SCRATCH_FLAGS.keys(), f"{chosen} and no --from_scratch"
+    if args.modification_type == "full":  # it trains every module
+        used = used - {"trainable_modules"}
+    idle = sorted((model_flags().keys() - used).intersection(given))
+    return [f"--{name}: without effect with {chosen}" for name in idle]
 
 
 # ---- the script ----------------------------------------------------------------------------------
 
 
-def meta_model(args: argparse.Namespace) -> GPT2LMHeadModel:
-    """The modified model on PyTorch's meta device: every shape, no weight."""
-    return modify(build(read_config(args), named_base(args), "meta"), args)
-
-
-def compare(args: argparse.Namespace) -> list[dict]:
-    """What each technique trains and saves (fp32) on the base that the flags name."""
+def compare(args: Namespace) -> list[Settings]:
+    """What each technique trains and saves (fp32) on the base that the flags name, the largest
+    first."""
     base = {name: getattr(args, name) for name in BASE_FLAGS if name != "trainable_modules"}
     rows = []
     for technique, row in TECHNIQUES.items():
         for label, paper, changes in row.compared:
-            settings = argparse.Namespace(**base)
-            model = meta_model(with_defaults(settings, modification_type=technique, **changes))
+            model = meta_model(with_defaults(**base | {"modification_type": technique} | changes))
             total, trainable = parameter_counts(model)
             saved = total if is_plain(technique) else trainable
             for layer in lora_layers(model).values():  # thirds are saved as one B of all rows
                 saved += layer.full_B().numel() - layer.lora_B.numel()
-            counts = {"total": total, "trainable": trainable, "saved_mb": saved * 4e-6}
-            rows.append({"label": label, "paper": paper, **counts})
+            rows.append({
+                "label": label, "paper": paper, "trainable": trainable,
+                "ratio": trainable / total, "saved_mb": saved * 4e-6,
+            })  # fmt: skip
     return sorted(rows, key=lambda row: -row["trainable"])
 
 
-def table(rows: list[dict]) -> str:
+def meta_model(args: Namespace) -> GPT2LMHeadModel:
+    """The modified model on PyTorch's meta device: every shape, no weight."""
+    return modify(load_base(args, "meta"), args)
+
+
+def table(rows: list[Settings]) -> str:
     """The rows of `compare` as text; AdamW keeps two fp32 moments a trainable parameter."""
-    head = f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>12}{'optimizer':>12}"
-    lines = [f"{head}  paper"]
+    lines = [f"{'technique':<30}{'trainable':>14}{'ratio':>9}{'saved':>12}{'optimizer':>12}  paper"]
     for row in rows:
-        ratio, optimizer_mb = row["trainable"] / row["total"], row["trainable"] * 8e-6
-        counts = f"{row['label']:<30}{row['trainable']:>14,}{ratio:>9.2%}"
-        sizes = f"{row['saved_mb']:>9,.1f} MB{optimizer_mb:>9,.1f} MB"
+        counts = f"{row['label']:<30}{row['trainable']:>14,}{row['ratio']:>9.2%}"
+        sizes = f"{row['saved_mb']:>9,.1f} MB{row['trainable'] * 8e-6:>9,.1f} MB"
         lines.append(f"{counts}{sizes}  {row['paper']}".rstrip())
     return "\n".join(lines)
-
-
-def plot_comparison(rows: list[dict], title: str, path: str) -> None:
-    """Bars of the trainable parameters of each technique, on a log scale."""
-    from matplotlib.figure import Figure
-
-    axes = Figure(figsize=(9, 4.5)).subplots()
-    bars = axes.barh([row["label"] for row in rows], [row["trainable"] for row in rows])
-    axes.bar_label(bars, fmt="{:,.0f}", padding=4)
-    axes.margins(x=0.2)  # room for the numbers
-    axes.set(xscale="log", xlabel="trainable parameters", title=title)
-    axes.invert_yaxis()
-    axes.figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 TASK_FLAGS = {
@@ -1976,7 +1911,7 @@ TASK_FLAGS = {
 }
 
 
-def run(args: argparse.Namespace, given: dict) -> None:
+def run(args: Namespace, given: Iterable[str]) -> None:
     """The task that the flags name. Raises ValueError, OSError."""
     if bool(args.adapter_path) != bool(args.merge_to):
         raise ValueError("--adapter_path and --merge_to: give both, or neither")
@@ -1984,41 +1919,41 @@ def run(args: argparse.Namespace, given: dict) -> None:
         raise ValueError("--plot: needs --compare")
     if args.compare and args.merge_to:
         raise ValueError("--compare and --merge_to: two tasks, give one")
-    check_together(args)
-    idle = idle_flags(given, args)
     if args.compare or args.merge_to:
-        task = "merge_to" if args.merge_to else "compare"
         used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS, *TASK_FLAGS}
-        idle = [f"--{name}: without effect with --{task}" for name in given if name not in used]
+        idle = [f"--{name}: without effect on this task" for name in given if name not in used]
+    else:
+        idle = idle_flags(given, args)
     for line in idle:
         logger.warning(line)
     if args.merge_to:
-        merge_directory(args.adapter_path, args.merge_to, given.get("model_name_or_path"))
+        base = args.model_name_or_path if "model_name_or_path" in given else None
+        merge_directory(args.adapter_path, args.merge_to, base)
     elif args.compare:
-        rows = compare(args)
-        print(table(rows))
+        print(table(rows := compare(args)))
         if args.plot:
-            base = "GPT-2 of these sizes" if args.from_scratch else args.model_name_or_path
-            plot_comparison(rows, f"{base}: what each technique trains", args.plot)
+            title = {"title": "trainable parameters", "logx": True, "legend": False}
+            bars = DataFrame(rows).plot.barh("label", "trainable", **title)
+            bars.figure.savefig(args.plot, bbox_inches="tight")
     else:
         print(statistics(meta_model(args)))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status; bad input leaves with 2 and one line on stderr."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="modify_llm.py",
         description="Count what a technique trains in GPT-2, compare techniques, or merge a LoRA.",
-        usage=argparse.SUPPRESS,
+        usage=SUPPRESS,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=RawDescriptionHelpFormatter,
         epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:5]),
     )
     add_model_flags(parser)
     add_flags(parser, "tasks (without one: count what --modification_type trains)", TASK_FLAGS)
-    given = vars(parser.parse_args(argv))
+    given = parser.parse_args(argv)
     defaults = {name: flag.default for name, flag in (model_flags() | TASK_FLAGS).items()}
-    args = argparse.Namespace(**defaults | given)
+    args = Namespace(**defaults | vars(given))
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets lines without the emoji
     # The coverage of each LoRA target is no news where all techniques are compared.
@@ -2026,7 +1961,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
     transformers_logging.disable_progress_bar()
     try:
-        run(args, given)
+        run(args, vars(given))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0

@@ -796,25 +796,12 @@ def load_rows(
     args: Args, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
-
-    def labelled(flag: str) -> AlpacaDataset:
-        path, length = getattr(args, flag), args.max_length
-        dataset = load_dataset(
-            path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
-        )
-        keep = dataset.label_counts > 0
-        if not keep.any():
-            raise ValueError(f"--{flag} {path}: no row is left to learn from")
-        if not keep.all():
-            logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
-        return dataset.select(keep)
-
     if args.eval_dataset_path:
-        held_out = labelled("eval_dataset_path")
-        train = labelled("dataset_path") if args.dataset_path else held_out.first(0)
+        held_out = labelled_rows("eval_dataset_path", args, tokenizer)
+        train = held_out if args.eval_only else labelled_rows("dataset_path", args, tokenizer)
     else:
-        split_seed = args.seed if args.split_seed is None else args.split_seed
-        train, held_out = labelled("dataset_path").split(args.eval_fraction, split_seed)
+        rows = labelled_rows("dataset_path", args, tokenizer)
+        train, held_out = rows.split(args.eval_fraction, args.split_seed)
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
@@ -827,15 +814,43 @@ def load_rows(
             f"--early_stopping_patience: needs held-out rows, --eval_fraction {args.eval_fraction} "
             "leaves none"
         )
-    held_out = held_out.first(limit)
+    train, held_out = train.first(args.max_samples), held_out.first(limit)
     if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
         logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
     if args.eval_answers > len(held_out):
         logger.warning("--eval_answers %d: %d rows are held out", args.eval_answers, len(held_out))
-    train = train.first(args.max_samples)
-    if shared := data_pipeline.rows_in_common(held_out, train):
+    trained = train
+    if args.eval_only:
+        trained = trained_rows(args, tokenizer) if args.adapter_path and args.dataset_path else None
+    if trained and (shared := data_pipeline.rows_in_common(held_out, trained)):
         logger.warning("%d of %d held-out rows are also trained on", shared, len(held_out))
     return train, held_out
+
+
+def labelled_rows(flag: str, args: Args, tokenizer: PreTrainedTokenizerBase) -> AlpacaDataset:
+    """The rows of a dataset that hold something to learn. Raises ValueError where none does."""
+    path, length = getattr(args, flag), args.max_length
+    dataset = load_dataset(
+        path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
+    )
+    keep = dataset.label_counts > 0
+    if not keep.any():
+        raise ValueError(f"--{flag} {path}: no row is left to learn from")
+    if not keep.all():
+        logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
+    return dataset.select(keep)
+
+
+def trained_rows(args: Args, tokenizer: PreTrainedTokenizerBase) -> AlpacaDataset | None:
+    """Those of --dataset_path that --adapter_path was trained on, where its hash says so."""
+    saved = trained_settings(Path(args.adapter_path))
+    rows = labelled_rows("dataset_path", args, tokenizer)
+    split, _ = rows.split(saved.get("eval_fraction", 0), saved.get("split_seed", 0))
+    for candidate in (split, rows):
+        trained = candidate.first(saved.get("max_samples", 0))
+        if trained.content_hash() == saved.get("dataset_sha256"):
+            return trained
+    return None
 
 
 FEW_TOKENS = 1000  # held out: a perplexity of fewer says little
@@ -883,9 +898,8 @@ def build_model(args: Args) -> GPT2LMHeadModel:
         model = final_modify(args, from_scratch=False, model_name_or_path=str(base))
     else:
         model = final_modify(args)
-    split_seed = args.seed if args.split_seed is None else args.split_seed
-    split = {"split_seed": split_seed, "eval_fraction": args.eval_fraction}
-    model.modification |= {"text_format": args.text_format, "max_length": args.max_length} | split
+    rows = ("text_format", "max_length", "max_samples", "split_seed", "eval_fraction")
+    model.modification |= {name: getattr(args, name) for name in rows}
     return model
 
 
@@ -1041,8 +1055,11 @@ def claim_directory(args: Args, runtime: Runtime, closing: ExitStack) -> None:
             raise ValueError(f"--output_dir {output_dir}: cannot be written to: {reason}") from None
         logger.warning("--output_dir %s: no locks there: see that no second run does", output_dir)
     refuse_used_directory(args)  # another run may have come and gone meanwhile
-    for path in [*output_dir.glob("checkpoints/.new_step_*"), *output_dir.glob("*.json*.new")]:
-        path.unlink()
+    unfinished = [f"{name}.new" for name in ("run.json", "metrics.jsonl", "predictions.jsonl")]
+    for path in output_dir.glob("checkpoints/.new_step_*"):
+        remove(path)
+    for name in unfinished:
+        (output_dir / name).unlink(missing_ok=True)
     recover_directories(output_dir)
 
 
@@ -1093,13 +1110,18 @@ def clear_directory(output_dir: Path) -> None:
     """Removes what a run wrote, and nothing else: of a link the link alone."""
     written = written_by_a_run(output_dir)
     for path in sorted(written, key=lambda path: path.name == "run.json"):  # it says so, so last
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        remove(path)
     if written:
         names = ", ".join(path.name for path in written)
         logger.info("--overwrite_output_dir: removed from %s: %s", output_dir, names)
+
+
+def remove(path: Path) -> None:
+    """Of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
@@ -1244,7 +1266,7 @@ def start_records(run: Run, closing: ExitStack) -> None:
     for path in checkpoints(output_dir):
         if step_number(path) > state.step:  # of the way that is left
             logger.info("%s is removed: the run goes on from step %d", path, state.step)
-            path.unlink()
+            remove(path)
     run.reported_step = cut_metrics(output_dir / "metrics.jsonl", state)
     log = output_dir / f"training_{datetime.now():%Y%m%d_%H%M%S}.log"
     open_log_file(log, closing)
@@ -1367,20 +1389,25 @@ In the terminal: `python train_llm.py --adapter_path DIR --prompt "..."`
 
 def write_predictions(run: Run) -> None:
     """predictions.jsonl: the reference, the untouched base's answer and the tuned model's."""
-    tokenizer, count = run.tokenizer, run.args.num_samples
+    tokenizer, count, model = run.tokenizer, run.args.num_samples, run.model
     prompts, references = held_out_prompts(run.eval_rows, count, tokenizer)
     if not prompts:
         return
+    try:
+        base = modify_llm.detach(modify_llm.share_weights(model))
+    except ValueError:  # where it was trained itself
+        chosen = Args(from_scratch=False, model_name_or_path=model.base_name, dropout=0.0)
+        base = modify_llm.load_base(chosen).requires_grad_(False)
+        prepare_model(base, run.args, run.runtime)
     settings = (tokenizer, run.args, run.runtime)
-    tuned = generate_answers(prompts, run.model, *settings)
-    chosen = Args(from_scratch=False, model_name_or_path=run.model.base_name, dropout=0.0)
-    base = modify_llm.load_base(chosen).requires_grad_(False)
-    prepare_model(base, run.args, run.runtime)
-    untuned, rows = generate_answers(prompts, base, *settings), []
-    for i, (answer, stopped) in enumerate(tuned):
-        row = {"prompt": tokenizer.decode(prompts[i]), "reference": tokenizer.decode(references[i])}
-        rows.append(row | {"base": untuned[i][0], "tuned": answer, "stopped": stopped})
-    write_at_once(run.output_dir / "predictions.jsonl", as_lines(rows))
+    answers = [generate_answers(prompts, answering, *settings) for answering in (base, model)]
+    write_at_once(run.output_dir / "predictions.jsonl", as_lines([
+        {"prompt": tokenizer.decode(prompt), "reference": tokenizer.decode(reference),
+         "base": untuned, "tuned": tuned, "stopped": stopped}
+        for prompt, reference, (untuned, _), (tuned, stopped) in zip(
+            prompts, references, *answers, strict=True
+        )
+    ]))  # fmt: skip
 
 
 def as_lines(rows: list[dict[str, Any]]) -> str:
@@ -1463,7 +1490,7 @@ def save_checkpoint(run: Run) -> None:
     others = [path for path in checkpoints(run.output_dir) if step_number(path) != step]
     for path in others[run.args.save_total_limit - 1 :]:
         if step_number(path) not in (run.progress.best_step, run.resumed_from):
-            attempt(f"{path} cannot be removed", path.unlink)
+            attempt(f"{path} cannot be removed", remove, path)
 
 
 def checksum(state: str, tensors: dict[str, Tensor]) -> str:
@@ -2022,8 +2049,9 @@ def compare(args: Args, runtime: Runtime) -> None:
         start_peak_memory(runtime)
         try:
             chosen = resolve(vars(args) | known[name] | {
-                "learning_rate": rate, "seed": args.seed + seed, "split_seed": args.seed,
-                "output_dir": str(directory), "resume_from": resume_from, "compare": None, "learning_rates": [], "seeds": 1,
+                "learning_rate": rate, "seed": args.seed + seed,
+                "output_dir": str(directory), "resume_from": resume_from,
+                "compare": None, "learning_rates": [], "seeds": 1,
             })  # fmt: skip
             row |= {"learning_rate": chosen.learning_rate, "seed": chosen.seed}
             with quiet_screen():
@@ -2383,7 +2411,7 @@ def open_log_file(path: Path, closing: ExitStack) -> None:
             file = logging.FileHandler(path, encoding="utf-8", errors="replace")
             file.setFormatter(kept.formatter)
             file.handleError = lambda record: None  # a full disk: what fails next tells it
-            closing.callback(file.close)
+            closing.callback(attempt, f"{path}", file.close)
             closing.callback(vars(kept).update, target=None, capacity=sys.maxsize)
             vars(kept).update(target=file, capacity=1)  # from now on at once
             kept.flush()
@@ -2603,7 +2631,7 @@ def stored_flags(given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"--resume_from {wanted}: lies in no run; --output_dir DIR says where it goes on"
         )
-    if wanted != "auto" and not (checkpoint or run_dir.is_dir()):
+    if wanted != "auto" and not (checkpoint or os.path.isdir(run_dir)):
         raise ValueError(f"--resume_from {wanted}: no such directory")
     stored: dict[str, Any] = {}
     for path in (run_dir / "run.json", *([checkpoint] if checkpoint else checkpoints(run_dir))):
@@ -2644,9 +2672,7 @@ def resolve(given: dict[str, Any]) -> Args:
         with suppress(ValueError):  # load_trained tells
             saved = trained_settings(Path(adapter_path))
         known = {*modify_llm.MODEL_FLAGS, "text_format", "max_length"}
-        known |= (
-            {"split_seed", "eval_fraction"} if given.get("eval_only") else set()
-        )  # the same split
+        known |= {"split_seed", "eval_fraction"} if given.get("eval_only") else set()
         defaults |= {name: value for name, value in saved.items() if name in known}
         defaults["model_name_or_path"] = None
         for name in given.keys() & saved.keys() & modify_llm.MODEL_FLAGS.keys():
@@ -2654,15 +2680,15 @@ def resolve(given: dict[str, Any]) -> Args:
                 raise ValueError(f"--{name}: {adapter_path} was trained with {saved[name]}")
     else:
         model = given.get("model_name_or_path", "")
-        defaults |= (
-            modify_llm.prompt_settings(model) if hasattr(modify_llm, "prompt_settings") else {}
-        )
+        defaults |= modify_llm.prompt_settings(model)
     args = Args(**defaults | given)
     modify_llm.check_together(args)
     if problem := conflict(args):
         raise ValueError(problem)
     if args.learning_rate is None and args.compare is None:
         args.learning_rate = TECHNIQUES[args.modification_type].learning_rate(args)
+    if args.split_seed is None:
+        args.split_seed = args.seed
     return args
 
 
@@ -2835,7 +2861,8 @@ def show_demo_answers(args: Args, runtime: Runtime) -> None:
         shown[name] = [answer.strip() for answer, _ in answers]
     shown["right answer"] = rows.output
     table.info("\nHeld-out questions, on lists of words that are in neither part's rows:\n")
-    table.info(shown.head().to_string(index=False, justify="left"))
+    head = shown.head().apply(lambda column: column.str.ljust(column.str.len().max()))
+    table.info(head.to_string(index=False, justify="left"))
     right = [int((shown[name] == rows.output).sum()) for name in models]
     table.info("\nRight answers of %d: base %d, tuned %d", len(rows), *right)
     row = COMPARED.format(name="lora", **outcome(output_dir))

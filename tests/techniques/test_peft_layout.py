@@ -47,7 +47,14 @@ def test_no_peft_at_run_time():
     }
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in imported} - sys.stdlib_module_names
-    assert packages <= {"torch", "transformers", "safetensors", "huggingface_hub", "matplotlib"}
+    assert packages <= {
+        "torch",
+        "transformers",
+        "safetensors",
+        "huggingface_hub",
+        "pandas",
+        "regex",
+    }
 
 
 PEFT_KINDS = {
@@ -201,7 +208,7 @@ def test_settings_that_are_null_files_that_are_empty_and_places_that_are_not_the
         load_trained(tmp_path / "nowhere")
     save_trained(modified(base), tmp_path / "final")
     settings = json.loads((tmp_path / "final" / "modification.json").read_text())
-    settings["base_model_name_or_path"] = "gone/away"
+    settings |= {"base_model_name_or_path": "gone/away", "base_relative_path": "../gone"}
     (tmp_path / "final" / "modification.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"^the base of \S+final: --model_name_or_path gone/away"):
         load_trained(tmp_path / "final")
@@ -283,7 +290,7 @@ def test_what_peft_made_after_resizing_the_embeddings_loads_on_the_resized_base(
     ours = load_trained(tmp_path / "peft", str(tmp_path / "resized"))
     assert close(logits(ours), logits(theirs), 1e-5)
     assert len(trainable_state(ours)) == len(trainable_state(theirs))
-    rows = f"embeddings of {VOCAB + 7} rows, the base has {VOCAB}; give --model_name_or_path"
+    rows = rf"has shape \({VOCAB + 7}, \d+\), the model's \({VOCAB}, \d+\)"
     with pytest.raises(ValueError, match=rows):
         load_trained(tmp_path / "peft", base)
 
@@ -296,7 +303,7 @@ def test_an_adapter_in_a_bin_file_loads_and_one_without_lora_is_named(base, tmp_
     assert close(logits(load_trained(tmp_path)), logits(theirs), 1e-5)
     torch.save({"base_model.model.transformer.ln_f.bias": torch.zeros(HIDDEN)},
                tmp_path / "adapter_model.bin")  # fmt: skip
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / 'adapter_model.bin'}: holds no")):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: .*names no layer"):
         load_trained(tmp_path)
     (tmp_path / "adapter_model.bin").write_text(LFS)
     with pytest.raises(ValueError, match=r"adapter_model\.bin: a git-LFS pointer"):

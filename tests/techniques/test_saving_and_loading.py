@@ -72,13 +72,18 @@ def test_selective_and_full_are_saved_as_plain_models(base, settings, tmp_path):
     ],
     ids=["lora", "adapters", "embedding prefix", "key_value prefix", "selective", "full"],
 )
-def test_a_model_of_one_s_own_is_saved_and_loaded_on_the_base_that_is_named(base, apply, tmp_path):
+def test_a_model_of_one_s_own_is_saved_with_its_base_s_name(base, apply, tmp_path):
     model = perturb(apply(plain(base)))
-    save_trained(model, tmp_path)
-    assert close(logits(load_trained(tmp_path, base)), logits(model), 1e-6)
-    if not (tmp_path / "config.json").exists():
+    save_trained(model, tmp_path / "named")
+    assert close(logits(load_trained(tmp_path / "named")), logits(model), 1e-6)
+    model = perturb(apply(small()))
+    save_trained(model, tmp_path / "of no name")
+    small().save_pretrained(tmp_path / "base")
+    loaded = load_trained(tmp_path / "of no name", tmp_path / "base")
+    assert close(logits(loaded), logits(model), 1e-6)
+    if not (tmp_path / "of no name" / "config.json").exists():
         with pytest.raises(ValueError, match="base model; give --model_name_or_path"):
-            load_trained(tmp_path)
+            load_trained(tmp_path / "of no name")
 
 
 UNTIED = {

@@ -128,7 +128,7 @@ def test_output_that_nobody_reads_ends_without_a_word_of_complaint():
         ("--lora_rank four", ["--lora_rank", "'four'"]),
         (
             "--from_scratch --hidden_size 100 --num_attention_heads 3",
-            ["--hidden_size 100", "3 heads"],
+            ["--from_scratch", "100", "num_heads`: 3"],
         ),
         ("--from_scratch --num_attention_heads 0", ["--num_attention_heads", "'0'"]),
         ("--from_scratch --vocab_size -5", ["--vocab_size", "'-5'"]),
@@ -175,7 +175,10 @@ def test_a_bad_flag_is_refused_in_one_line_that_names_it(
 @pytest.mark.parametrize(
     ("sizes", "said"),
     [
-        ("--hidden_size 900000000 --num_attention_heads 1 --num_hidden_layers 1", "its settings"),
+        (
+            "--hidden_size 900000000 --num_attention_heads 1 --num_hidden_layers 1",
+            "--from_scratch: ",
+        ),
         ("--num_hidden_layers 2000000000", "--num_hidden_layers"),
     ],
 )

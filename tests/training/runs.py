@@ -26,6 +26,7 @@ ROOT = Path(train_llm.__file__).parent
 RESUME = ("--resume_from", "auto")
 EOS = 256  # of the byte tokenizer: 256 bytes and the end of text
 FORMAT = "{q}||{a}"
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")  # what it hands over
 CPU = Runtime(torch.device("cpu"), torch.float32)
 TECHNIQUES = {
     "lora": {},

@@ -3,11 +3,11 @@
 python -m pytest tests/training/test_answers.py
 """
 
-import argparse
 import json
 import re
 import shutil
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -52,41 +52,48 @@ def test_an_answers_indentation_stays_and_half_a_character_goes(finished, monkey
 
 
 def answer_settings(**changes):
-    return argparse.Namespace(**train_llm.DEFAULTS | {"max_new_tokens": 12} | changes)
+    return Namespace(**train_llm.DEFAULTS | {"max_new_tokens": 12} | changes)
 
 
 PROMPTS = [[65, 66, 67], [70] * 30, [80, 81], list(range(65, 82)), [90] * 117]  # 128 positions
 
 
-@pytest.mark.parametrize("technique", TECHNIQUES)
+@pytest.mark.parametrize(
+    ("technique", "settings"),
+    [
+        *((technique, {}) for technique in TECHNIQUES),
+        ("prefix", {"repetition_penalty": 1.3}),
+        ("lora", {"no_repeat_ngram_size": 2}),
+        ("prefix", {"num_beams": 3, "length_penalty": 0.5}),
+    ],
+)
 def test_answers_in_a_batch_are_those_that_transformers_gives_to_each_prompt_alone(
-    technique, bytes_tokenizer
+    technique, settings, bytes_tokenizer
 ):
     model, expected = technique_model(technique, small_gpt2(initializer_range=0.5)).eval(), []
     room = model.config.n_positions - train_llm.prefix_length(model)
-    settings = {"do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
+    ends = {"do_sample": False, "eos_token_id": EOS, "pad_token_id": EOS}
     for prompt in PROMPTS:
-        limit = {"max_new_tokens": min(12, room - len(prompt))}
-        ids = model.generate(torch.tensor([prompt]), **settings, **limit)[0, len(prompt) :].tolist()
+        chosen = ends | settings | {"max_new_tokens": min(12, room - len(prompt))}
+        ids = model.generate(torch.tensor([prompt]), **chosen)[0, len(prompt) :].tolist()
         cut = ids[: ids.index(EOS)] if EOS in ids else ids
         expected.append((bytes_tokenizer.decode(cut).removesuffix("\ufffd"), EOS in ids))
-    args = answer_settings(repetition_penalty=1.0)
-    assert train_llm.generate_answers(PROMPTS, model, bytes_tokenizer, args, CPU) == expected
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"temperature": 1.0}, {"repetition_penalty": 1.3}, {"num_beams": 3, "length_penalty": 0.5}],
-)
-def test_an_answer_does_not_depend_on_those_beside_it(settings, bytes_tokenizer):
-    model, state = technique_model("prefix").eval(), torch.get_rng_state()
     args = answer_settings(**settings)
-    with train_llm.attention_without_mask(model):  # as samples are drawn in training
-        together = train_llm.generate_answers(PROMPTS, model, bytes_tokenizer, args, CPU)
-    for number, prompt in enumerate(PROMPTS):
-        args.seed = train_llm.DEFAULTS["seed"] + number
-        alone = train_llm.generate_answers([prompt], model, bytes_tokenizer, args, CPU)
-        assert alone == [together[number]]
+    with train_llm.attention_without_mask(model):  # as samples are taken in training
+        answers = train_llm.generate_answers(PROMPTS, model, bytes_tokenizer, args, CPU)
+    assert answers == expected
+
+
+def test_drawn_answers_are_the_seeds_and_leave_trainings_random_state_alone(bytes_tokenizer):
+    model, state, args = small_gpt2(), torch.get_rng_state(), answer_settings(temperature=1.0)
+    drawn = []
+    for seed, first in ((1, 0), (1, 0), (2, 0), (1, 32)):  # first: of a later part of a file
+        args.seed = seed
+        drawn += [
+            train_llm.generate_answers(PROMPTS, model, bytes_tokenizer, args, CPU, first=first)
+        ]
+    assert drawn[0] == drawn[1]
+    assert all(drawn[0] != other for other in drawn[2:])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -99,23 +106,25 @@ def test_ends_of_text_in_a_batch_of_one_length_are_not_called_padding(bytes_toke
     assert not warned and model.config.pad_token_id == EOS
 
 
-def test_the_repetition_penalty_knows_no_offset_of_the_logits(bytes_tokenizer):
-    """Real GPT-2's logits lie around -100: each repeated token would be banned."""
-    model, answers = small_gpt2(initializer_range=0.5), []
-    for offset in (0.0, -100.0):
-        head = model.lm_head.forward
-        model.lm_head.forward = lambda hidden, head=head, offset=offset: head(hidden) + offset
-        answers += train_llm.generate_answers(
-            PROMPTS[:2], model, bytes_tokenizer, answer_settings(), CPU
-        )
-    assert answers[:2] == answers[2:]
-
-
-def test_noise_draws_tokens_by_their_probabilities():
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(4000, 3)
-    generator = torch.Generator().manual_seed(0)
-    drawn = train_llm.drawn_by_row(logits, [generator] * len(logits)).argmax(1)
-    assert drawn.bincount() / 4000 == pytest.approx([0.5, 0.3, 0.2], abs=0.03)
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.6)])
+def test_tokens_are_drawn_by_their_probabilities(temperature, top_p, bytes_tokenizer):
+    """Of the model's own softmax; with top_p, of the likeliest tokens alone that hold this much."""
+    model, prompt = small_gpt2(initializer_range=0.5), [65, 66, 67]
+    with torch.no_grad():
+        expected = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
+    likeliest = expected.sort(descending=True)
+    kept = likeliest.indices[: 1 + int((likeliest.values.cumsum(0) < top_p).sum())]
+    expected = torch.zeros(257).index_copy(0, kept, expected[kept] / expected[kept].sum())
+    args, drawn = answer_settings(temperature=temperature, top_p=top_p, max_new_tokens=1), []
+    tokenizer = Namespace(
+        eos_token_id=EOS, pad=bytes_tokenizer.pad, decode=lambda ids: drawn.extend(ids) or ""
+    )
+    train_llm.generate_answers([prompt] * 3200, model, tokenizer, args, CPU)
+    found = torch.bincount(torch.tensor(drawn), minlength=257) / len(drawn)
+    if top_p == 1:
+        assert expected[EOS] < 0.01  # an end would not be among what was decoded
+    assert (found - expected).abs().max() < 0.03
+    assert not found[expected == 0].any()
 
 
 def test_a_conversation_is_read_whole_in_the_format_of_turns_and_ctrl_c_ends_an_answer(

@@ -45,18 +45,18 @@ def test_without_an_intervening_best_only_the_newest_checkpoints_stay(flags, tmp
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_a_warning(flags, tmp_path, capsys, monkeypatch):
-    rename = Path.rename
+    unlink = Path.unlink
 
-    def held(path, target):
-        if Path(target).name.startswith(".trash_step_00000002_"):
+    def held(path, **missing):
+        if path.name == "step_00000002":
             raise PermissionError(13, "Permission denied", str(path))
-        return rename(path, target)
+        unlink(path, **missing)
 
-    monkeypatch.setattr(Path, "rename", held)
+    monkeypatch.setattr(Path, "unlink", held)
     assert run(flags(tmp_path, save_interval=1, save_total_limit=1, eval_fraction=0)) == 0
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000006"]
     assert re.search(
-        r"^WARNING:.*step_00000002: cannot be removed: .*denied", capsys.readouterr().out, re.M
+        r"^WARNING:.*step_00000002 cannot be removed: .*denied", capsys.readouterr().out, re.M
     )
 
 
@@ -73,22 +73,27 @@ def test_early_stopping_counts_evaluations_without_gain_and_finishes_the_run(
 
 
 @pytest.mark.parametrize(
-    ("losses", "told"),
+    ("losses", "told", "best"),
     [
-        ([5.0, 5.5, 5.6], "is above that before the first step"),
-        ([5.0, 4.0, 4.1, 4.2, 4.3], "has not fallen for two evaluations"),
-        ([5.0, 4.0, 4.1, 3.9], None),
+        ([5.0, 5.5, 5.6], "is above that before the first step", None),
+        ([5.0, 4.0, 5.1, 5.2], "is above that before the first step", 4.0),
+        ([5.0, 4.0, 4.1, 4.2, 4.3], "has not fallen for two evaluations", 4.0),
+        ([5.0, 4.0, 4.1, 3.9], None, 3.9),
     ],
 )
 def test_a_held_out_loss_that_gets_worse_is_told_once_with_what_to_try(
-    losses, told, flags, tmp_path, monkeypatch, capsys
+    losses, told, best, flags, tmp_path, monkeypatch, capsys
 ):
+    """best/ is spoken of where it is better than the untouched base, and where it is not, the end says so."""
     given = iter(losses)
     monkeypatch.setattr(train_llm, "evaluate", lambda *_: (next(given), 10, 0.5))
     assert run(flags(tmp_path, max_steps=len(losses) - 1, eval_interval=1)) == 0
-    lines = re.findall(r"WARNING:train_llm:The held-out loss (.*)", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    lines = re.findall(r"WARNING:train_llm:The held-out loss (.*)", out)
     assert [line.split(":")[0] for line in lines[:1]] == ([told] if told else [])
-    assert all("--learning_rate" in line and "best/" in line for line in lines)
+    assert all("--learning_rate" in line for line in lines)
+    assert all(("best/ holds the best so far" in line) == bool(best) for line in lines)
+    assert ("No evaluation was better than that before the first step" in out) == (not best)
 
 
 def test_few_held_out_tokens_and_a_full_rate_on_an_adapter_are_told(flags, tmp_path, capsys):

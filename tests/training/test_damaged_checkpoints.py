@@ -3,7 +3,6 @@
 python -m pytest tests/training/test_damaged_checkpoints.py
 """
 
-import hashlib
 import json
 import math
 import pickle
@@ -14,107 +13,71 @@ from pathlib import Path
 import pytest
 import torch
 from runs import RESUME, checkpoints, outcome, refused, run, saved, small_gpt2, snapshot
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import train_llm
 from train_llm import Runtime
 
 
-def flip_a_byte(checkpoint):
-    content = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
+def replace_bytes(checkpoint, old, new):
+    content = checkpoint.read_bytes()
+    assert content.count(old) == 1 and len(old) == len(new)
+    checkpoint.write_bytes(content.replace(old, new))
+
+
+def flip_a_byte_of_a_tensor(checkpoint):
+    content = bytearray(checkpoint.read_bytes())
     content[-100] ^= 1
-    (checkpoint / "optimizer.safetensors").write_bytes(content)
+    checkpoint.write_bytes(content)
+
+
+def flip_a_byte_of_the_progress(checkpoint):
+    replace_bytes(checkpoint, rb"{\"progress\": {\"step\": 5", rb"{\"progress\": {\"step\": 4")
+
+
+def flip_a_byte_of_the_sum(checkpoint):
+    with safe_open(checkpoint, "pt") as file:
+        digest = file.metadata()["sha256"].encode()
+    replace_bytes(checkpoint, digest, digest[:-1] + (b"0" if digest[-1:] != b"0" else b"1"))
+
+
+def exchange_two_names(checkpoint):
+    """Tensors of one shape, each whole."""
+    content = checkpoint.read_bytes()
+    a, b = (
+        b'"exp_avg.transformer.h.0.attn.c_attn.lora_A"',
+        b'"weight.transformer.h.0.attn.c_attn.lora_A"',
+    )
+    assert content.count(a) == content.count(b) == 1
+    checkpoint.write_bytes(content.replace(a, b"?").replace(b, a).replace(b"?", b))
 
 
 def truncate(checkpoint):
-    content = (checkpoint / "trainable.safetensors").read_bytes()
-    (checkpoint / "trainable.safetensors").write_bytes(content[: len(content) // 2])
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[: len(content) // 2])
 
 
-def empty_the_manifest(checkpoint):
-    (checkpoint / "manifest.json").write_text("")
+def empty(checkpoint):
+    checkpoint.write_bytes(b"")
 
 
-def edit_the_manifest(checkpoint):
-    """The sum of a file is changed with the file, but not the manifest's own."""
-    content = bytearray((checkpoint / "optimizer.safetensors").read_bytes())
-    before = hashlib.sha256(content).hexdigest()
-    content[-100] ^= 1
-    (checkpoint / "optimizer.safetensors").write_bytes(content)
-    text = (checkpoint / "manifest.json").read_text()
-    assert before in text
-    (checkpoint / "manifest.json").write_text(
-        text.replace(before, hashlib.sha256(content).hexdigest())
-    )
+def make_it_longer(checkpoint):
+    checkpoint.write_bytes(checkpoint.read_bytes() + b"more")
 
 
-def drop_a_file(checkpoint):
-    (checkpoint / "random.safetensors").unlink()
+def fill_with_garbage(checkpoint):
+    checkpoint.write_bytes(b"\xff" * 1000)  # a header of 2^64 - 1 bytes
 
 
-def sign(checkpoint, **more):
-    """Fits the manifest to the files, as one who knows its form can."""
-    names = sorted(file.name for file in checkpoint.iterdir() if file.name != "manifest.json")
-    files = {
-        name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names
-    } | more
-    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    (checkpoint / "manifest.json").write_text(
-        json.dumps({"files": files, "manifest_sha256": digest})
-    )
+def make_it_a_directory(checkpoint):
+    checkpoint.unlink()
+    checkpoint.mkdir()
 
 
-def name_a_file_outside(checkpoint):
-    (checkpoint.parent.parent / "x").write_text("x")
-    sign(checkpoint, **{"../../x": hashlib.sha256(b"x").hexdigest()})
-
-
-def name_an_absolute_file(checkpoint):
-    outside = checkpoint.parent.parent / "x"
-    outside.write_text("x")
-    sign(checkpoint, **{str(outside): hashlib.sha256(b"x").hexdigest()})
-
-
-def link_a_file(checkpoint):
-    outside = (checkpoint / "state.json").rename(checkpoint.parent.parent / "state.json")
-    (checkpoint / "state.json").symlink_to(outside)
-
-
-def change_tensors(checkpoint, change, file="trainable"):
-    tensors = load_file(checkpoint / f"{file}.safetensors")
-    change(tensors)
-    save_file(tensors, checkpoint / f"{file}.safetensors")
-    sign(checkpoint)
-
-
-def put_nan(checkpoint):
-    change_tensors(checkpoint, lambda tensors: next(iter(tensors.values())).fill_(math.nan))
-
-
-def put_nan_into_the_optimizer(checkpoint):
-    change_tensors(
-        checkpoint, lambda ts: next(t for t in ts.values() if t.ndim).fill_(math.nan), "optimizer"
-    )
-
-
-def add_a_tensor(checkpoint):
-    change_tensors(checkpoint, lambda tensors: tensors.update(stranger=torch.zeros(2)))
-
-
-def lose_a_tensor(checkpoint):
-    change_tensors(checkpoint, lambda tensors: tensors.pop(min(tensors)))
-
-
-def misshape_a_tensor(checkpoint):
-    change_tensors(checkpoint, lambda tensors: tensors.update({min(tensors): torch.zeros(3)}))
-
-
-def lose_a_moment(checkpoint):
-    change_tensors(checkpoint, lambda tensors: tensors.pop(min(tensors)), "optimizer")
-
-
-def name_a_file_that_no_disk_can_hold(checkpoint):
-    sign(checkpoint, **{"n" * 300: "0"})
+def link_to_nothing(checkpoint):
+    checkpoint.unlink()
+    checkpoint.symlink_to(checkpoint.with_name("gone"))
 
 
 class Payload:
@@ -126,47 +89,110 @@ class Payload:
 
 
 def plant_a_pickle(checkpoint):
-    (checkpoint / "trainable.safetensors").write_bytes(
-        pickle.dumps(Payload(checkpoint.parent.parent / "executed"))
+    checkpoint.write_bytes(pickle.dumps(Payload(checkpoint.parent.parent / "executed")))
+
+
+def plant_pytorchs_pickle(checkpoint):
+    torch.save({"weight": Payload(checkpoint.parent.parent / "executed")}, checkpoint)
+
+
+def drop_the_metadata(checkpoint):
+    save_file(load_file(checkpoint), checkpoint)
+
+
+def forge(checkpoint, change):
+    """Writes it anew with changed tensors or state and the sum that fits, as one who knows its form can."""
+    with safe_open(checkpoint, "pt") as file:
+        state = json.loads(file.metadata()["state"])
+    tensors = load_file(checkpoint)
+    change(tensors, state)
+    text = json.dumps(state)
+    metadata = {"state": text, "sha256": train_llm.checksum(text, tensors)}
+    save_file(tensors, checkpoint, metadata)
+
+
+def of_kind(tensors, kind):
+    return min(name for name in tensors if name.startswith(f"{kind}."))
+
+
+def put_nan(checkpoint):
+    forge(checkpoint, lambda tensors, _: tensors[of_kind(tensors, "weight")].fill_(math.nan))
+
+
+def put_nan_into_the_optimizer(checkpoint):
+    forge(checkpoint, lambda tensors, _: tensors[of_kind(tensors, "exp_avg_sq")].fill_(math.nan))
+
+
+def add_a_tensor(checkpoint):
+    forge(checkpoint, lambda tensors, _: tensors.update(stranger=torch.zeros(2)))
+
+
+def lose_a_tensor(checkpoint):
+    forge(checkpoint, lambda tensors, _: tensors.pop(of_kind(tensors, "weight")))
+
+
+def misshape_a_tensor(checkpoint):
+    forge(
+        checkpoint, lambda tensors, _: tensors.update({of_kind(tensors, "weight"): torch.zeros(3)})
     )
-    sign(checkpoint)
+
+
+def lose_a_moment(checkpoint):
+    forge(checkpoint, lambda tensors, _: tensors.pop(of_kind(tensors, "exp_avg")))
+
+
+def lose_a_count_of_steps(checkpoint):
+    forge(checkpoint, lambda tensors, _: tensors.pop(of_kind(tensors, "step")))
+
+
+def lose_the_progress(checkpoint):
+    forge(checkpoint, lambda _, state: state.pop("progress"))
+
+
+def add_unknown_progress(checkpoint):
+    forge(checkpoint, lambda _, state: state["progress"].update(exec="rm"))
 
 
 DAMAGES = (
-    flip_a_byte, truncate, drop_a_file, empty_the_manifest, edit_the_manifest, name_a_file_outside,
-    name_an_absolute_file, link_a_file, put_nan, put_nan_into_the_optimizer, add_a_tensor, lose_a_tensor,
-    misshape_a_tensor, lose_a_moment, plant_a_pickle,
-    name_a_file_that_no_disk_can_hold,
+    flip_a_byte_of_a_tensor, flip_a_byte_of_the_progress, flip_a_byte_of_the_sum, exchange_two_names, truncate, empty,
+    make_it_longer, fill_with_garbage, make_it_a_directory, link_to_nothing, plant_a_pickle, plant_pytorchs_pickle,
+    drop_the_metadata, put_nan, put_nan_into_the_optimizer, add_a_tensor, lose_a_tensor, misshape_a_tensor,
+    lose_a_moment, lose_a_count_of_steps, lose_the_progress, add_unknown_progress,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_auto_warns_of_a_damaged_checkpoint_and_goes_on_from_the_older_one(
+def test_a_damaged_checkpoint_is_refused_by_path_and_passed_over_by_auto(
     flags, half, half_done, capsys, damage
 ):
+    """By path nothing changes; under auto a warning names it, and the run goes on from the older one."""
     newest = checkpoints(half)[-1]
     damage(newest)
-    capsys.readouterr()
-    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    before = snapshot(half)
+    argv = flags(half, eval_interval=2)
+    assert newest.name in refused([*argv, "--resume_from", str(newest)], capsys)
+    assert snapshot(half) == before
+    assert run([*argv, *RESUME]) == 0
     out = capsys.readouterr().out
-    assert re.search(rf"^WARNING:.*{newest.name}", out, re.M)
+    assert re.search(rf"^WARNING:.*skipped: .*{newest.name}: ", out, re.M)
     assert re.search(r"^INFO:.*step_00000004 at step 4$", out, re.M)
     assert outcome(half) == half_done[1]
     assert not (half / "executed").exists()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_asked_for_by_path_is_refused_and_nothing_changes(
-    flags, half, capsys, damage
-):
+def test_a_sum_that_fits_is_what_lets_a_forged_checkpoint_in(flags, half, half_done):
+    """So the tests above show what is found besides the sum."""
+    forge(checkpoints(half)[-1], lambda *_: None)
+    assert run([*flags(half, eval_interval=2), *RESUME]) == 0
+    assert outcome(half) == half_done[1]
+
+
+def test_a_checkpoint_that_is_a_link_is_read(flags, half, half_done, tmp_path):
     newest = checkpoints(half)[-1]
-    damage(newest)
-    before = snapshot(half)
-    assert newest.name in refused(
-        [*flags(half, eval_interval=2), "--resume_from", str(newest)], capsys
-    )
-    assert snapshot(half) == before
-    assert not (half / "executed").exists()
+    shutil.move(newest, tmp_path / "elsewhere")
+    newest.symlink_to(tmp_path / "elsewhere")
+    assert run([*flags(half, eval_interval=2), "--resume_from", str(newest)]) == 0
+    assert outcome(half) == half_done[1]
 
 
 def test_a_checkpoint_or_run_directory_by_path_resumes_to_the_same_bits(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from runs import (
     ROOT,
+    TORCHRUN,
     held_out_losses,
     hidden_leftovers,
     in_micro_step,
@@ -42,7 +43,8 @@ def test_the_demo_points_out_flags_that_it_does_not_look_at(tmp_path, capsys, mo
 
 
 def test_the_demo_under_torchrun_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in zip(TORCHRUN, ("2", "0", "0", "29500", "127.0.0.1"), strict=True):
+        monkeypatch.setenv(name, value)
     assert "--demo" in refused(["--demo", "--output_dir", str(tmp_path / "out")], capsys)
 
 

@@ -4,7 +4,6 @@ python -m pytest tests/training/test_devices.py
 """
 
 import os
-from argparse import Namespace
 
 import pytest
 import torch
@@ -71,26 +70,10 @@ def test_a_gpu_that_pytorch_cannot_use_is_told_with_its_driver(
 def test_more_processes_than_gpus_and_several_on_a_mac_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"--device cuda: 2 GPUs here; .*--nproc_per_node=2"):
-        train_llm.choose_device("auto", 4)
+        train_llm.choose_device("auto", 4, local_rank=2)
+    assert str(train_llm.choose_device("auto", 2, local_rank=1)) == "cuda:1"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"--device mps: .*--device cpu"):
         train_llm.choose_device("auto", 2)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "accumulation", "tokens", "hint"),
-    [
-        (8, 1, 60, "480 tokens a micro-batch leave a GPU waiting; try --batch_size 128"),
-        (4, 32, 250, "1,000 tokens a micro-batch leave a GPU waiting; try --batch_size 16"),
-        (8, 1, 500, None),
-    ],
-)
-def test_a_gpu_that_would_wait_for_launches_gets_a_batch_size_to_try(
-    batch_size, accumulation, tokens, hint
-):
-    args = Namespace(batch_size=batch_size, gradient_accumulation_steps=accumulation)
-    found = train_llm.batch_size_hint(args, tokens)
-    assert found == {} if hint is None else found["Hint"].startswith(hint)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import filelock
@@ -18,8 +19,6 @@ import pytest
 import torch
 from runs import RESUME, ROOT, hidden_leftovers, in_micro_step, outcome, refused, run, snapshot
 from safetensors.torch import load_file
-
-import train_llm
 
 
 def test_run_json_survives_a_disk_that_is_full_when_it_is_written_again(
@@ -106,7 +105,8 @@ def test_a_file_system_without_locks_is_a_warning(code, flags, tmp_path, capsys,
 
     monkeypatch.setattr("fcntl.flock", flock)
     assert run(flags(tmp_path, max_steps=1)) == 0
-    assert re.search(r"^WARNING:.*no locks: see that no second run", capsys.readouterr().out, re.M)
+    said = capsys.readouterr().out
+    assert re.search(r"^WARNING:.*no locks there: see that no second run", said, re.M)
 
 
 def test_a_lock_that_is_held_elsewhere_names_the_file_to_remove(
@@ -149,10 +149,11 @@ def test_a_disk_that_is_full_from_the_start_is_no_fault_of_the_input(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
 def test_a_log_file_on_a_full_disk_adds_no_second_line(flags, tmp_path, capsys):
     def fill_the_disk(_):
-        (log,) = (h for h in logging.getLogger().handlers if isinstance(h, train_llm.LogHandler))
-        os.dup2(os.open("/dev/full", os.O_WRONLY), log.file.fileno())
+        kept = [h for h in logging.getLogger().handlers if isinstance(h, MemoryHandler)]
+        (log,) = (handler.target for handler in kept)
+        os.dup2(os.open("/dev/full", os.O_WRONLY), log.stream.fileno())
         logging.getLogger().info("what no disk holds")
-        log.file.write("nor this")
+        log.stream.write("nor this")
         raise OSError(28, "No space left on device")
 
     with in_micro_step(3, fill_the_disk):

@@ -14,7 +14,7 @@ from runs import RESUME, checkpoints, hidden_leftovers, outcome, run
 
 import train_llm
 
-KEEP_ONE = {"eval_interval": 2, "save_interval": 2, "save_total_limit": 1}
+KEEP_ONE = {"eval_interval": 2, "save_interval": 2, "save_total_limit": 1, "max_steps": 4}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def killed_runs(flags, in_new_process, tmp_path_factory):
             "log": out.getvalue(),
         }
         resumed[f"{i}: {journal[i]}"] = outcome(output_dir) | leftovers
-    assert len(resumed) > 10
+    assert len(resumed) > 8
     return outcome(whole), resumed
 
 
@@ -49,7 +49,7 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_good_checkpoint(kil
     for moment, found in resumed.items():
         assert (found["status"], found["leftovers"]) == (0, set()), moment
         assert "skipped" not in found["log"], moment
-        assert re.search(r"Resumed from \S+ at step [246]\n", found["log"]), moment
+        assert re.search(r"Resumed from \S+ at step [24]\n", found["log"]), moment
         assert [
             key for key in expected if key != "metrics" and found[key] != expected[key]
         ] == [], moment

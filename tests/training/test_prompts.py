@@ -87,8 +87,8 @@ def test_a_file_of_prompts_is_answered_in_its_order_beside_it(
     (tmp_path / name).write_text(content)
     argv = ["--adapter_path", str(learned[0] / "best"), "--prompts_file", str(tmp_path / name)]
     assert run(argv) == 0
-    rows_ = [json.loads(line) for line in (tmp_path / "asked.answers.jsonl").open()]
-    assert rows_ == [
+    (answers,) = tmp_path.glob(f"{name}.out-best.*.answers.jsonl")
+    assert [json.loads(line) for line in answers.open()] == [
         {"prompt": prompt, "answer": answer, "stopped": True}
         for prompt, answer in zip(prompts, ["green", "blue"], strict=True)
     ]
@@ -98,12 +98,13 @@ def test_a_file_of_prompts_is_answered_in_its_order_beside_it(
     ("name", "content", "said"),
     [
         ("a.txt", b"caf\xe9", "can't decode byte"),
-        ("a.jsonl", b'{"q": "a"}\nnull\n', "row 2: None is neither a text nor fields"),
-        ("a.jsonl", b'{"q": "a"}\n5\n', "row 2: 5 is neither a text nor fields"),
-        ("a.jsonl", b'{"q": "\\ud83d"}\n', "row 1 holds"),
-        ("a.csv", b"q\na,b\n", "row 1: more fields than the header"),
-        ("a.csv", b"q\ncaf\xe9\n", "row 1 holds"),
-        ("a.jsonl", b'{"q": \n', "invalid JSON"),
+        ("a.jsonl", b'{"question": "a"}\nnull\n', "row 2: None is neither a text nor fields"),
+        ("a.jsonl", b'{"question": "a"}\n5\n', "row 2: 5 is neither a text nor fields"),
+        ("a.jsonl", b'{"question": "a"}\n{"q": "a"}\n', "row 2: the format reads ['question']"),
+        ("a.jsonl", b'{"question": "\\ud83d"}\n', "row 1: the prompt holds"),
+        ("a.csv", b"question\na,b\n", "row 1: more fields than the header"),
+        ("a.csv", b"question\ncaf\xe9\n", "row 1: "),
+        ("a.jsonl", b'{"question": \n', "invalid JSON"),
         ("a.jsonl.gz", b"plain", "Not a gzipped file"),
         ("a.txt", b"\n", "holds no prompts"),
     ],
@@ -119,8 +120,9 @@ def test_a_file_of_prompts_that_cannot_be_read_is_refused_by_its_name(
 
 def test_a_prompt_in_a_file_ends_at_the_lines_end_alone(learned, tmp_path):
     (tmp_path / "asked.txt").write_text("one\u2028still one\nanother\n", encoding="utf-8")
-    settings = Namespace(prompt=[], prompts_file=str(tmp_path / "asked.txt"))
-    assert train_llm.read_prompts(settings) == ["one\u2028still one", "another"]
+    settings = Namespace(prompts_file=str(tmp_path / "asked.txt"), text_format=FORMAT)
+    read = [prompt for prompt, _ in train_llm.read_prompts(settings)]
+    assert read == ["one\u2028still one", "another"]
 
 
 def test_fields_that_are_no_turns_are_not_asked_as_an_empty_question():
@@ -141,13 +143,13 @@ def test_a_signal_ends_the_answers_after_training_at_once(flags, tmp_path, monke
     assert (tmp_path / "final").exists()
 
 
-@pytest.mark.parametrize(("text", "read"), [("Hello", ["Hello"]), ("[a, b]", ["a", "b"])])
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("Hello", ["Hello"]), ("[a, b]", ["a", "b"]), ('"--x=1, y"', ["--x=1, y"]), ("[7]", ["7"])],
+)
 def test_a_configured_prompt_is_one_text_or_a_list(tmp_path, text, read):
     (tmp_path / "c.yaml").write_text(f"prompt: {text}\n")
-    assert train_llm.read_config(tmp_path / "c.yaml")["prompt"] == read
-    (tmp_path / "c.yaml").write_text("prompt: [1]\n")
-    with pytest.raises(ValueError, match="prompt"):
-        train_llm.read_config(tmp_path / "c.yaml")
+    assert train_llm.flags_of(tmp_path / "c.yaml", "--config c.yaml")["prompt"] == read
 
 
 def test_an_answer_that_is_cut_off_is_marked(learned, capsys):
@@ -186,7 +188,10 @@ def test_a_run_with_prompts_answers_them_when_it_is_trained(flags, tmp_path, cap
 
 @pytest.mark.parametrize(
     ("prompt", "said"),
-    [("x" * 300, "positions"), ('{"answer": "only"}', "reads ['question']; 'question' is missing")],
+    [
+        ("x" * 300, "positions"),
+        ('{"answer": "only"}', "reads ['question'], a JSON object of them; 'question' is missing"),
+    ],
 )
 def test_a_prompt_that_cannot_be_answered_is_refused(learned, capsys, prompt, said):
     assert said in refused(["--adapter_path", str(learned[0] / "best"), "--prompt", prompt], capsys)

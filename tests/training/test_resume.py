@@ -53,8 +53,8 @@ def test_adapter_path_goes_on_from_what_an_earlier_run_saved(
     after = held_out_losses(tmp_path)
     assert after[0] == pytest.approx(best, rel=1e-6)
     assert after[2] != pytest.approx(best, rel=1e-6)
-    steps = load_file(checkpoints(tmp_path)[-1] / "optimizer.safetensors")
-    assert {float(tensor) for name, tensor in steps.items() if name.endswith(".step")} == {2.0}
+    tensors = load_file(checkpoints(tmp_path)[-1])
+    assert {float(t) for name, t in tensors.items() if name.startswith("step.")} == {2.0}
     assert snapshot(source) == before
 
 
@@ -253,9 +253,8 @@ def test_a_run_resumed_within_the_second_adds_to_its_log(flags, tmp_path, monkey
 def test_a_run_directory_that_is_not_there_is_named(flags, tmp_path, capsys):
     for argv in (flags(tmp_path / "run"), []):
         for path in (tmp_path / "rum", tmp_path / ("r" * 300)):
-            with pytest.raises(SystemExit, match="2"):
-                train_llm.main([*argv, "--resume_from", str(path)])
-            assert f"--resume_from {path}: no such directory" in capsys.readouterr().err
+            told = refused([*argv, "--resume_from", str(path)], capsys)
+            assert f"--resume_from {path}: no such directory" in told
 
 
 def test_held_out_rows_that_are_trained_on_too_are_counted(flags, tmp_path, capsys, rows):
@@ -290,9 +289,10 @@ def test_a_run_resumed_from_an_older_checkpoint_leaves_the_newer_ones(flags, hal
     assert [path.name[-1] for path in checkpoints(half)] == ["2", "3"]
 
 
-def test_checkpoints_on_another_disk_resume_by_their_path_and_are_overwritten(
+def test_checkpoints_on_another_disk_resume_by_their_path_and_stay_when_the_run_is_overwritten(
     flags, half, tmp_path
 ):
+    """Of a link the link alone is removed."""
     disk = tmp_path / "disk" / "ck"
     disk.parent.mkdir()
     shutil.move(half / "checkpoints", disk)
@@ -300,10 +300,13 @@ def test_checkpoints_on_another_disk_resume_by_their_path_and_are_overwritten(
     step = half / "checkpoints" / "step_00000004"
     assert run([*flags(half, eval_interval=2), "--resume_from", str(step)]) == 0
     assert not (disk.parent / "run.json").exists()
+    before = snapshot(disk)
+    assert {"step_00000004", "step_00000006"} <= before.keys()
     with stopped_in(4):
         argv = [*flags(half, eval_interval=2), "--overwrite_output_dir"]
         assert run(argv) == 143
-    assert [path.name[-1] for path in disk.iterdir()] == ["2"]
+    assert [path.name[-1] for path in checkpoints(half)] == ["2"]
+    assert snapshot(disk) == before
 
 
 def test_a_result_whose_checkpoints_are_gone_is_not_started_over(flags, half, capsys):
@@ -320,7 +323,7 @@ def test_a_run_that_goes_on_elsewhere_speaks_of_no_best_that_is_not_there(flags,
     argv = [*flags(elsewhere, eval_interval=2, max_steps=8), "--resume_from", str(half)]
     assert run(argv) == 0
     out = capsys.readouterr().out
-    assert f"best/ of the steps before stays in {half}" in out
+    assert "The best loss is sought anew: that of step 4 is not here" in out
     step = re.search(r"best [\d.]+ at step (\d+)", out)[1]
     assert train_llm.step_of(elsewhere / "best") == int(step)
 
@@ -387,11 +390,11 @@ def test_what_may_change_in_a_run_that_goes_on_is_said(flags, tmp_path, capsys):
     capsys.readouterr()
     assert run([*flags(tmp_path, **changed), *RESUME]) == 0
     said = capsys.readouterr().out
-    assert "The run grows from 4 to 6 steps: from here on with the learning rates" in said
-    assert "Other held-out rows from here on" in said
+    assert "From here on steps in all: 6, not 4" in said
+    assert "From here on held-out rows (sha256): " in said
     for bad, told in (
         ({"max_steps": 5}, "was to take 6 steps, not 5"),
-        ({"lora_rank": 2}, "rank 4"),
+        ({"lora_rank": 2}, "--lora_rank is 4, this run's 2"),
     ):
         error = refused([*flags(tmp_path, **changed | bad), *RESUME], capsys)
         assert told in error and "another --output_dir, without --resume_from" in error

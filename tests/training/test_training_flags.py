@@ -37,7 +37,7 @@ def test_a_run_is_repeated_to_the_bit_from_its_run_json(finished, tmp_path):
 def test_a_file_of_flags_that_cannot_be_read_is_told_by_line_or_flag(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(f"--config {tmp_path / name}: {said}")):
-        train_llm.read_config(tmp_path / name)
+        train_llm.flags_of(tmp_path / name, f"--config {tmp_path / name}")
 
 
 def test_the_command_line_stands_above_a_yaml_file_of_flags(flags, tmp_path):
@@ -54,7 +54,7 @@ def test_the_command_line_stands_above_a_yaml_file_of_flags(flags, tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ('{"lerning_rate": 1}', "lerning_rate: no such flag; did you mean learning_rate?"),
+        ('{"lerning_rate": 1}', "--lerning_rate: no such flag; did you mean --learning_rate?"),
         ('{"lora_rank": 0}', "--lora_rank: invalid int >= 1"),
         ("[1, 2]", "flags.json"),
         ("{", "flags.json"),
@@ -72,7 +72,7 @@ def test_a_run_goes_on_with_its_own_settings(flags, half, half_done, tmp_path, c
     assert run(["--output_dir", str(half), *RESUME]) == 0
     assert run(["--resume_from", str(again)]) == 0
     assert outcome(half) == outcome(again) == half_done[1]
-    assert "--lora_rank 4, not 2" in refused(
+    assert "--lora_rank is 4, this run's 2" in refused(
         ["--resume_from", str(changed), "--lora_rank=2"], capsys
     )
 
@@ -112,6 +112,7 @@ BAD_NUMBERS = {
     "save_total_limit": ["0"], "early_stopping_patience": ["-1"], "max_new_tokens": ["0"],
     "temperature": ["-1", "nan", "inf"], "num_samples": ["-1"], "top_p": ["0", "1.1"],
     "repetition_penalty": ["0.9", "nan"], "num_beams": ["0"], "no_repeat_ngram_size": ["-1"], "eval_answers": ["-1"],
+    "seeds": ["0"], "split_seed": ["-1"], "learning_rates": ["0", "1e-3,nan", "1e-3,x"],
 }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def test_a_number_out_of_range_is_refused_before_anything_loads(
 
 
 def test_every_numeric_flag_is_among_those():
-    without_default = {"learning_rate", "warmup_steps"}
+    without_default = {"learning_rate", "warmup_steps", "split_seed", "learning_rates"}
     numbers = {n for n, d in train_llm.DEFAULTS.items() if type(d) in (int, float)}
     assert numbers | without_default == BAD_NUMBERS.keys()
 
@@ -165,11 +166,8 @@ def test_flags_that_make_no_sense_are_refused(flags, tmp_path, capsys, nothing_l
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (
-            {"adapter_size": 8},
-            "--adapter_size: without effect, it belongs to --modification_type adapter",
-        ),
-        ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect without --from_scratch"),
+        ({"adapter_size": 8}, "--adapter_size: without effect with --modification_type lora"),
+        ({"num_hidden_layers": 3}, "--num_hidden_layers: without effect"),
         (
             {"modification_type": "full", "trainable_modules": "wte"},
             "--trainable_modules: without effect",
