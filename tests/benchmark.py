@@ -4,6 +4,7 @@
     python tests/benchmark.py --dataset_path alpaca_data.json --peers    # LoRA, Trainer + PEFT, TRL
     python tests/benchmark.py --dataset_path alpaca_data.json --peers --min_words 150   # long rows
     python tests/benchmark.py --loading 30000,300000,1000000 --plot loading.png
+    python tests/benchmark.py --adapters 1,10,100    # so many LoRAs on one base, beside PEFT
     python tests/benchmark.py --launches     # what a step launches on a GPU, counted without one
 
 Every run is a process of its own: `--steps` optimizer steps of 8 response texts each, drawn from
@@ -35,12 +36,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
 import data_pipeline
+import modify_llm
 import train_llm
 
 BATCH_SIZE = 8
 PACKED_TOKENS = 4 * 512  # a step of TRL's
 WARM_UP = 2  # steps before the clock starts
-LORA = "LoRA r=4, all layers"  # first in each turn: what the others are compared with
+LORA = "lora"  # first in each turn: what the others are compared with
 PEERS = ("Trainer + PEFT, at its best", "Trainer + PEFT, as it comes", "TRL, packed")
 
 
@@ -189,9 +191,13 @@ def commands(args: argparse.Namespace, directory: Path, steps: int, seed: int) -
     shared = [f"--model_name_or_path={model}", f"--dataset_path={directory}/rows.json"]
     shared += [f"--output_dir={directory}/run", "--overwrite_output_dir", f"--seed={seed}"]
     shared += ["--text_format=output", f"--max_steps={steps}", f"--batch_size={BATCH_SIZE}"]
-    for name in sorted(measure.TECHNIQUES, key=lambda name: name != LORA):
-        if args.only in name and (name == LORA or not args.peers):
-            found[name] = ["ours", *shared, *measure.technique_flags(name, model)]
+    for technique, row in modify_llm.TECHNIQUES.items():  # lora is the first
+        for _, _, settings in row.compared:
+            name = train_llm.compared_name(technique, settings)
+            if args.only not in name or (args.peers and name != LORA):
+                continue
+            flags = modify_llm.command_line({"modification_type": technique} | settings)
+            found[name] = ["ours", *shared, *flags]
             if args.compile:
                 found[f"{name}, compiled"] = [*found[name], "--compile"]
     for name in PEERS if args.peers else ():
@@ -222,6 +228,50 @@ def training(args: argparse.Namespace, directory: Path) -> None:
         print(f"| {name} | {speed:,.0f} | {each} | {speed / first:.2f} x | {memory:.2f} GB |")
 
 
+def hold(kind: str, directory: str, number: str) -> dict[str, float]:
+    """So many LoRAs on one base: what each costs to load, in seconds and MB, and to switch to."""
+    base = GPT2LMHeadModel.from_pretrained(f"{directory}/model")
+    lora, ids = f"{directory}/lora", torch.arange(16)[None]
+    base(ids)  # what is allocated once, for the first
+    memory, started, models = resident_memory(), time.perf_counter(), []
+    if kind == "ours":
+        models = [modify_llm.load_trained(lora, base) for _ in range(int(number))]
+    else:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(base, lora, adapter_name="0")
+        for i in range(1, int(number)):
+            model.load_adapter(lora, adapter_name=str(i))
+    seconds, added = time.perf_counter() - started, resident_memory() - memory
+    started = time.perf_counter()
+    _ = models[-1] if models else model.set_adapter("0")
+    switch = time.perf_counter() - started
+    return {"seconds": seconds, "added": added, "switch": switch}
+
+
+def resident_memory() -> float:
+    """Of this process now, in MB. Linux alone tells."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) * 1024 / 1e6
+
+
+def adapters(args: argparse.Namespace, directory: Path) -> None:
+    """So many tuned models on one base, by load_trained and by PEFT's load_adapter."""
+    path = args.model_name_or_path or f"{directory}/model"
+    if args.model_name_or_path:
+        (directory / "model").symlink_to(Path(path).resolve())
+    else:
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(path)
+    modify_llm.save_trained(modify_llm.final_modify(model_name_or_path=path), directory / "lora")
+    print("| LoRAs | | to load them | memory they add | to switch |")
+    print("| ---: | --- | ---: | ---: | ---: |")
+    for number in args.adapters.split(","):
+        for kind in ("ours", "PEFT"):
+            found = run("hold", kind, str(directory), number)
+            row = f"{found['seconds']:.1f} s | {found['added']:,.0f} MB"
+            print(f"| {number} | {kind} | {row} | {1000 * found['switch']:.2f} ms |", flush=True)
+
+
 def loading(args: argparse.Namespace, directory: Path) -> None:
     """Reading, tokenising and checking JSON lines: the dataset's over and over, each text new."""
     from matplotlib.figure import Figure
@@ -246,7 +296,7 @@ def loading(args: argparse.Namespace, directory: Path) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         name, *arguments = sys.argv[2:]
-        figures = {"ours": ours, "peer": peer, "load": load}[name](*arguments)
+        figures = {"ours": ours, "peer": peer, "load": load, "hold": hold}[name](*arguments)
         print(json.dumps(figures | {"memory": peak_memory()}))
         return
     parser = argparse.ArgumentParser(
@@ -265,6 +315,7 @@ def main() -> None:
     add("--peers", action="store_true", help="LoRA beside Trainer + PEFT and TRL")
     add("--loading", help="the data pipeline instead, on so many rows: 30000,300000")
     add("--plot", help="a drawing of --loading")
+    add("--adapters", help="so many LoRAs on one base instead, beside PEFT's: 1,10,100")
     add("--launches", action="store_true", help="the launches of a step on a GPU instead")
     args = parser.parse_args()
     if args.launches:
@@ -277,7 +328,8 @@ def main() -> None:
         parser.error(f"--peers: packages are missing: {command}")
     with tempfile.TemporaryDirectory() as directory:
         try:
-            (loading if args.loading else training)(args, Path(directory))
+            work = loading if args.loading else adapters if args.adapters else training
+            work(args, Path(directory))
         except ValueError as error:
             parser.error(str(error))
 

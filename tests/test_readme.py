@@ -1,7 +1,7 @@
-"""What the README tells a reader to type, to click and to look up is there, and works."""
+"""What the README and MEASUREMENTS.md tell a reader to type, to click and to look up is there, and works."""
 
+import ast
 import functools
-import importlib
 import json
 import re
 import shlex
@@ -17,15 +17,13 @@ import modify_llm
 import train_llm
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, MEASUREMENTS = ROOT / "README.md", ROOT / "tests" / "MEASUREMENTS.md"
+TEXTS = {page: page.read_text(encoding="utf-8") for page in (README, MEASUREMENTS)}
 SCRIPTS = {script.__name__: script for script in (data_pipeline, modify_llm, train_llm)}
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line
-    for language, block in BLOCKS
-    if language == "bash"
-    for line in block.replace("\\\n", " ").splitlines()
-]
+BLOCKS = {
+    page: re.findall(r"^```(\w+)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for page, text in TEXTS.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +41,17 @@ def newcomer(tmp_path_factory, tokenizer):
     return directory
 
 
+def command_lines(page):
+    return [
+        line
+        for language, block in BLOCKS[page]
+        if language == "bash"
+        for line in block.splitlines()
+    ]
+
+
 def offline_commands():
-    for line in COMMANDS:
+    for line in command_lines(README):
         words = shlex.split(line, comments=True)
         ours = words[:1] == ["python"] and Path(words[1]).stem in SCRIPTS
         if ours and not {"...", "--demo", "--chat"} & {*words}:
@@ -62,7 +69,7 @@ def test_the_readmes_commands_run_one_after_the_other(newcomer, monkeypatch, cap
 
 def test_the_readmes_python_runs(newcomer, monkeypatch, capsys):
     monkeypatch.chdir(newcomer)
-    blocks = [block for language, block in BLOCKS if language == "python"]
+    blocks = [block for language, block in BLOCKS[README] if language == "python"]
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
@@ -75,32 +82,71 @@ def help_of(script):
 
 
 def test_flags_of_the_measuring_commands_are_known():
-    for line in COMMANDS:
-        for script in re.findall(r"python (tests/\w+\.py)", line):
-            known = help_of(script)
-            source = (ROOT / script).read_text(encoding="utf-8")
-            for flag in re.findall(r"(--\w+)", line.partition(script)[2]):
-                assert flag in known or f'"{flag}"' in source, (script, flag)
+    measuring = [*command_lines(README), *command_lines(MEASUREMENTS)]
+    found = [(s, line) for line in measuring for s in re.findall(r"python (tests/\w+\.py)", line)]
+    assert len(found) >= 6
+    for script, line in found:
+        for flag in re.findall(r"--\w+", line.partition(script)[2]):
+            assert flag in help_of(script), (script, flag)
 
 
-def test_links_lead_somewhere():
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_every_flag_that_is_named_is_one(page):
+    others = {
+        "--nproc_per_node",
+        "--nnodes",
+        "--rdzv_backend",
+        "--rdzv_endpoint",
+        "--index",
+    }  # torchrun's, pip's
+    others |= {"--number", "--seed", "--rates"}  # campaign.py's, measure.py's of another version
+    known = {f"--{name}" for name in train_llm.DEFAULTS} | {"--plot", "--merge_to"}
+    measuring = {script for script in re.findall(r"python (tests/\w+\.py)", TEXTS[page])}
+    known |= {flag for script in measuring for flag in re.findall(r"--\w+", help_of(script))}
+    assert not {*re.findall(r"(?<![\w-])--\w+", TEXTS[page])} - known - others
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
     headings = {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+        for heading in re.findall(r"^#+ (.*)$", TEXTS[page], re.MULTILINE)
     }
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+    links = re.findall(r"\]\(([^)]+)\)", TEXTS[page])
+    assert links
+    for target in links:
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (page.parent / target).exists(), target
 
 
-def test_what_the_layout_names_is_there():
-    layout = README.partition("## How the code is laid out")[2].partition("\n## ")[0]
-    names = set(re.findall(r"`([A-Za-z_]+(?:\.__?\w+)?)`", layout))
+def test_what_the_layout_and_the_readers_path_name_is_there():
+    layout = TEXTS[README].partition("## How the code is laid out")[2].partition("\n## ")[0]
+    spans = {*re.findall(r"`([\w./]+)`", layout)}
+    files = {span for span in spans if span.endswith(".py")}
+    assert len(files) > 5 and all((ROOT / file).exists() for file in files), files
+    names = {span for span in spans - files if span.isidentifier()}
     assert len(names) > 20
-    for name in names - {"best", "final"}:
-        first, _, attribute = name.partition(".")
-        owners = [vars(script)[first] for script in SCRIPTS.values() if first in vars(script)]
-        assert owners or importlib.util.find_spec(first), name
-        assert not attribute or hasattr(owners[0], attribute), name
+    for name in names:
+        assert any(hasattr(script, name) for script in SCRIPTS.values()), name
+
+
+def texts_of(script):
+    """The string literals of a script, what is filled in as dots."""
+    for node in ast.walk(ast.parse(Path(script.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(p.value if isinstance(p, ast.Constant) else "..." for p in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_messages_of_the_table_of_errors_are_the_scripts():
+    """The longest part of each without a value stands in one of them."""
+    rows = TEXTS[README].partition("| message |")[2].partition("\n\n")[0].splitlines()[2:]
+    texts = [text for script in SCRIPTS.values() for text in texts_of(script)]
+    assert len(rows) >= 10
+    for row in rows:
+        message = re.match(r"\| `([^`]+)`", row)[1]
+        longest = max(re.split(r"\.\.\.|\d+|--\w+|'\w+'|WORLD_SIZE=", message), key=len)
+        assert len(longest) > 8 and any(longest in text for text in texts), message
