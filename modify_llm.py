@@ -1831,10 +1831,13 @@ def with_defaults(args: object = None, **overrides: Any) -> Namespace:
 def idle_flags(given: Iterable[str], args: Namespace) -> list[str]:
     """A line for each model flag that was given and has no effect beside the others."""
     used = BASE_FLAGS.keys() | TECHNIQUES[args.modification_type].flags.keys()
-    used -= set() if args.from_scratch else SCRATCH_FLAGS.keys()
-    unused = model_flags().keys() - used
-    chosen = f"--modification_type {args.modification_type} --from_scratch {args.from_scratch}"
-    return [f"--{name}: without effect with {chosen}" for name in given if name in unused]
+    chosen = f"--modification_type {args.modification_type}"
+    if not args.from_scratch:
+        used, chosen = used - SCRATCH_FLAGS.keys(), f"{chosen} and no --from_scratch"
+    if args.modification_type == "full":  # it trains every module
+        used = used - {"trainable_modules"}
+    idle = sorted((model_flags().keys() - used).intersection(given))
+    return [f"--{name}: without effect with {chosen}" for name in idle]
 
 
 # ---- the script ----------------------------------------------------------------------------------
