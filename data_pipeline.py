@@ -49,6 +49,7 @@ import warnings
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from importlib.util import find_spec
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -353,10 +354,8 @@ def load_dataset(
     tokenizer = tokenizer or gpt2_tokenizer()
     check_tokenizer(tokenizer)
     encoder, render = encoder_for(tokenizer), row_renderer(text_format, tokenizer)
-    splits = [dataset_train_split]
-    if flag == "eval_dataset_path":
-        splits = [dataset_test_split] if dataset_test_split else HELD_OUT_SPLITS
-    rows = progress(read_rows(dataset_path, text_format, flag, dataset_config, splits))
+    splits = wanted_splits(flag, dataset_train_split, dataset_test_split)
+    rows = iter(progress(read_rows(dataset_path, text_format, flag, dataset_config, splits)))
     tokens, lengths, first = array(encoder.dtype.char), array("q"), []
     labelled, truncated, exact_rows = bytearray(), bytearray(), 0
     for some in iter(lambda: list(itertools.islice(rows, TOKENISE_ROWS)), []):
@@ -787,6 +786,8 @@ def read_records(
         )
     else:
         with open_bytes(str(path), packing) as file:
+            if kind != ".parquet" and b"\0" in file.peek(4)[:4]:
+                raise ValueError("is UTF-16, or packed: save it as UTF-8, or name it .gz and so on")
             # Bytes that are not UTF-8 become lone surrogates: check_text names the row with them.
             text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
             if kind == ".parquet":
@@ -813,7 +814,8 @@ def read_csv(file: TextIO) -> Iterator[Row]:
             raise ValueError("the header names a column twice")
         for row, fields in enumerate(filter(None, reader), 1):
             if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
-                raise ValueError(f"row {row}: more or fewer fields than the header names")
+                less = "fewer" if len(fields) < len(header) else "more"
+                raise ValueError(f"row {row}: {less} fields than the header names")
             yield dict(zip(header, fields, strict=False))
     except csv.Error as error:
         hint = "a quote inside a quoted field is written twice"
@@ -910,15 +912,14 @@ def dataset_files(
     """The files of a dataset in their order: a file, local or at a URL, or those of a glob; what
     the `datasets` library saved; of any other directory, or of a hub dataset, which is downloaded,
     those of the first of `splits` that it has. Raises ValueError."""
-    root, on_hub = name, HUB_ID.fullmatch(name) and not os.path.exists(name)
+    root, kind = name, file_kind(name)[0]
     if os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json"):
         return [name]
-    if on_hub and not file_kind(name)[0]:
-        root = hub_snapshot(
-            name, ["README.md", "*.json*", "*.ndjson*", "*.csv*", "*.tsv*", "*.parquet*"]
-        )
+    if not (kind or os.path.exists(name)) and HUB_ID.fullmatch(name):
+        patterns = ["*.json*", "*.ndjson*", "*.csv*", "*.tsv*", "*.parquet*"]
+        root = hub_snapshot(name, ["README.md", *patterns])
     if os.path.isdir(root):
-        there = {str(path) for path in Path(root).rglob("*") if file_kind(path)[0]}
+        there = {str(path) for path in Path(root).rglob("*")}
         files = files_of_split(root, config, splits)
     elif [*splits] not in (["train"], HELD_OUT_SPLITS):
         raise ValueError(f"a file has no splits, such as {splits[0]!r}")
@@ -926,18 +927,22 @@ def dataset_files(
         return [name]  # where there is none, opening it gives the reason
     else:
         there = {*glob.glob(name, recursive=True)}
-        # A link to a directory above would give all files again and again.
-        files = {os.path.realpath(file): file for file in sorted(there, reverse=True)}.values()
-        files = sorted(file for file in files if file_kind(file)[0])
+        files = [file for file in there if file_kind(file)[0]]
+    for link in filter(os.path.islink, there):
+        if file_kind(link)[0] and not os.path.exists(link):
+            raise ValueError(f"{link} is a link to nothing: git annex get, or dvc pull, brings it")
+    if root == name:  # a link to a directory above would give all files again and again
+        files = {os.path.realpath(file): file for file in sorted(files, reverse=True)}.values()
+    files = sorted(files)
     unpacked = [file.removesuffix(file_kind(file)[1]) for file in files]
     if len({*unpacked}) < len(files):
         raise ValueError(f"{max(unpacked, key=unpacked.count)} is there packed and unpacked")
     if not files:
         raise ValueError(f"holds no file to read: {KINDS}")
-    left_out = ", ".join(sorted(there - {*files})) or "none"
-    ...
-    logger.info(f"Files of {name}: {textwrap.shorten(', '.join(files), 300)}")
-    logger.info(f"Left out: {textwrap.shorten(left_out, 300)}")
+    left_out = sorted(file for file in there - {*files} if os.path.isfile(file))
+    for what, some in {"Files of": files, "Left out of": left_out}.items():
+        names = ", ".join(file.removeprefix(f"{root}/") for file in some) or "none"
+        logger.info(f"{what} {name}: {textwrap.shorten(names, 300)}")
     return files
 
 
@@ -947,13 +952,21 @@ def files_of_split(root: str, config: str | None, splits: Sequence[str]) -> list
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
-        builder = datasets.load_dataset_builder(root, config, cache_dir=cache)
+        try:
+            builder = datasets.load_dataset_builder(root, config, cache_dir=cache)
+        except ValueError as error:
+            raise ValueError(f"--dataset_config {config}: {error}") from None
     found = {str(split): paths for split, paths in builder.config.data_files.items()}
     split = chosen_split(found, splits)
-    sets = sorted({SHARD.sub("", os.path.basename(file)) for file in found[split]})
-    if len(sets) > 1 and all(name[:3] == split[:3] for name in sets):
-        raise ValueError(f"has several sets for {split!r}, {', '.join(sets)}: name their files")
+    sets = sorted({SHARD.sub("", file) for file in found[split]})
+    if len(sets) > 1 and all(os.path.basename(path)[:3] == split[:3] for path in sets):
+        raise ValueError(f"has several sets for {split!r}: name the files of {' or '.join(sets)}")
     return found[split]
+
+
+def wanted_splits(flag: str, train: str, test: str | None) -> list[str]:
+    """The names of the split that a flag reads, the first that is there."""
+    return [train] if flag == "dataset_path" else [test] if test else HELD_OUT_SPLITS
 
 
 def chosen_split(there: Iterable[str], splits: Sequence[str]) -> str:
@@ -1045,7 +1058,10 @@ cached_encoder = functools.lru_cache(maxsize=2)(Encoder)  # GPT-2's takes half a
 
 def encoder_for(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """The encoder of a tokenizer as it is now; the tokenizer is left as it was."""
-    return cached_encoder(tokenizer.backend_tokenizer.to_str())
+    try:
+        return cached_encoder(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # of a part in Python; the library's own type is Exception
+        raise ValueError(f"the tokenizer cannot be copied or saved: {error}") from None
 
 
 def encoding_parts(state: str) -> list[Any]:
@@ -1156,24 +1172,28 @@ def read_tokenizer(directory: str, is_local: bool) -> PreTrainedTokenizerBase:
     kind, settings = AutoTokenizer, {"local_files_only": True, "trust_remote_code": False}
     if "tokenizer.json" in files:
         kind = PreTrainedTokenizerFast  # GPT2Tokenizer takes the vocabulary alone
-    elif "vocab.json" in files:  # a GPT2Tokenizer would add GPT-2's tokens to any vocabulary
+    elif not (model | config).get("tokenizer_class"):  # else a GPT-2's, or none
+        kinds = {"vocab.json": GPT2Tokenizer, "vocab.txt": BertTokenizer}
+        kind = next((kinds[name] for name in kinds if name in files), kind)
+    if "vocab.json" in files:  # to which a GPT2Tokenizer would add GPT-2's tokens
         settings |= dict.fromkeys({"bos_token", "eos_token", "unk_token"} - {*config, *named})
-    elif "vocab.txt" in files:  # for a GPT-2, AutoTokenizer looks for GPT-2's files alone
-        kind = BertTokenizer
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its warnings are reasons here
     try:
         tokenizer = kind.from_pretrained(directory, **settings)
     except Exception as error:  # of any type, for files that are JSON and no tokenizer's
         reason = textwrap.shorten(str(error), 300)
+        if any(name.endswith(".model") for name in files) and not find_spec("sentencepiece"):
+            reason = "needs the package sentencepiece"
         raise ValueError(f"holds no tokenizer that loads: {reason}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     tokenizer.named_class = config.get("tokenizer_class")
-    known = [token for token in END_TOKENS if token in tokenizer.get_vocab()]
-    if tokenizer.eos_token is None and known:
-        logger.info(f"{directory} names no end-of-text token (eos_token); {known[0]} is taken")
-        tokenizer.add_special_tokens({"eos_token": known[0]})
+    if tokenizer.is_fast and tokenizer.eos_token is None:
+        vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        for end in [token for token in END_TOKENS if token in vocabulary][:1]:
+            logger.info(f"{directory} names no end-of-text token (eos_token); {end} is taken")
+            tokenizer.add_special_tokens({"eos_token": end})
     return tokenizer
 
 

@@ -787,8 +787,14 @@ def prepare(args: argparse.Namespace, runtime: Runtime) -> Run:
             modify_llm.locate(args.model_name_or_path)  # out of reach: told before rows are read
         tokenizer = tokenizer_for(args)
         for flag in ("dataset_path", "eval_dataset_path") if runtime.world_size > 1 else ():
-            if path := getattr(args, flag):
-                data_pipeline.dataset_files(path, flag)
+            if path := getattr(args, flag):  # downloaded once
+                train, test = args.dataset_train_split, args.dataset_test_split
+                splits = data_pipeline.wanted_splits(flag, train, test)
+                next(
+                    data_pipeline.read_rows(
+                        path, args.text_format, flag, args.dataset_config, splits
+                    )
+                )
     train_rows, eval_rows = load_rows(args, tokenizer)
     logger.info("🔧 Using device: %s", runtime.device)
     model, counts = make_model(args, runtime, tokenizer)
@@ -841,11 +847,12 @@ def load_rows(
 ) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
 
+    reading = {name: getattr(args, name) for name in data_pipeline.READING_FLAGS}
+    own_split = args.eval_dataset_path or args.dataset_test_split
+
     def labelled(flag: str) -> AlpacaDataset:
-        path, length = getattr(args, flag), args.max_length
-        dataset = load_dataset(
-            path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
-        )
+        path = getattr(args, flag) or args.dataset_path
+        dataset = load_dataset(path, tokenizer, flag=flag, **reading)
         keep = dataset.label_counts > 0
         if not keep.any():
             raise ValueError(f"--{flag} {path}: no row is left to learn from")
@@ -853,16 +860,17 @@ def load_rows(
             logger.info("%d rows with nothing to learn are left out of %s", (~keep).sum(), path)
         return dataset.select(keep)
 
-    if args.eval_dataset_path:
+    if own_split:
         held_out = labelled("eval_dataset_path")
-        train = held_out if args.eval_only else labelled("dataset_path")
+        # --eval_only may know no rows that were trained on.
+        train = labelled("dataset_path") if args.dataset_path else held_out.split(1, args.seed)[0]
     else:
         train, held_out = labelled("dataset_path").split(args.eval_fraction, args.seed)
     if not len(held_out if args.eval_only else train):
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
     limit = args.max_eval_samples
-    if args.max_samples and not (limit or args.eval_dataset_path):  # the same share of fewer rows
+    if args.max_samples and not (limit or own_split):  # the same share of fewer rows
         share = args.eval_fraction / (1 - args.eval_fraction)
         limit = max(1, round(args.max_samples * share))
     if args.early_stopping_patience and not len(held_out):
@@ -872,7 +880,8 @@ def load_rows(
     if 0 < (tokens := int(held_out.label_counts.sum())) < FEW_TOKENS:
         logger.warning("%d tokens are held out: a perplexity of so few says little", tokens)
     train = train.first(args.max_samples)
-    if not args.eval_only and (shared := data_pipeline.rows_in_common(held_out, train)):
+    trains = args.adapter_path or not args.eval_only
+    if trains and (shared := data_pipeline.rows_in_common(held_out, train)):
         logger.warning("%d of %d held-out rows are also trained on", shared, len(held_out))
     return train, held_out
 
@@ -1395,7 +1404,7 @@ def write_model(run: Run, name: str) -> None:
     run.model.modification["step"] = run.progress.step
     with whole_directory(run.output_dir, name) as directory:
         save_trained(run.model, directory)
-        run.tokenizer.save_pretrained(directory)
+        data_pipeline.save_tokenizer(run.tokenizer, directory, run.args.text_format)
         attempt("the model card", write_card, run, directory)
 
 
@@ -1747,6 +1756,10 @@ def prompt_columns(text_format: str) -> list[str]:
     return [name for name in columns if f"{{{name}}}" in before_response]
 
 
+class Text(str):
+    """A prompt that is a text even where it looks like a JSON object."""
+
+
 def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
     """The fields of a row that a prompt gives: a text is the only one before the response.
 
@@ -1754,9 +1767,10 @@ def prompt_fields(prompt: Any, text_format: str) -> dict[str, Any]:
     empty. Raises ValueError for a field that is missing.
     """
     given, text = (prompt, "") if isinstance(prompt, dict) else ({}, str(prompt))
-    if text.lstrip().startswith("{") and text_format != "output":
+    if text.lstrip().startswith("{") and text_format != "output" and not isinstance(prompt, Text):
         with suppress(ValueError, RecursionError):
             given = json.loads(text)
+    data_pipeline.check_names(given, data_pipeline.format_columns(text_format))
     if text_format == "messages":
         is_turns = given.keys() & {"messages", "conversations"}
         if isinstance(prompt, dict) and not is_turns:
@@ -1915,8 +1929,10 @@ def read_prompts(args: argparse.Namespace) -> list[Any]:
     if not path:
         return args.prompt
     try:
-        if data_pipeline.file_kind(path):
-            read = list(itertools.chain(*data_pipeline.read_records(path)))
+        if data_pipeline.file_kind(path)[0]:
+            columns = data_pipeline.format_columns(args.text_format)
+            rows = data_pipeline.read_records(path, columns)
+            read = [Text(row) if isinstance(row, str) else row for row in rows]
         else:
             lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
             read = list(filter(str.strip, lines))
@@ -1924,13 +1940,11 @@ def read_prompts(args: argparse.Namespace) -> list[Any]:
             fields = {"prompt": prompt} if isinstance(prompt, str) else prompt
             if not isinstance(fields, dict):
                 raise ValueError(f"row {row}: {prompt!r:.40} is neither a text nor fields")
-            if None in fields:  # where read_csv puts what has no header
-                raise ValueError(f"row {row}: more fields than the header names")
             for text in (*fields, *fields.values()):
                 data_pipeline.check_text(str(text), f"row {row}")
         if not read:
             raise ValueError("holds no prompts")
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of the libraries that read files
         raise ValueError(f"--prompts_file {path}: {error}") from None
     return [*args.prompt, *read]
 
