@@ -142,7 +142,9 @@ def test_run_json_records_every_setting_and_the_dataset(finished):
     record = json.loads((finished[0] / "run.json").read_text())
     assert record["settings"].keys() == train_llm.DEFAULTS.keys()
     assert record["settings"]["learning_rate"] == 0.01
-    assert record["versions"].keys() == {"torch", "transformers"} and record["python"] == sys.version
+    assert (
+        record["versions"].keys() == {"torch", "transformers"} and record["python"] == sys.version
+    )
     assert re.fullmatch(r"[0-9a-f]{64}", record["dataset_sha256"])
 
 
