@@ -75,18 +75,16 @@ class LoRALayer(nn.Module):
 
     def __init__(
         self, original_layer: Conv1D | nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
-        rslora: bool = False, dora: bool = False, thirds: str = "",
+        thirds: str = "", rslora: bool = False, dora: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.original_layer, self.dropout = original_layer, nn.Dropout(dropout)
         self.thirds, self.rslora = thirds, rslora
         self.scaling = alpha / scaling_divisor(rank, rslora)
-        (out_features, in_features), device = (
-            self.original_weight().shape,
-            original_layer.weight.device,
-        )
-        parts = len(thirds) or 1
-        rows = parts * out_features // 3 if thirds else out_features
+        (out_features, in_features), parts = self.original_weight().shape, len(thirds) or 1
+        rows, device = out_features, original_layer.weight.device
+        if thirds:
+            rows = parts * out_features // 3
         self.lora_A = nn.Parameter(torch.empty(parts * rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -191,9 +189,11 @@ def apply_lora(
     if dora and (parts := [name for name, thirds in matched.items() if thirds]):
         raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
     start_modification(model, settings, matched)
-    options = (rank, alpha, dropout, scaling == "rank_stabilized", dora)
+    rslora = scaling == "rank_stabilized"
     for name, thirds in matched.items():
-        model.set_submodule(name, LoRALayer(model.get_submodule(name), *options, thirds))
+        original = model.get_submodule(name)
+        layer = LoRALayer(original, rank, alpha, dropout, thirds, rslora, dora)
+        model.set_submodule(name, layer)
     return model
 
 
@@ -660,7 +660,7 @@ def start_modification(
             f"the model carries {done['modification_type']} already: detach() it first"
         )
     modules = []
-    for suffix in settings["trainable_modules"]:
+    for suffix in settings.get("trainable_modules", ()):
         for name, module in modules_named(model, suffix, "trainable_modules").items():
             if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
                 raise ValueError(f"--trainable_modules {suffix}: {name} is wrapped by LoRA or IA3")
@@ -1732,11 +1732,14 @@ def from_hub(name: str) -> str:
 
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
-    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
-    "num_hidden_layers": Flag(12, number(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
+    name: Flag(getattr(GPT2Config(), name), at_least_one, text)
+    for name, text in {
+        "vocab_size": "tokens; >= 1",
+        "hidden_size": "width of the residual stream; >= 1",
+        "num_attention_heads": "must divide --hidden_size",
+        "num_hidden_layers": "blocks; >= 1",
+        "max_position_embeddings": "longest sequence, prefix included",
+    }.items()
 }
 BASE_FLAGS = {
     "modification_type": Flag("lora", TECHNIQUES, "what trains"),
@@ -1816,13 +1819,17 @@ def with_defaults(args: object = None, **overrides: Any) -> Namespace:
         raise ValueError(f"{error.argument_name}: {error.message}") from None
 
 
-def idle_flags(given: Iterable[str], args: Namespace) -> list[str]:
-    """A line for each model flag that was given and has no effect beside the others."""
-    used = BASE_FLAGS.keys() | TECHNIQUES[args.modification_type].flags.keys()
-    used -= set() if args.from_scratch else SCRATCH_FLAGS.keys()
-    unused = model_flags().keys() - used
-    chosen = f"--modification_type {args.modification_type} --from_scratch {args.from_scratch}"
-    return [f"--{name}: without effect with {chosen}" for name in given if name in unused]
+def idle_flags(given: Iterable[str], args: Namespace, task: str = "") -> list[str]:
+    """A line for each model flag that was given and has no effect beside the others, or on a task
+    of this script's own."""
+    used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS}
+    if not task:
+        task = f"modification_type {args.modification_type}"
+        used = {*BASE_FLAGS, *TECHNIQUES[args.modification_type].flags}
+    if not args.from_scratch:
+        used, task = used - SCRATCH_FLAGS.keys(), f"{task} and no --from_scratch"
+    idle = [name for name in given if name in model_flags() and name not in used]
+    return [f"--{name}: without effect with --{task}" for name in idle]
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -1876,12 +1883,9 @@ def run(args: Namespace, given: Iterable[str]) -> None:
         raise ValueError("--adapter_path and --merge_to: give both, or neither")
     if (args.plot and not args.compare) or (args.compare and args.merge_to):
         raise ValueError("--compare: alone or with --plot, which needs it, and not with --merge_to")
-    if args.compare or args.merge_to:
-        used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS, *TASK_FLAGS}
-        idle = [f"--{name}: without effect on this task" for name in given if name not in used]
-    else:
-        idle = idle_flags(given, args)
-    for line in idle:
+    for line in idle_flags(
+        given, args, "compare" * args.compare or "merge_to" * bool(args.merge_to)
+    ):
         logger.warning(line)
     if args.merge_to:
         base = args.model_name_or_path if "model_name_or_path" in given else None
