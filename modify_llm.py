@@ -637,7 +637,7 @@ def checked(technique: str, arguments: Settings) -> Settings:
     """A technique's settings: the arguments of its `apply_` function, as their flags parse them. A
     flag's first word is left out where the argument lacks it. Raises ValueError.
     """
-    settings = {"modification_type": technique}
+    settings = {"modification_type": technique, "trainable_modules": []}
     for flag in (*TECHNIQUES[technique].flags, "trainable_modules"):
         name = flag if flag in arguments else flag.partition("_")[2]
         if name in arguments:
@@ -660,7 +660,7 @@ def start_modification(
             f"the model carries {done['modification_type']} already: detach() it first"
         )
     modules = []
-    for suffix in settings.get("trainable_modules", ()):
+    for suffix in settings["trainable_modules"]:
         for name, module in modules_named(model, suffix, "trainable_modules").items():
             if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
                 raise ValueError(f"--trainable_modules {suffix}: {name} is wrapped by LoRA or IA3")
