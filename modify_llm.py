@@ -81,12 +81,10 @@ class LoRALayer(nn.Module):
         self.original_layer, self.dropout = original_layer, nn.Dropout(dropout)
         self.thirds, self.rslora = thirds, rslora
         self.scaling = alpha / scaling_divisor(rank, rslora)
-        (out_features, in_features), device = (
-            self.original_weight().shape,
-            original_layer.weight.device,
-        )
-        parts = len(thirds) or 1
-        rows = parts * out_features // 3 if thirds else out_features
+        (out_features, in_features), parts = self.original_weight().shape, len(thirds) or 1
+        rows, device = out_features, original_layer.weight.device
+        if thirds:
+            rows = parts * out_features // 3
         self.lora_A = nn.Parameter(torch.empty(parts * rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -137,8 +135,9 @@ class LoRALayer(nn.Module):
     def weight(self) -> Tensor:
         """W0 + (alpha / r) B A: for a loss that multiplies by the head's weight itself."""
         if self.training and self.dropout.p:
-            where = f"--lora_dropout {self.dropout.p}"
-            raise ValueError(f"{where}: acts on a layer's input, here the weight alone is used")
+            raise ValueError(
+                "--lora_dropout: acts on a layer's input, here its weight alone counts"
+            )
         weight = self.original_layer.weight
         return weight if self.merged is not None else weight + self.get_delta_weight()
 
@@ -187,14 +186,13 @@ def apply_lora(
     """
     settings = checked("lora", locals())
     matched = match_targets(model, settings["lora_target_modules"], settings["lora_layers"])
-    if settings["lora_dora"] and (parts := [name for name, thirds in matched.items() if thirds]):
+    if dora and (parts := [name for name, thirds in matched.items() if thirds]):
         raise ValueError(f"--lora_dora: needs whole layers, of {parts[0]} a target names thirds")
     start_modification(model, settings, matched)
-    rank, alpha, dropout = (settings[f"lora_{name}"] for name in ("rank", "alpha", "dropout"))
-    rslora = settings["lora_scaling"] == "rank_stabilized"
+    rslora = scaling == "rank_stabilized"
     for name, thirds in matched.items():
         original = model.get_submodule(name)
-        layer = LoRALayer(original, rank, alpha, dropout, thirds, rslora, settings["lora_dora"])
+        layer = LoRALayer(original, rank, alpha, dropout, thirds, rslora, dora)
         model.set_submodule(name, layer)
     return model
 
@@ -219,8 +217,7 @@ def match_targets(
                 kind = type(module).__name__
                 raise ValueError(f"{where}: {name} is a {kind}; LoRA wraps Conv1D and Linear")
             if module is model.lm_head and is_tied(model):
-                shares = "the head shares its weight with the token embeddings"
-                raise ValueError(f"{where}: {shares}, LoRA would part them")
+                raise ValueError(f"{where}: shares its weight with the token embeddings")
             if part and "crossattention" in name:
                 raise ValueError(f"{where}: {name} holds keys and values alone, no three thirds")
             if name in matched and (not part or not matched[name] or part in matched[name]):
@@ -405,13 +402,12 @@ def apply_adapters(
     Houlsby's runs train the LayerNorms too: trainable_modules=("ln_1", "ln_2", "ln_f").
     """
     activation = activation or ("gelu" if placement == "houlsby" else "relu")
-    settings = checked("adapter", locals())
-    start_modification(model, settings)
+    start_modification(model, checked("adapter", locals()))
     for block in model.transformer.h:
         houlsby = [block.attn.resid_dropout, block.mlp.dropout]
         for module in houlsby if placement == "houlsby" else [block]:
             module.adapter = BottleneckAdapter(
-                model.config.n_embd, settings["adapter_size"], activation, block.ln_1.weight.device
+                model.config.n_embd, adapter_size, activation, block.ln_1.weight.device
             )
             module.adapter.hook = module.register_forward_hook(run_adapter)
     return model
@@ -549,16 +545,17 @@ def apply_prefix(
     """
     settings = checked("prefix", locals())
     config, transformer = model.config, model.transformer
-    prefix_length, projection_size = (
-        settings[f"prefix_{name}"] for name in ("length", "projection_size")
-    )
     check_together(Namespace(**settings))
     if prefix_length >= config.n_positions:
-        room = f"leaves no room for text in {config.n_positions} positions"
-        raise ValueError(f"--prefix_length {prefix_length}: {room}")
+        raise ValueError(
+            f"--prefix_length {prefix_length}: leaves no room for text in {config.n_positions} "
+            "positions"
+        )
     if config.add_cross_attention:
-        reason = "a prefix needs a model that attends to its own text alone"
-        raise ValueError(f"--modification_type prefix: the base has cross-attention; {reason}")
+        raise ValueError(
+            "--modification_type prefix: the base has cross-attention; a prefix needs a model that "
+            "attends to its own text alone"
+        )
     start_modification(model, settings)
     start = list(init_ids or FREQUENT_WORDS)
     ids = [start[i % len(start)] % config.vocab_size for i in range(prefix_length)]
@@ -593,8 +590,7 @@ def text_ids(model: GPT2LMHeadModel, text: str | None) -> list[int] | None:
         return None
     directory = getattr(model, "base_path", None)
     if not directory or not matching_files(directory, VOCABULARY_FILES):
-        reason = "the base brings no tokenizer to read it with"
-        raise ValueError(f"--prefix_init_text {text!r}: {reason}")
+        raise ValueError(f"--prefix_init_text {text!r}: the base brings no tokenizer to read it")
     return AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
 
 
@@ -616,7 +612,7 @@ def apply_selective_freezing(
     if freeze_layers is None:
         freeze_layers = range(len(blocks) // 2)
     settings = checked("selective", locals())
-    frozen, freeze_head = settings["freeze_layers"], settings["freeze_head"]
+    frozen = settings["freeze_layers"]
     check_blocks(model, "freeze_layers", frozen)
     if freeze_head and len(frozen) == len(blocks) and not settings["trainable_modules"]:
         raise ValueError("--freeze_layers with --freeze_head: nothing is left to train")
@@ -641,11 +637,13 @@ def checked(technique: str, arguments: Settings) -> Settings:
     """A technique's settings: the arguments of its `apply_` function, as their flags parse them. A
     flag's first word is left out where the argument lacks it. Raises ValueError.
     """
-    settings = {"modification_type": technique, "trainable_modules": ()}
+    settings = {"modification_type": technique, "trainable_modules": []}
     for flag in (*TECHNIQUES[technique].flags, "trainable_modules"):
         name = flag if flag in arguments else flag.partition("_")[2]
-        settings |= {flag: arguments[name]} if name in arguments else {}
-    return parsed(model_flags(), settings)
+        if name in arguments:
+            settings[flag] = arguments[name]
+    args = with_defaults(**settings)
+    return {name: getattr(args, name) for name in settings}
 
 
 def start_modification(
@@ -658,14 +656,14 @@ def start_modification(
     changed, for a module that is not there, or wrapped, and a model that carries a technique.
     """
     if done := getattr(model, "modification", None):
-        technique = done["modification_type"]
-        raise ValueError(f"the model carries {technique} already; load a fresh base")
+        raise ValueError(
+            f"the model carries {done['modification_type']} already: detach() it first"
+        )
     modules = []
     for suffix in settings["trainable_modules"]:
         for name, module in modules_named(model, suffix, "trainable_modules").items():
             if any(f"{layer}.".startswith(f"{name}.") for layer in wrapped):
-                both = f"{name} is wrapped by LoRA or IA3; choose one"
-                raise ValueError(f"--trainable_modules {suffix}: {both}")
+                raise ValueError(f"--trainable_modules {suffix}: {name} is wrapped by LoRA or IA3")
             modules.append(module)
     model.requires_grad_(False)
     for module in modules:
@@ -684,16 +682,15 @@ def modules_named(model: nn.Module, suffix: str, flag: str) -> dict[str, nn.Modu
     found = {name: m for name, m in modules.items() if f".{name}".endswith(f".{suffix}")}
     if not found:
         leaves = {name.split(".")[-1] for name, m in modules.items() if list(m.parameters(False))}
-        legal = ", ".join(sorted(leaves))
-        raise ValueError(f"--{flag} {suffix}: matches nothing; the model has {legal}")
+        raise ValueError(f"--{flag} {suffix}: matches nothing of {', '.join(sorted(leaves))}")
     return found
 
 
 def check_blocks(model: GPT2LMHeadModel, flag: str, blocks: Iterable[int]) -> None:
     """Raises ValueError for the number of a block that is not there."""
     if outside := [block for block in blocks if block >= model.config.n_layer]:
-        has = f"the model has layers 0 to {model.config.n_layer - 1}"
-        raise ValueError(f"--{flag} {outside[0]}: {has}")
+        last = model.config.n_layer - 1
+        raise ValueError(f"--{flag} {outside[0]}: the model has layers 0 to {last}")
 
 
 def is_tied(model: GPT2LMHeadModel) -> bool:
@@ -740,7 +737,7 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def layer_numbers(text: str) -> list[int]:
+def numbers_and_ranges(text: str) -> list[int]:
     """A flag's type: layer numbers and ranges, such as 0,1,4-7."""
     layers: set[int] = set()
     for part in names(text):
@@ -752,22 +749,18 @@ def layer_numbers(text: str) -> list[int]:
     return sorted(layers)
 
 
-def boolean(text: str) -> bool:
+def true_or_false(text: str) -> bool:
     """A flag's type: true or false."""
     return bool(("false", "true").index(text.lower()))
-
-
-boolean.__name__, nonempty.__name__ = "true or false", "nonempty text"  # as argparse states them
-layer_numbers.__name__ = "layer numbers and ranges, such as 0,1,4-7,"
 
 
 class Technique(NamedTuple):
     """All that the scripts know of a technique: a new one is a row of TECHNIQUES."""
 
     apply: Callable[[GPT2LMHeadModel, Namespace], GPT2LMHeadModel]
-    flags: dict[str, Flag]  # its settings, kept in modification.json
     learning_rate: Callable[[Namespace], float]
     compared: list[tuple[str, str, dict]]  # rows of --compare: label, paper, settings
+    flags: dict[str, Flag] = {}  # its settings, kept in modification.json  # noqa: RUF012
     layout: str = "state"  # of its files, one of LAYOUTS
     merges: bool = False  # what it trains can be folded into the base's weights
 
@@ -791,7 +784,7 @@ TECHNIQUES = {
                 ["c_attn", "c_proj", "c_fc"], names,
                 "by suffix; c_attn.q, .k and .v are thirds of the fused projection",
             ),
-            "lora_layers": Flag(None, layer_numbers, "of these blocks alone, such as 6-11 (all)"),
+            "lora_layers": Flag(None, numbers_and_ranges, "of these blocks alone: 6-11 (all)"),
             "lora_scaling": Flag(
                 "standard", ("standard", "rank_stabilized"),
                 "alpha / r, or rank_stabilized: alpha / sqrt(r)",
@@ -860,7 +853,6 @@ TECHNIQUES = {
     ),
     "ia3": Technique(
         apply=lambda model, args: apply_ia3(model, args.trainable_modules),
-        flags={},
         learning_rate=lambda args: 3e-3,  # the paper's recipe, T-Few
         compared=[("IA3", "Liu 2022", {})],
         layout="ia3",
@@ -868,14 +860,12 @@ TECHNIQUES = {
     ),
     "bitfit": Technique(
         apply=lambda model, args: apply_bitfit(model, args.trainable_modules),
-        flags={},
         learning_rate=lambda args: 1e-3,  # the largest that the paper tries, for BERT
         compared=[("biases alone (BitFit)", "Ben Zaken 2022", {})],
         merges=True,
     ),
     "layernorm": Technique(
         apply=lambda model, args: apply_layernorm_tuning(model, args.trainable_modules),
-        flags={},
         learning_rate=lambda args: 1e-3,  # as for biases, which are vectors too
         compared=[("LayerNorms alone", "Zhao 2023", {})],
         merges=True,
@@ -887,7 +877,7 @@ TECHNIQUES = {
         ),
         flags={
             "freeze_layers": Flag(
-                None, layer_numbers, "from 0; ranges such as 0-5 (the lower half)"
+                None, numbers_and_ranges, "from 0; ranges such as 0-5 (the lower half)"
             ),
             "freeze_head": Flag(
                 False, bool, "also freeze the tied head and the final LayerNorm"
@@ -899,7 +889,6 @@ TECHNIQUES = {
     ),
     "full": Technique(
         apply=lambda model, args: apply_full_finetuning(model),
-        flags={},
         learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
         compared=[("full fine-tuning", "", {})],
         layout="plain",
@@ -942,12 +931,12 @@ def statistics(model: GPT2LMHeadModel) -> str:
     """The model's parameter counts and what trains, a line a parameter."""
     total, trainable = parameter_counts(model)
     lines = [
-        "📊 Final Parameter Statistics:",
-        f"   Total parameters: {total:,}",
-        f"   Trainable parameters: {trainable:,}",
-        f"   Trainable ratio: {trainable / total:.4f} ({trainable / total:.2%})",
-        "",
-        "🔍 Parameter Trainability Status:",
+        f"""📊 Final Parameter Statistics:
+   Total parameters: {total:,}
+   Trainable parameters: {trainable:,}
+   Trainable ratio: {trainable / total:.4f} ({trainable / total:.2%})
+
+🔍 Parameter Trainability Status:"""
     ]
     for name, parameter in model.named_parameters():
         mark, status = ("✅", "Trainable") if parameter.requires_grad else ("❄️ ", "Frozen")
@@ -1035,6 +1024,7 @@ def base_of(
         try:
             if isinstance(choice, nn.Module):
                 model = share_weights(choice)
+                model.base_fingerprint = fingerprint(model)
             else:
                 args.model_name_or_path = str(choice)
                 model = load_base(args)
@@ -1049,9 +1039,10 @@ def check_base(model: GPT2LMHeadModel, settings: Settings, directory: Path, chos
     """Raises ValueError for a base of another size than the one trained on; for one with other
     weights only if it was not chosen by name."""
     where = f"--model_name_or_path {base_reference(model)}"
-    for key, size in settings.get("base_config", {}).items():
-        if (found := getattr(model.config, key, None)) != size:
-            raise ValueError(f"{where}: {key} is {found}; {directory} was trained on {size}")
+    sizes = settings.get("base_config", {})
+    found = {name: getattr(model.config, name, None) for name in sizes}
+    if found != sizes:
+        raise ValueError(f"{where}: sizes {found}; {directory} was trained on {sizes}")
     if settings.get("base_fingerprint") not in (None, model.base_fingerprint):
         message = f"{where}: not the weights that {directory} was trained on"
         if not chosen:
@@ -1061,12 +1052,10 @@ def check_base(model: GPT2LMHeadModel, settings: Settings, directory: Path, chos
 
 def share_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """A model of its own whose weights are the tensors of another: some hundred kilobytes."""
-    tensors = {
+    shared = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
     }
-    shared = copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
-    shared.base_fingerprint = fingerprint(model)
-    return shared
+    return copy.deepcopy(model, shared)
 
 
 def result_directory(directory: str | Path) -> Path:
@@ -1081,8 +1070,10 @@ def trained_settings(directory: Path) -> Settings:
     """The settings of what a run of ours saved, or PEFT. Raises ValueError that names the file."""
     files = [path for path in (directory / METADATA, directory / PEFT_CONFIG) if path.is_file()]
     if not files:
-        neither = f"no such directory, or it holds neither {METADATA} nor {PEFT_CONFIG}"
-        raise ValueError(f"{directory}: {neither}: nothing that was trained to its end")
+        raise ValueError(
+            f"{directory}: no such directory, or it holds neither {METADATA} nor {PEFT_CONFIG}: "
+            "nothing that was trained to its end"
+        )
     settings = read_json(path := files[0])
     try:
         settings = settings if path.name == METADATA else peft_settings(settings)
@@ -1231,21 +1222,20 @@ def write_as_peft(
     """
     config |= {"task_type": "CAUSAL_LM", "inference_mode": True}
     config["base_model_name_or_path"] = base_reference(model)
-    trained, start = trainable_state(model), "base_model."
-    besides = {n: t for n, t in trained.items() if n not in tensors and ".prefix." not in n}
-    if PROMPT not in tensors:
-        start = "base_model.model."
+    trained = trainable_state(model).items()
+    besides = {n: t for n, t in trained if n not in tensors and ".prefix." not in n}
+    if PROMPT in tensors:
+        tensors |= {f"base_model.{name}": tensor for name, tensor in besides.items()}
+    else:
         if "transformer.wte.weight" in besides and is_tied(model):
             # With wte alone, PEFT would keep the old head.
             besides["lm_head.weight"] = besides["transformer.wte.weight"].clone()
         whole = {n.rpartition(".")[0] for n in besides if not n.endswith(".bias")}
         config["modules_to_save"] = sorted(whole) or None
-    named = {}
-    for name, tensor in (tensors | besides).items():
-        name = re.sub(r"(\.lora_[AB])$", r"\1.weight", name)
-        name = name.replace(".original_layer.", ".base_layer.")
-        named[name if name == PROMPT else start + name] = tensor
-    write_tensors(named, directory / WEIGHTS)
+        tensors = {f"base_model.model.{name}": t for name, t in (tensors | besides).items()}
+    names = {n: re.sub(r"(\.lora_[AB])$", r"\1.weight", n) for n in tensors}
+    names = {n: name.replace(".original_layer.", ".base_layer.") for n, name in names.items()}
+    write_tensors({names[n]: tensor for n, tensor in tensors.items()}, directory / WEIGHTS)
     write_json(directory / PEFT_CONFIG, config)
 
 
@@ -1338,39 +1328,37 @@ LAYOUTS: dict[str, tuple[Callable[..., dict], Callable[..., None]]] = {
 # ---- merging -------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """Folds every update, LoRA's or IA3's, into its layer and takes the wrappers out, in place: a
     plain model remains, with the same logits. Raises ValueError for a technique that is no change
     of weights."""
-    technique = getattr(model, "modification", {}).get("modification_type")
+    technique, training = (
+        getattr(model, "modification", {}).get("modification_type"),
+        model.training,
+    )
     if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
-        reason = "it is no update of weights, or a plain model already"
-        raise ValueError(f"{technique} cannot be folded into the base: {reason}")
-    before = some_logits(model)
+        raise ValueError(
+            f"{technique} cannot be folded into the base: it is no update of weights, or a plain "
+            "model already"
+        )
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
+    before = model.eval()(ids).logits
     for name, layer in [*model.named_modules()]:
         if hasattr(layer, "original_layer"):
             if getattr(layer, "merged", None) is None:
                 layer.merge()
             model.set_submodule(name, layer.original_layer)
-    difference, tolerance = (some_logits(model) - before).abs().max(), before.abs().max()
-    tolerance *= 1e-3 if model.dtype == torch.float32 else 0.1
+    difference, size = (model(ids).logits - before).abs().max(), before.abs().max()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     is_plain_now = model.state_dict().keys() == plain_shapes(model).state_dict().keys()
-    if not (is_plain_now and difference <= tolerance):
+    if not (is_plain_now and difference <= tolerance * size):
         raise ValueError(
             f"{technique} cannot be folded into the base: what remains is another model"
         )
     del model.modification, model.base_fingerprint
     model.base_path = model.base_name = None  # the merged weights lie in no file yet
-    return model
-
-
-@torch.no_grad()
-def some_logits(model: GPT2LMHeadModel) -> Tensor:
-    """The logits of one short batch, in fp32."""
-    training, ids = model.training, torch.arange(8, device=model.device)[None]
-    logits = model.eval()(ids % model.config.vocab_size).logits.float()
-    model.train(training)
-    return logits
+    return model.train(training)
 
 
 def detach(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
@@ -1417,9 +1405,10 @@ def merge_directory(
             copied = target / file.relative_to(source)
             copied.parent.mkdir(exist_ok=True)
             shutil.copy(file, copied)
-        load = "AutoModelForCausalLM.from_pretrained"
-        card = f"# {technique}, merged into {Path(base).name}\n\nTo load it: `{load}(DIR)`\n"
-        card = card_metadata(base, "transformers") + card
+        card = (
+            f"{card_metadata(base, 'transformers')}# {technique}, merged into {Path(base).name}\n\n"
+            "To load it: `AutoModelForCausalLM.from_pretrained(DIR)`\n"
+        )
         (target / "README.md").write_text(card, encoding="utf-8")
     except BaseException:
         shutil.rmtree(target, ignore_errors=True)
@@ -1477,8 +1466,10 @@ def read_tensors(path: Path) -> Tensors:
     except AttributeError:
         raise ValueError(f"{path}: holds something else than tensors by name") from None
     except (pickle.UnpicklingError, EOFError):
-        objects = "damaged, or holds objects, which could run code and are not loaded"
-        raise ValueError(f"{path}: {objects}; give model.safetensors") from None
+        raise ValueError(
+            f"{path}: damaged, or holds objects, which could run code and are not loaded; give "
+            "model.safetensors"
+        ) from None
     except Exception as error:  # of any type, for damaged files
         raise ValueError(f"{path}: {first_line(error)}") from None
 
@@ -1500,8 +1491,8 @@ def put_tensors(
             if name not in parameters:
                 raise ValueError(f"{name} has no place in this model")
             if parameters[name].shape != tensor.shape:
-                shapes = f"{tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}"
-                raise ValueError(f"{name} has shape {shapes}")
+                place = tuple(parameters[name].shape)
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the model's {place}")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     for name, tensor in tensors.items():
@@ -1550,8 +1541,7 @@ def verify_directory(directory: Path) -> None:
     for name, checksum in (expected or {MANIFEST: "damaged"}).items():
         if found.get(name) != checksum:  # a path that leads elsewhere is not among those found
             fault = "damaged (its checksum differs)" if name in found else "missing"
-            way_out = f"if changed on purpose, delete {MANIFEST}"
-            raise ValueError(f"{directory}: {name} is {fault}; {way_out}")
+            raise ValueError(f"{directory}: {name} is {fault}; if on purpose, delete {MANIFEST}")
 
 
 def matching_files(directory: str | Path, patterns: Iterable[str]) -> list[Path]:
@@ -1576,7 +1566,6 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # or their shards; th
 SPECIAL_TOKENS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 # What of config.json is about the model; the rest is about generating or about other code.
 CONFIG_KEYS = {*GPT2Config.__annotations__, *GPT2Config.attribute_map, "dtype", "torch_dtype"}
-CONFIG_KEYS -= {"use_cache"}
 
 
 def load_base(args: Namespace, device: str = "cpu") -> GPT2LMHeadModel:
@@ -1617,8 +1606,8 @@ def load_weights(directory: str) -> GPT2LMHeadModel:
     config, tensors = stored_config(directory), {}
     for file in weight_files(Path(directory)):
         tensors |= read_tensors(file)
-    for name in [name for name in tensors if name.endswith((".attn.bias", ".attn.masked_bias"))]:
-        del tensors[name]  # causal masks, in older files
+    masks = (".attn.bias", ".attn.masked_bias")  # in older files
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(masks)}
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)  # what does not fit is told below
     try:
@@ -1691,6 +1680,7 @@ def stored_config(directory: str) -> GPT2Config:
     if settings.get("quantization_config"):
         raise ValueError("config.json: quantised weights; give the model in full precision")
     config = GPT2Config.from_dict({key: settings[key] for key in CONFIG_KEYS & settings.keys()})
+    config.use_cache = True
     if min(config.n_layer, config.n_embd, config.n_head, config.n_positions, config.vocab_size) < 1:
         raise ValueError("config.json: a size below 1")
     return config
@@ -1732,19 +1722,24 @@ def from_hub(name: str) -> str:
             cached = snapshot_download(name, local_files_only=True)
             logger.warning("%s: only what the cache holds of it is taken", where)
             return cached
-        neither = f"neither a local directory nor to be had from the hub ({first_line(error)})"
-        raise ValueError(f"{where}: {neither}; give --model_name_or_path a directory") from None
+        raise ValueError(
+            f"{where}: neither a local directory nor to be had from the hub ({first_line(error)}); "
+            "give --model_name_or_path a directory"
+        ) from None
 
 
 # ---- flags ---------------------------------------------------------------------------------------
 
 PLAIN_LIST = str.maketrans("", "", "[]' ")  # ['a', 'b'] as a,b
 SCRATCH_FLAGS = {
-    "vocab_size": Flag(50257, at_least_one, "tokens; >= 1"),
-    "hidden_size": Flag(768, at_least_one, "width of the residual stream; >= 1"),
-    "num_attention_heads": Flag(12, at_least_one, "must divide --hidden_size"),
-    "num_hidden_layers": Flag(12, number(int, 1, 10_000), "blocks; >= 1"),
-    "max_position_embeddings": Flag(1024, at_least_one, "longest sequence, prefix included"),
+    name: Flag(getattr(GPT2Config(), name), at_least_one, text)
+    for name, text in {
+        "vocab_size": "tokens; >= 1",
+        "hidden_size": "width of the residual stream; >= 1",
+        "num_attention_heads": "must divide --hidden_size",
+        "num_hidden_layers": "blocks; >= 1",
+        "max_position_embeddings": "longest sequence, prefix included",
+    }.items()
 }
 BASE_FLAGS = {
     "modification_type": Flag("lora", TECHNIQUES, "what trains"),
@@ -1782,7 +1777,7 @@ def add_flags(parser: ArgumentParser, title: str, flags: Mapping[str, Flag]) -> 
     for name, (default, kind, text) in flags.items():
         typed = {"type": kind} if callable(kind) else {"choices": kind}
         if kind is bool:
-            typed = {"type": boolean, "nargs": "?", "const": True}
+            typed = {"type": true_or_false, "nargs": "?", "const": True}
         shown = "" if default in (None, []) else f" ({str(default).translate(PLAIN_LIST)})"
         group.add_argument(f"--{name}", default=SUPPRESS, help=text + shown, **typed)
 
@@ -1796,48 +1791,45 @@ def command_line(settings: Settings) -> list[str]:
     ]
 
 
-def parsed(flags: Mapping[str, Flag], settings: Settings) -> Settings:
-    """Settings, as text or as values, as a command line of them is parsed; None stays where it is
-    the default. Raises ValueError that names the flag, the value and what is legal."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_flags(parser, "", {name: flags[name] for name in settings})
-    given = {n: v for n, v in settings.items() if (v, flags[n].default) != (None, None)}
-    try:
-        return settings | vars(parser.parse_args(command_line(given)))
-    except ArgumentError as error:
-        raise ValueError(f"{error.argument_name}: {error.message}") from None
-
-
 def check_together(args: Namespace) -> None:
     """Raises ValueError for settings that are legal each, but not together."""
     if args.prefix_projection_size and args.prefix_type != "key_value":
-        size = f"--prefix_projection_size {args.prefix_projection_size}"
-        raise ValueError(f"{size}: needs --prefix_type key_value")
+        raise ValueError(
+            f"--prefix_projection_size {args.prefix_projection_size}: needs --prefix_type key_value"
+        )
 
 
 def with_defaults(args: object = None, **overrides: Any) -> Namespace:
     """All model flags: those that `args` has as attributes, the others at their defaults,
-    `overrides` above both.
+    `overrides` above both; texts or values, as a command line of them is parsed.
 
-    Raises ValueError for a value out of range, TypeError for an override that is no flag.
+    Raises ValueError that names the flag, the value and what is legal; TypeError for an override
+    that is no flag.
     """
     flags = model_flags()
     if unknown := overrides.keys() - flags.keys():
         raise TypeError(f"no such setting: {', '.join(sorted(unknown))}")
-    given = {name: getattr(args, name, flag.default) for name, flag in flags.items()}
-    return Namespace(**parsed(flags, given | overrides))
+    settings = {name: getattr(args, name, flag.default) for name, flag in flags.items()} | overrides
+    given = {n: v for n, v in settings.items() if (v, flags[n].default) != (None, None)}
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_flags(parser, "", flags)
+    try:
+        return parser.parse_args(command_line(given), Namespace(**settings))
+    except ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: {error.message}") from None
 
 
-def idle_flags(given: Iterable[str], args: Namespace) -> list[str]:
-    """A line for each model flag that was given and has no effect beside the others."""
-    used = BASE_FLAGS.keys() | TECHNIQUES[args.modification_type].flags.keys()
-    chosen = f"--modification_type {args.modification_type}"
+def idle_flags(given: Iterable[str], args: Namespace, task: str = "") -> list[str]:
+    """A line for each model flag that was given and has no effect beside the others, or on a task
+    of this script's own."""
+    used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS}
+    if not task:
+        task = f"modification_type {args.modification_type}"
+        used = {*BASE_FLAGS, *TECHNIQUES[args.modification_type].flags}
     if not args.from_scratch:
-        used, chosen = used - SCRATCH_FLAGS.keys(), f"{chosen} and no --from_scratch"
-    if args.modification_type == "full":  # it trains every module
-        used = used - {"trainable_modules"}
-    idle = sorted((model_flags().keys() - used).intersection(given))
-    return [f"--{name}: without effect with {chosen}" for name in idle]
+        used, task = used - SCRATCH_FLAGS.keys(), f"{task} and no --from_scratch"
+    idle = [name for name in given if name in model_flags() and name not in used]
+    return [f"--{name}: without effect with --{task}" for name in idle]
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -1889,16 +1881,11 @@ def run(args: Namespace, given: Iterable[str]) -> None:
     """The task that the flags name. Raises ValueError, OSError."""
     if bool(args.adapter_path) != bool(args.merge_to):
         raise ValueError("--adapter_path and --merge_to: give both, or neither")
-    if args.plot and not args.compare:
-        raise ValueError("--plot: needs --compare")
-    if args.compare and args.merge_to:
-        raise ValueError("--compare and --merge_to: two tasks, give one")
-    if args.compare or args.merge_to:
-        used = {"model_name_or_path", "from_scratch", *SCRATCH_FLAGS, *TASK_FLAGS}
-        idle = [f"--{name}: without effect on this task" for name in given if name not in used]
-    else:
-        idle = idle_flags(given, args)
-    for line in idle:
+    if (args.plot and not args.compare) or (args.compare and args.merge_to):
+        raise ValueError("--compare: alone or with --plot, which needs it, and not with --merge_to")
+    for line in idle_flags(
+        given, args, "compare" * args.compare or "merge_to" * bool(args.merge_to)
+    ):
         logger.warning(line)
     if args.merge_to:
         base = args.model_name_or_path if "model_name_or_path" in given else None
@@ -1931,8 +1918,8 @@ def main(argv: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="ignore")  # a cp1252 terminal gets lines without the emoji
     # The coverage of each LoRA target is no news where all techniques are compared.
-    logger.setLevel(logging.WARNING if args.compare else logging.INFO)
-    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s", stream=sys.stdout)
+    level = logging.WARNING if args.compare else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stdout)
     transformers_logging.disable_progress_bar()
     try:
         run(args, vars(given))

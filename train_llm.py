@@ -2214,12 +2214,14 @@ def place_of_process() -> dict[str, int]:
     variables = {name: os.environ.get(name, "") for name in names}
     if variables["WORLD_SIZE"] in ("", "0", "1"):
         return {"world_size": 1, "rank": 0, "local_rank": 0}
-    for name, text in variables.items():
-        if not (text if name == "MASTER_ADDR" else text.isdecimal()):
-            raise ValueError(
-                f"{name}={text} in the environment, with WORLD_SIZE={variables['WORLD_SIZE']}: "
-                "start with torchrun, or unset WORLD_SIZE"
-            )
+    odd = [name for name in names[:4] if not variables[name].isdecimal()]
+    odd += [] if variables["MASTER_ADDR"] else ["MASTER_ADDR"]
+    odd += [] if odd or int(variables["RANK"]) < int(variables["WORLD_SIZE"]) else ["RANK"]
+    if odd:
+        raise ValueError(
+            f"{odd[0]}={variables[odd[0]]} in the environment, with "
+            f"WORLD_SIZE={variables['WORLD_SIZE']}: start with torchrun, or unset WORLD_SIZE"
+        )
     return {name.lower(): int(variables[name]) for name in names[:3]}
 
 
@@ -2328,8 +2330,10 @@ def start_peak_memory(runtime: Runtime) -> None:
 
 def join_processes(gpu: torch.device | None) -> None:
     """Waits until all processes are there, and says so where that takes longer than seconds."""
-    waiting = "Waiting for the other processes: {WORLD_SIZE} in all, at {MASTER_ADDR}:{MASTER_PORT}"
-    said = threading.Timer(5, logger.warning, [waiting.format_map(os.environ)])
+    waiting = "Process {RANK} waits for {WORLD_SIZE} in all, at {MASTER_ADDR}:{MASTER_PORT}"
+    # Not by logging: of the other processes than 0 that is silent.
+    waiting = f"train_llm.py: {waiting.format_map(os.environ)}"
+    said = threading.Timer(5, print, [waiting], {"file": sys.stderr, "flush": True})
     said.start()
     # The others wait while process 0 answers prompts, writes and hashes: for hours at most, not
     # NCCL's ten minutes. One that fails ends them all at once, see `main`.

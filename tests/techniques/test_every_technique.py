@@ -371,10 +371,10 @@ def test_a_trainable_module_that_is_not_there_leaves_the_model_as_it_was(apply, 
     apply(model)
 
 
-def test_settings_may_be_texts_as_the_flags_are():
-    lora = apply_lora(small(), rank="3", alpha="6", target_modules="c_fc", trainable_modules="ln_f")
+def test_lists_may_be_texts_as_the_flags_are():
+    lora = apply_lora(small(), rank=3, alpha=6, target_modules="c_fc", trainable_modules="ln_f")
     assert parameter_counts(lora)[1] == LAYERS * 3 * 5 * HIDDEN + 2 * HIDDEN
-    adapters = apply_adapters(small(), adapter_size="8")
+    adapters = apply_adapters(small(), adapter_size=8)
     assert parameter_counts(adapters) == parameter_counts(apply_adapters(small(), 8))
-    assert parameter_counts(apply_prefix(small(), prefix_length="4"))[1] == 4 * HIDDEN
+    assert parameter_counts(apply_prefix(small(), prefix_length=4))[1] == 4 * HIDDEN
     assert trained_modules(apply_selective_freezing(small(), "0-1")) == {"h.2", "wte", "ln_f"}

@@ -312,5 +312,5 @@ def test_the_weight_of_a_wrapped_layer_is_the_one_it_multiplies_by():
     head.merge()
     assert close(head.weight, before, 1e-6)
     head = apply_lora(small(tie_word_embeddings=False), dropout=0.1, target_modules=["lm_head"])
-    with pytest.raises(ValueError, match=r"--lora_dropout 0\.1: acts on a layer's input"):
+    with pytest.raises(ValueError, match="--lora_dropout: acts on a layer's input"):
         head.train().lm_head.weight  # noqa: B018

@@ -33,7 +33,7 @@ def test_selective_freezing_trains_the_other_blocks_and_the_head(base, settings,
 
 @pytest.mark.parametrize(
     ("layers", "said"),
-    [([0, 3], " 3: the model has layers 0 to 2"), ([-1], ": invalid layer numbers")],
+    [([0, 3], " 3: the model has layers 0 to 2"), ([-1], ": invalid numbers_and_ranges")],
 )
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(layers, said):
     with pytest.raises(ValueError, match=f"--freeze_layers{said}"):

@@ -20,13 +20,13 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
 
 
 def main_with_hooks(
-    argv, output_dir, journal=os.devnull, die_at=0, signals=(), group=False, ignored=(), fail_at=0, file_limit=None,
+    argv, output_dir, journal=os.devnull, die_at=0, signals=(), group=False, ignored=(), fail_at=0, file_limit=None, open_files=None,
     closed_stdout=False, environment=(), constants=(),
 ):  # fmt: skip
     """train_llm.main in a process of its own: it writes down each change that it is about to make to the output
     directory, kills itself right before the die_at-th, sends itself signals, (micro-step of training, or -micro-step
     of evaluation, signal), as a member of a group the whole group too, ignores some from the start, raises in a
-    micro-step of training, and can write no file beyond the limit. constants: of train_llm."""
+    micro-step of training, can write no file beyond the limit and has so many open. constants: of train_llm."""
     os.environ.update(environment)
     for name, value in dict(constants).items():
         setattr(train_llm, name, value)
@@ -46,6 +46,8 @@ def main_with_hooks(
     forward, evaluations = SummedLoss.forward, itertools.count(1)
     if file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if open_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
 
     def watch(event, details):
         if event in CHANGES and str(details[0]).startswith(output_dir):
