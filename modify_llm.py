@@ -257,8 +257,8 @@ class LoRAProduct(torch.autograd.Function):
         x = x.reshape(-1, shape[-1])  # (tokens, in)
         x, W, A, B = (tensor.to(dtype) for tensor in (x, W, A, B))
         h = x @ W if b is None else torch.addmm(b.to(dtype), x, W)  # (tokens, out)
-        low_rank = x @ A.t()  # (tokens, r)
-        h.addmm_(low_rank, B.t(), alpha=scaling)
+        low_rank = (x @ A.t()).mul_(scaling)  # (tokens, r)
+        h.addmm_(low_rank, B.t())
         ctx.save_for_backward(x, W, A, B, low_rank)
         ctx.scaling, ctx.grad_dtype = scaling, grad_dtype
         return h.view(*shape[:-1], h.shape[-1])
@@ -268,21 +268,15 @@ class LoRAProduct(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, low_rank = ctx.saved_tensors
         shape, grad = grad.shape, grad.reshape(-1, grad.shape[-1])  # (tokens, out)
-        low_rank_grad = grad @ B  # (tokens, r), without its factor s, as low_rank
-        A_grad = scaled_product(low_rank_grad.t(), x, ctx.scaling).to(ctx.grad_dtype)  # (r, in)
-        B_grad = scaled_product(low_rank.t(), grad, ctx.scaling).t()  # (out, r)
+        low_rank_grad = (grad @ B).mul_(ctx.scaling)  # (tokens, r)
+        A_grad = (low_rank_grad.t() @ x).to(ctx.grad_dtype)  # (r, in)
         # Contiguous, as AdamW keeps it: otherwise it would be copied once more.
+        B_grad = (low_rank.t() @ grad).t()  # (out, r)
         B_grad = B_grad.to(ctx.grad_dtype, memory_format=torch.contiguous_format)
         x_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A, alpha=ctx.scaling)
-            x_grad = x_grad.view(*shape[:-1], x.shape[-1])
+            x_grad = (grad @ W.t()).addmm_(low_rank_grad, A).view(*shape[:-1], x.shape[-1])
         return x_grad, None, None, A_grad, B_grad, None
-
-
-def scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """scaling x a @ b, in one kernel."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -902,7 +896,6 @@ TECHNIQUES = {
         learning_rate=lambda args: 5e-5,
         compared=[("selective, lower half frozen", "", {})],
         layout="plain",
-        merges=True,
     ),
     "full": Technique(
         apply=lambda model, args: apply_full_finetuning(model),
@@ -910,7 +903,6 @@ TECHNIQUES = {
         learning_rate=lambda args: 5e-5,  # Li & Liang, table 6
         compared=[("full fine-tuning", "", {})],
         layout="plain",
-        merges=True,
     ),
 }  # fmt: skip
 
@@ -982,9 +974,10 @@ def save_trained(model: GPT2LMHeadModel, directory: str | Path) -> None:
     settings["base_config"] = {name: getattr(config, name) for name in sizes}
     settings["base_model_name_or_path"] = name = base_reference(model)
     settings["base_fingerprint"] = model.base_fingerprint
-    with suppress(ValueError, TypeError):  # no path leads to a hub or to another drive of Windows
-        relative = Path(os.path.relpath(os.path.realpath(name), directory.resolve())).as_posix()
-        settings["base_relative_path"] = relative if relative.startswith("..") else f"./{relative}"
+    if name and Path(name).is_dir():
+        with suppress(ValueError):  # no path leads to another drive of Windows
+            relative = os.path.relpath(Path(name).resolve(), directory.resolve())
+            settings["base_relative_path"] = Path(relative).as_posix()
     write_json(directory / METADATA, settings | model.end_tokens)
 
 
@@ -1010,7 +1003,13 @@ def load_trained(
         verify_directory(directory)
     settings = trained_settings(directory)
     args = with_defaults(Namespace(**settings), dropout=dropout)
-    model = base_of(directory, settings, base, args)
+    if is_plain(args.modification_type):
+        if isinstance(base, nn.Module):
+            raise ValueError(f"{directory}: a whole model, it shares nothing; give no base")
+        args.model_name_or_path = str(directory)
+        model = load_base(args)
+    else:
+        model = base_of(directory, settings, base, args)
     _, load = LAYOUTS[TECHNIQUES[args.modification_type].layout]
     try:
         load(model, directory, args)
@@ -1031,20 +1030,14 @@ def base_of(
 
     Raises ValueError.
     """
-    technique, errors = args.modification_type, []
-    if isinstance(base, nn.Module):
-        if is_plain(technique):
-            raise ValueError(f"{directory}: {technique} left nothing of a base to share; give none")
-        model = share_weights(base)
-        model.base_fingerprint = fingerprint(model)
-        check_base(model, settings, directory, chosen=True)
-        return model
-    if is_plain(technique):
-        base = directory  # it holds all its weights
-    for name in [base] if base else settings["bases"]:
-        args.model_name_or_path = str(name)
+    errors = []
+    for choice in [base] if base else settings["bases"]:
         try:
-            model = load_base(args)
+            if isinstance(choice, nn.Module):
+                model = share_weights(choice)
+            else:
+                args.model_name_or_path = str(choice)
+                model = load_base(args)
             check_base(model, settings, directory, chosen=bool(base))
             return model
         except ValueError as error:
@@ -1052,12 +1045,28 @@ def base_of(
     raise ValueError([*errors, f"{directory}: names no base model; give --model_name_or_path"][0])
 
 
+def check_base(model: GPT2LMHeadModel, settings: Settings, directory: Path, chosen: bool) -> None:
+    """Raises ValueError for a base of another size than the one trained on; for one with other
+    weights only if it was not chosen by name."""
+    where = f"--model_name_or_path {base_reference(model)}"
+    for key, size in settings.get("base_config", {}).items():
+        if (found := getattr(model.config, key, None)) != size:
+            raise ValueError(f"{where}: {key} is {found}; {directory} was trained on {size}")
+    if settings.get("base_fingerprint") not in (None, model.base_fingerprint):
+        message = f"{where}: not the weights that {directory} was trained on"
+        if not chosen:
+            raise ValueError(f"{message}; they have changed since")
+        logger.warning(message)  # perhaps the same model at another precision
+
+
 def share_weights(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     """A model of its own whose weights are the tensors of another: some hundred kilobytes."""
     tensors = {
         id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()
     }
-    return copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
+    shared = copy.deepcopy(model, tensors | {id(buffer): buffer for buffer in model.buffers()})
+    shared.base_fingerprint = fingerprint(model)
+    return shared
 
 
 def result_directory(directory: str | Path) -> Path:
@@ -1070,25 +1079,25 @@ def result_directory(directory: str | Path) -> Path:
 
 def trained_settings(directory: Path) -> Settings:
     """The settings of what a run of ours saved, or PEFT. Raises ValueError that names the file."""
-    ours, path = directory / METADATA, directory / PEFT_CONFIG
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such directory")
-    if not (ours.is_file() or path.is_file()):
-        neither = f"holds neither {METADATA} nor {PEFT_CONFIG}: nothing that was trained to its end"
-        raise ValueError(f"{directory}: {neither}")
-    settings = read_json(ours) if ours.is_file() else peft_settings(path)
+    files = [path for path in (directory / METADATA, directory / PEFT_CONFIG) if path.is_file()]
+    if not files:
+        neither = f"no such directory, or it holds neither {METADATA} nor {PEFT_CONFIG}"
+        raise ValueError(f"{directory}: {neither}: nothing that was trained to its end")
+    settings = read_json(path := files[0])
     try:
+        settings = settings if path.name == METADATA else peft_settings(settings)
         technique = with_defaults(Namespace(**settings)).modification_type
         if "modification_type" not in settings:
             raise ValueError("lacks modification_type")
         if technique == "adapter" and "adapter_activation" not in settings:
             raise ValueError("adapters of an earlier version stand elsewhere: train them again")
     except ValueError as error:
-        raise ValueError(f"{ours if ours.is_file() else path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
+    # Results of earlier versions hold the path from the result as the base's name.
     name, relative = settings.get("base_model_name_or_path"), settings.get("base_relative_path")
-    beside = [directory / str(path) for path in (relative, name) if str(path).startswith(".")]
-    beside = [os.path.normpath(path) for path in beside if path.is_dir()]
-    settings["bases"] = beside + ([name] if name else [])
+    relative = relative or (name if str(name).startswith(os.pardir) else None)
+    beside = [os.path.normpath(directory / relative)] if relative else []
+    settings["bases"] = [*filter(os.path.isdir, beside), *([name] if name else [])]
     settings["base_model_name_or_path"] = next(iter(settings["bases"]), None)
     return settings
 
@@ -1099,24 +1108,6 @@ def prompt_settings(directory: str | Path) -> Settings:
     path = Path(directory, METADATA)
     settings = read_json(path) if path.is_file() else {}
     return {name: settings[name] for name in {"text_format", "max_length"} & settings.keys()}
-
-
-def check_base(
-    model: GPT2LMHeadModel, settings: Settings, directory: Path, *, chosen: bool
-) -> None:
-    """Raises ValueError for a base of another size than the one trained on; for one with other
-    weights only if it was not chosen by name."""
-    where = f"--model_name_or_path {base_reference(model)}"
-    for key, size in settings.get("base_config", {}).items():
-        if (found := getattr(model.config, key, None)) != size:
-            raise ValueError(f"{where}: {key} is {found}; {directory} was trained on {size}")
-    trained_on = settings.get("base_fingerprint")
-    if is_plain(settings["modification_type"]) or trained_on in (None, model.base_fingerprint):
-        return
-    message = f"{where}: not the weights that {directory} was trained on"
-    if not chosen:
-        raise ValueError(f"{message}; they have changed since")
-    logger.warning(message)  # perhaps the same model at another precision
 
 
 def save_state(model: GPT2LMHeadModel, directory: Path) -> None:
@@ -1265,17 +1256,20 @@ def load_peft(model: GPT2LMHeadModel, directory: Path, args: Namespace) -> None:
     config, tensors = read_json(directory / PEFT_CONFIG), peft_tensors(path)
     if args.modification_type == "prefix":
         args.prefix_init_text = None  # what it started from does not count any more
-    else:
-        untie_if_apart(model, tensors)
+    elif is_tied(model):
+        pair = [tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")]
+        if pair[0] is not pair[1] and (None in pair or not torch.equal(*pair)):
+            # One of the two alone was changed: the head gets a weight of its own.
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+            model.config.tie_word_embeddings = False
     wrapped = sorted({key.split(".lora_")[0] for key in tensors if ".lora_" in key})
     args.lora_target_modules = args.lora_target_modules or wrapped
     modify(model, args)
     for name, layer in lora_layers(model).items():
         fit_layer(name, layer, tensors, config)
     put_tensors(model, tensors, path, required=trainable_state(model))
-    whole = [f".{name}." for name in config.get("modules_to_save") or ()]
-    for name in tensors:  # whole modules and biases that were trained (modules_to_save, bias)
-        if name.endswith(".bias") or any(module in f".{name}" for module in whole):
+    for name in tensors:
+        if name.endswith(".bias"):  # trained by PEFT's option `bias`
             model.get_parameter(name).requires_grad_(True)
 
 
@@ -1285,7 +1279,10 @@ def fit_layer(name: str, layer: LoRALayer, tensors: Tensors, config: Settings) -
     A, B, n = layer.lora_A, layer.lora_B, len(layer.thirds) or 1
     rank = max(1, len(tensors.get(f"{name}.lora_A", A)) // n)  # put_tensors tells what lacks
     A.data, B.data = A.new_empty(n * rank, A.shape[1]), B.new_empty(len(B), rank)
-    layer.scaling = alpha_of(name, config) / scaling_divisor(n * rank, layer.rslora)
+    exceptions = (config.get("alpha_pattern") or {}).items()
+    fits = (a for key, a in exceptions if regex.fullmatch(rf"(.*\.)?({key})", name, timeout=1))
+    alpha = next(fits, config.get("lora_alpha", 8))  # as in PEFT, of the first pattern that fits
+    layer.scaling = alpha / scaling_divisor(n * rank, layer.rslora)
     stored = tensors.get(f"{name}.lora_B", B)
     if layer.thirds and stored.shape == layer.full_B().shape:
         blocks = stored.unflatten(0, (3, -1)).unflatten(2, (n, -1))  # (3, out / 3, n, r)
@@ -1293,36 +1290,25 @@ def fit_layer(name: str, layer: LoRALayer, tensors: Tensors, config: Settings) -
         tensors[f"{name}.lora_B"] = torch.cat(blocks)
 
 
-def alpha_of(layer_name: str, config: Settings) -> float:
-    """A layer's alpha by PEFT's configuration, where patterns match the end of its name."""
-    for pattern, exception in (config.get("alpha_pattern") or {}).items():
-        if regex.fullmatch(rf"(.*\.)?({pattern})", layer_name, timeout=1):
-            return exception  # as in PEFT, the first that matches
-    return config.get("lora_alpha", 8)
-
-
-def peft_settings(path: Path) -> Settings:
+def peft_settings(config: Settings) -> Settings:
     """The settings of a LoRA or IA3 directory that PEFT itself wrote, from its configuration."""
-    config = read_json(path)
-    base = {"base_model_name_or_path": config.get("base_model_name_or_path")}
-    if (kind := config.get("peft_type")) == "IA3":
-        return {"modification_type": "ia3"} | base
-    if kind != "LORA":
-        loads = "of PEFT's own directories LORA and IA3 load"
-        raise ValueError(f"{path}: peft_type {kind!r}; {loads}")
+    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
+    if kind not in ("LORA", "IA3"):
+        raise ValueError(f"peft_type {kind!r}; of PEFT's own directories LORA and IA3 load")
     if config.get("alora_invocation_tokens"):  # other options have tensors that find no place
-        raise ValueError(f"{path}: alora_invocation_tokens is not supported")
-    start = config.get("init_lora_weights", True)
+        raise ValueError("alora_invocation_tokens is not supported")
     if start not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise ValueError(f"{path}: init_lora_weights {start!r} changes the base; not supported")
-    return base | {
-        "modification_type": "lora",
-        "lora_rank": config.get("r", 8),
-        "lora_alpha": config.get("lora_alpha", 8),
-        "lora_dropout": config.get("lora_dropout", 0.0),
+        raise ValueError(f"init_lora_weights {start!r} changes the base; not supported")
+    names = {
+        "base_model_name_or_path": "base_model_name_or_path", "trainable_modules":
+        "modules_to_save", "lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout":
+        "lora_dropout", "lora_dora": "use_dora",
+    }  # fmt: skip
+    settings = {ours: config[name] for ours, name in names.items() if config.get(name)}
+    return settings | {
+        "modification_type": kind.lower(),
         "lora_target_modules": [],  # PEFT's may be patterns: the layers in its file are taken
         "lora_scaling": "rank_stabilized" if config.get("use_rslora") else "standard",
-        "lora_dora": bool(config.get("use_dora")),
     }
 
 
@@ -1337,16 +1323,6 @@ def peft_tensors(path: Path) -> Tensors:
             name = name.replace(PROMPT, "transformer.prefix.embedding")
             tensors[name] = tensor.flatten() if name.endswith(".ia3_l") else tensor
     return tensors
-
-
-def untie_if_apart(model: GPT2LMHeadModel, tensors: Tensors) -> None:
-    """Gives a tied head a weight of its own where the tensors change one of the two alone."""
-    wte, head = tensors.get("transformer.wte.weight"), tensors.get("lm_head.weight")
-    together = wte is head or (None not in (wte, head) and torch.equal(wte, head))
-    if is_tied(model) and not together:
-        separate = model.lm_head.weight.detach().clone()
-        model.lm_head.weight = nn.Parameter(separate, requires_grad=False)
-        model.config.tie_word_embeddings = False
 
 
 # How each layout is saved and loaded. To save returns the settings that it changed.
@@ -1368,8 +1344,8 @@ def merge_lora(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     of weights."""
     technique = getattr(model, "modification", {}).get("modification_type")
     if technique not in TECHNIQUES or not TECHNIQUES[technique].merges:
-        carried = technique or "a plain model"
-        raise ValueError(f"{carried} cannot be folded into the base: it is no update of weights")
+        reason = "it is no update of weights, or a plain model already"
+        raise ValueError(f"{technique} cannot be folded into the base: {reason}")
     before = some_logits(model)
     for name, layer in [*model.named_modules()]:
         if hasattr(layer, "original_layer"):
@@ -1427,8 +1403,6 @@ def merge_directory(
         raise ValueError(f"--merge_to {merge_to}: exists and is not an empty directory")
     model, where = load_trained(directory, model_name_or_path), f"--adapter_path {directory}"
     technique, base = model.modification["modification_type"], str(model.base_name)
-    if is_plain(technique):
-        raise ValueError(f"{where}: {technique} saves a plain model already, use it as it is")
     settings = {"modification_type": "full"} | prompt_settings(directory) | model.end_tokens
     source = directory if matching_files(directory, VOCABULARY_FILES) else Path(model.base_path)
     try:

@@ -796,7 +796,8 @@ def load_rows(
     args: Args, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[AlpacaDataset, AlpacaDataset]:
     """(training rows, held-out rows); rows with nothing to learn are left out and counted."""
-    if args.eval_dataset_path:
+    own_split = args.eval_dataset_path or args.dataset_test_split
+    if own_split:
         held_out = labelled_rows("eval_dataset_path", args, tokenizer)
         train = held_out if args.eval_only else labelled_rows("dataset_path", args, tokenizer)
     else:
@@ -806,7 +807,7 @@ def load_rows(
         purpose = "evaluate" if args.eval_only else "train"
         raise ValueError(f"--eval_fraction {args.eval_fraction}: leaves no row to {purpose} on")
     limit = args.max_eval_samples
-    if args.max_samples and not (limit or args.eval_dataset_path):  # the same share of fewer rows
+    if args.max_samples and not (limit or own_split):  # the same share of fewer rows
         share = args.eval_fraction / (1 - args.eval_fraction)
         limit = max(1, round(args.max_samples * share))
     if args.early_stopping_patience and not len(held_out):
@@ -829,10 +830,9 @@ def load_rows(
 
 def labelled_rows(flag: str, args: Args, tokenizer: PreTrainedTokenizerBase) -> AlpacaDataset:
     """The rows of a dataset that hold something to learn. Raises ValueError where none does."""
-    path, length = getattr(args, flag), args.max_length
-    dataset = load_dataset(
-        path, tokenizer, flag=flag, text_format=args.text_format, max_length=length
-    )
+    reading = {name: getattr(args, name) for name in data_pipeline.READING_FLAGS}
+    path = getattr(args, flag) or args.dataset_path
+    dataset = load_dataset(path, tokenizer, flag=flag, **reading)
     keep = dataset.label_counts > 0
     if not keep.any():
         raise ValueError(f"--{flag} {path}: no row is left to learn from")
@@ -1247,8 +1247,8 @@ def public_settings(args: Args) -> dict[str, Any]:
     be secrets."""
     settings = dict(vars(args))
     for name in PATH_FLAGS:
-        if data_pipeline.is_url(str(settings[name])):
-            parts = urlsplit(settings[name])
+        parts = urlsplit(str(settings[name]))
+        if parts.netloc:
             settings[name] = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     return settings
 
@@ -1335,7 +1335,7 @@ def write_model(run: Run, name: str) -> None:
     run.model.modification["dataset_sha256"] = run.dataset_hash
     with whole_directory(run.output_dir, name) as directory:
         save_trained(run.model, directory)
-        run.tokenizer.save_pretrained(directory)
+        data_pipeline.save_tokenizer(run.tokenizer, directory, run.args.text_format)
         write_card = (directory / CARD).write_text
         attempt("the model card", lambda: write_card(model_card(run), "utf-8"))
 
@@ -1709,33 +1709,24 @@ def prompt_fields(prompt: Any, text_format: str, literal: bool = False) -> dict[
     """The fields of a row that a prompt gives: a text is the only one before the response.
 
     For formats with several, and for turns, it may be a dict or (unless literal) a JSON object of
-    them; null is empty, and an answer that ends a conversation is left out. Raises ValueError for
-    a field that is missing or misspelt.
+    them; null is empty. Raises ValueError for a field that is missing or misspelt.
     """
     is_chat, read = text_format == "messages", prompt_columns(text_format)
     required = [name for name in read if name != "input"] or read  # an input may be empty
-    known = data_pipeline.format_columns(text_format)
-    known = ["messages", "conversations"] if is_chat else known
-    given = prompt
+    known, given = data_pipeline.format_columns(text_format), prompt
     if not (literal or text_format == "output"):
         with suppress(ValueError, RecursionError, TypeError):
             given = json.loads(prompt)
     given = given if isinstance(given, dict) else {}
-    misspelt = {str(name).strip().lower(): name for name in given.keys() - {*known}}
-    for name in known:
-        if (other := misspelt.get(name.lower(), name)) != name:
-            raise ValueError(f"the field {other!r} must be named {name!r}")
+    data_pipeline.check_names(given, known)
     if not (isinstance(prompt, dict) or given.keys() & {*known}):
         given = {"messages": [{"role": "user", "content": prompt}]} if is_chat else {}
         if len(required) == 1:
             given = {required[0]: prompt}
     if is_chat:
-        turns = data_pipeline.first_of(given, *known)
-        if not (turns and isinstance(turns, list)):
+        if not (given.get("messages") or given.get("conversations")):
             raise ValueError("its fields are neither 'messages' nor 'conversations'")
-        last = turns[-1] if isinstance(turns[-1], dict) else {}
-        answered = data_pipeline.first_of(last, "role", "from") in ("assistant", "gpt")
-        return given | dict.fromkeys(known) | {"messages": turns[:-1] if answered else turns}
+        return given
     if missing := [name for name in required if name not in given]:
         raise ValueError(
             f"the format reads {read}, a JSON object of them; {missing[0]!r} is missing"
@@ -1909,23 +1900,22 @@ def read_prompts(args: Args) -> list[tuple[Any, dict]]:
     fields. Raises ValueError."""
     if not (path := args.prompts_file):
         return []
-    is_lines, prompts = not data_pipeline.file_kind(path), []
+    is_lines, prompts = not data_pipeline.file_kind(path)[0], []
     try:
         if is_lines:
             read = filter(str.strip, Path(path).read_text("utf-8-sig").split("\n"))
         else:
-            read = itertools.chain(*data_pipeline.read_records(path))
+            columns = data_pipeline.format_columns(args.text_format)
+            read = data_pipeline.read_records(path, columns)
         for prompt in read:
             if not isinstance(prompt, str | dict):
                 raise ValueError(f"{prompt!r:.40} is neither a text nor fields")
             fields = prompt_fields(prompt, args.text_format, literal=not is_lines)
-            if None in fields:  # where read_csv puts what has no header
-                raise ValueError("more fields than the header names")
             data_pipeline.check_text(json.dumps(prompt, ensure_ascii=False), "the prompt")
             prompts.append((prompt, fields))
         if not prompts:
             raise ValueError("holds no prompts")
-    except (ValueError, OSError) as error:
+    except Exception as error:  # of the libraries that read files
         raise ValueError(f"--prompts_file {path}: row {len(prompts) + 1}: {error}") from None
     return prompts
 

@@ -160,8 +160,8 @@ def run(*command: str) -> dict[str, float]:
 
 def read_rows(args: argparse.Namespace) -> list[dict[str, str]]:
     """The rows whose response has at least --min_words words."""
-    frames = data_pipeline.read_frames(args.dataset_path, data_pipeline.ALPACA_COLUMNS)
-    rows = [row for frame in frames for row in frame.to_dict("records")]
+    rows = data_pipeline.read_rows(args.dataset_path, "alpaca")
+
     return [row for row in rows if len(row["output"].split()) >= max(1, args.min_words)]
 
 

@@ -1,6 +1,7 @@
 """Small models and data for all tests: nothing is downloaded, nothing comes from outside the repository."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from transformers import GPT2LMHeadModel
 from data_pipeline import load_tokenizer
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def control_c_is_not_ignored():
+    """As a script's `&` leaves it: for these tests and the processes that they start it is put back."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -122,13 +122,20 @@ def test_a_hub_dataset_is_the_parquet_files_of_its_training_split(hub):
 
 
 def test_one_of_several_configurations_of_a_hub_dataset_is_chosen(monkeypatch, directory, tmp_path):
-    directory({f"{name}/train.parquet": as_parquet(ROWS[:3]) for name in ("de", "en")})
-    monkeypatch.setattr(data_pipeline, "hub_snapshot", lambda *_: tmp_path / "files")
-    with pytest.raises(
-        ValueError, match=r"someone/two: .*several configurations, de, en: add /NAME"
-    ):
+    readme = b"""---
+configs:
+- {config_name: de, data_files: de/*.parquet}
+- {config_name: en, data_files: [{split: train, path: en/*.parquet}]}
+---"""
+    files = {f"{name}/rows.parquet": as_parquet(ROWS[:n]) for name, n in (("de", 2), ("en", 3))}
+    directory(files | {"README.md": readme})
+    monkeypatch.setattr(data_pipeline, "hub_snapshot", lambda *_: str(tmp_path / "files"))
+    with pytest.raises(ValueError, match=r"someone/two: --dataset_config None: .*\['de', 'en'\]"):
         load_dataset("someone/two")
-    assert len(load_dataset("someone/two/en")) == 3
+    with pytest.raises(ValueError, match=r"--dataset_config fr: .*\['de', 'en'\]"):
+        load_dataset("someone/two", dataset_config="fr")
+    assert len(load_dataset("someone/two", dataset_config="en")) == 3
+    assert len(load_dataset("someone/two", dataset_config="de")) == 2
 
 
 @pytest.mark.parametrize(

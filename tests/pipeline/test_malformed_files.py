@@ -285,7 +285,5 @@ def test_an_unreadable_file_is_refused(refused, write):
 def test_a_header_that_is_not_utf8_is_refused_by_name(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_bytes("instruction,input,output,résumé\na,b,c,d\n".encode("cp1252"))
-    with pytest.raises(
-        ValueError, match=r"row 1: a column's name holds .*: save the file as UTF-8"
-    ):
+    with pytest.raises(ValueError, match=r"the header holds .*: save the file as UTF-8"):
         load_dataset(path)

@@ -59,10 +59,16 @@ def test_unknown_and_abbreviated_flags_are_refused(refused, flags):
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (["--max_length", 1, "--batch_size", -1], "argument --max_length: '1': expected int >= 2"),
-        (["--batch_size", "x", "--seed", -1], "argument --batch_size: 'x': expected int >= 1"),
-        (["--eval_fraction", 1], "argument --eval_fraction: '1': expected float >= 0 and < 1"),
-        (["--plot", ""], "argument --plot: an empty name"),
+        (
+            ["--max_length", 1, "--batch_size", -1],
+            "argument --max_length: invalid int >= 2 and < 2147483648 value: '1'",
+        ),
+        (
+            ["--batch_size", "x", "--seed", -1],
+            "argument --batch_size: invalid int >= 1 and < 2147483648 value: 'x'",
+        ),
+        (["--eval_fraction", 1], "argument --eval_fraction: invalid float >= 0 and < 1 value: '1'"),
+        (["--plot", ""], "argument --plot: invalid nonempty text value: ''"),
     ],
 )
 def test_the_first_bad_flag_is_refused_with_what_would_be_legal(refused, flags, error):

@@ -102,7 +102,8 @@ def test_a_sample_of_megabytes_is_shown_cut(write, capsys, monkeypatch, tokenize
     path = write([alpaca_row(output=f"{blank}word" * 200_000), alpaca_row()])
     out = run_main(capsys, "--dataset_path", path, "--max_length", 100_000, "--num_workers", 0)
     assert max(map(len, out.splitlines())) < 5_000 and len(out) < 25_000
-    assert f"({len(f'{blank}word') * 200_000:,} characters)" in out
+    length = len("Original Text: ") + len(f"{blank}word") * 200_000
+    assert f"({length:,} characters)" in out
 
 
 def test_a_tokenizer_that_changes_the_text_is_found_out(write, caplog, tokenizer):

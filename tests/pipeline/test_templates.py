@@ -9,6 +9,7 @@ import logging
 
 import pytest
 from row_files import EOS, ROWS, alpaca_row, ids, row_of
+from tokenizers import processors
 
 import data_pipeline
 from data_pipeline import load_dataset
@@ -156,3 +157,85 @@ def test_a_prompt_is_encoded_as_the_rows_of_a_dataset_are(write, chat, text_form
 def test_the_output_format_goes_on_with_the_prompts_own_text(tokenizer, reference):
     prompt = data_pipeline.encode_prompt({"output": "Once <|endoftext|>"}, "output", tokenizer)
     assert prompt == reference("Once <|endoftext|>")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", " \t\r\n"])
+@pytest.mark.parametrize(
+    "text_format",
+    ["alpaca", "output", "Q: {instruction}\nA:|| {output}", "{instruction}||{output}."],
+)
+def test_a_row_without_an_answer_has_nothing_to_learn(write, tokenizer, caplog, text_format, blank):
+    """The words of a template answer nothing: a model would learn to say nothing."""
+    rows = [alpaca_row(output=blank), alpaca_row(output=" Yes.")]
+    with caplog.at_level(logging.INFO):
+        dataset = load_dataset(write(rows), tokenizer, text_format=text_format)
+    assert dataset.label_counts[0] == 0 < dataset.label_counts[1]
+    assert "1 with nothing to learn" in caplog.text
+    assert " Yes." in tokenizer.decode(dataset[1]["input_ids"])
+
+
+def test_one_of_several_columns_of_an_answer_is_an_answer(write, tokenizer):
+    rows = [{"a": "", "b": "x"}, {"a": " ", "b": "\n"}]
+    dataset = load_dataset(write(rows), tokenizer, text_format="Say:||{a}, {b}")
+    assert dataset.label_counts[0] > 0 == dataset.label_counts[1]
+
+
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        (r"{q}\n||{a}", "{q}\n||{a}"),
+        (r"{q}\\nabla||{a}", r"{q}\nabla||{a}"),
+        (r"\\{q}\t||{a}\\\n", "\\{q}\t||{a}\\\n"),
+        (r"C:\dir {q}||{a}", r"C:\dir {q}||{a}"),
+    ],
+)
+def test_a_doubled_backslash_is_one(write, tokenizer, typed, meant):
+    """What the flag's type gives may be read by it again, as from a run's settings."""
+    once = data_pipeline.legal_format(typed)
+    assert data_pipeline.legal_format(once) == once
+    path = write([{"q": "Q", "a": "A"}])
+    text = tokenizer.decode(load_dataset(path, tokenizer, text_format=once)[0]["input_ids"])
+    assert text == meant.replace("{q}", "Q").replace("{a}", "A").replace("||", "") + "<|endoftext|>"
+
+
+def beginning_with(tokenizer, token):
+    """The tokenizer, which now puts this token before each text, as LLaMA's puts <s>."""
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"bos_token": token})
+    template = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A $B", special_tokens=[(token, own.bos_token_id)]
+    )
+    own.backend_tokenizer.post_processor = template
+    return own
+
+
+@pytest.mark.parametrize(
+    "text_format, row",
+    [
+        ("output", alpaca_row(output="So it is.")),
+        ("alpaca", alpaca_row(input="")),
+        ("Q: {q}\nA:||{a}", {"q": "Why?", "a": "So."}),
+        ("<s>Q: {q}\nA:||{a}", {"q": "Why?", "a": "So."}),
+        ("||{a}", {"a": "So it is."}),
+        ("messages", {"messages": [
+            {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."},
+            {"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."},
+        ]}),
+    ],
+)  # fmt: skip
+def test_what_a_tokenizer_puts_before_a_text_stands_before_a_row_once(
+    write, tokenizer, text_format, row
+):
+    own = beginning_with(tokenizer, "<s>")
+    start = own.bos_token_id
+    plain, other = (
+        load_dataset(write([row]), some, text_format=text_format) for some in (tokenizer, own)
+    )
+    expected = ids(plain)[0]
+    if text_format.startswith("<s>"):
+        expected = expected[len(tokenizer.encode("<s>")) :]
+    assert ids(other) == [[start, *expected]]
+    assert other.label_counts[0] - plain.label_counts[0] == (plain.prompt_lengths[0] == 0)
+    prompt = data_pipeline.encode_prompt(row, text_format, own)
+    assert prompt[0] == start and prompt.count(start) == 1
+    assert prompt == ids(other)[0][: len(prompt)]

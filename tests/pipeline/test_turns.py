@@ -4,7 +4,6 @@ python -m pytest tests/pipeline/test_turns.py
 """
 
 import copy
-import io
 import itertools
 import logging
 
@@ -140,7 +139,10 @@ def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenize
 @pytest.mark.parametrize(
     "row, said",
     [
-        ({"messages": []}, "expected a list of turns under 'messages' or 'conversations', got []"),
+        (
+            {"messages": []},
+            "expected a list of turns under 'messages' or 'conversations', got None",
+        ),
         ({"messages": None, "conversations": "Hi"}, "expected a list of turns under 'messages'"),
         (alpaca_row(), "expected a list of turns under 'messages' or 'conversations', got None"),
         ({"messages": ["Hi"]}, "turn 1 is 'Hi', not an object"),
@@ -153,15 +155,7 @@ def test_the_content_hash_sees_where_each_answer_begins_and_ends(write, tokenize
         ),
         (
             {"messages": [*turns("u:x"), {"role": "assistant", "content": "", "tool_calls": [1]}]},
-            "turn 2: calls of tools are not supported",
-        ),
-        (
-            {"messages": [*turns("u:x"), {"role": "assistant", "content": "y", "weight": 0}]},
-            "turn 2 is marked not to be learned",
-        ),
-        (
-            {"messages": [*turns("u:x"), {"role": "assistant", "content": "y", "train": False}]},
-            "turn 2 is marked not to be learned",
+            "turn 2: 'tool_calls' is a part of the answer that is not supported",
         ),
         (
             {"conversations": turns("u:\ud800", **SHARE_GPT)},
@@ -175,6 +169,101 @@ def test_turns_that_cannot_be_read_are_refused_by_row(refused, write, row, said)
     assert error.startswith(f"--dataset_path {path}: row 2: {said}")
 
 
+def answered(**fields):
+    """A first answer with these fields, and one that is learned."""
+    first = {"role": "assistant", "content": "BAD", **fields}
+    return {"messages": [*turns("u:One?"), first, *turns("u:Two?|a:Good.")]}
+
+
+@pytest.mark.parametrize("name", ["weight", "train", "training", "trainable", "loss"])
+@pytest.mark.parametrize("mark", [False, 0, 0.0, "0", "false", "False", -1, -0.5, "-1", ".0"])
+def test_an_answer_that_is_marked_carries_no_label(write, tokenizer, name, mark):
+    """Its tokens stay what they are."""
+    marked, plain = (
+        load_dataset(write([answered(**mark)]), tokenizer, text_format="messages")
+        for mark in ({name: mark}, {})
+    )
+    assert ids(marked) == ids(plain)
+    expected = spelled(plain, tokenizer).replace(f"[[BAD{END}]]", f"BAD{END}")
+    assert spelled(marked, tokenizer) == expected and "[[Good." in expected
+
+
+@pytest.mark.parametrize("mark", [True, 1, 1.0, "1", "true", None])
+def test_a_mark_of_an_answer_that_is_learned_says_nothing_new(write, tokenizer, mark):
+    plain, marked = (
+        load_dataset(write([answered(**fields)]), tokenizer, text_format="messages").content_hash()
+        for fields in ({}, {"weight": mark, "train": mark})
+    )
+    assert marked == plain
+
+
+def test_a_mark_of_a_users_turn_says_nothing_new(write, tokenizer):
+    """As SlimOrca's rows are; whatever its value."""
+    expected = load_dataset(write([ALPACA_TURNS]), tokenizer, text_format="messages")
+    for mark in (0, 1, 0.5, False, "no"):
+        row = copy.deepcopy(ALPACA_TURNS)
+        row["messages"][0]["weight"] = mark
+        dataset = load_dataset(write([row]), tokenizer, text_format="messages")
+        assert dataset.content_hash() == expected.content_hash()
+
+
+@pytest.mark.parametrize("mark", [0.5, 2, "half", "1e9", [0]])
+def test_a_weight_between_or_beyond_is_refused(refused, write, mark):
+    path = write([ALPACA_TURNS, answered(weight=mark)])
+    error = refused("--dataset_path", path, "--text_format", "messages")
+    assert f"row 2: turn 2: weight is {mark!r}: it is learned (1) or not (0)" in error
+
+
+@pytest.mark.parametrize(
+    "name", ["reasoning_content", "reasoning", "thinking", "function_call", "tool_calls"]
+)
+def test_a_part_of_an_answer_that_nobody_reads_is_refused(refused, write, tokenizer, name):
+    path = write([answered(**{name: "because"})])
+    error = refused("--dataset_path", path, "--text_format", "messages")
+    assert f"row 1: turn 2: {name!r} is a part of the answer that is not supported" in error
+    for nothing in (None, "", []):
+        path = write([answered(**{name: nothing})])
+        assert len(load_dataset(path, tokenizer, text_format="messages")) == 1
+
+
+def test_parts_of_text_are_joined(write, tokenizer):
+    plain = [{"messages": turns("u:One two?|a:Three.")}]
+    parts = [{"type": "text", "text": "One "}, {"type": "text", "text": "two?", "image_url": None}]
+    split = [{"messages": [{"role": "user", "content": parts}, *turns("a:Three.")]}]
+    one, other = (
+        load_dataset(write(rows), tokenizer, text_format="messages") for rows in (plain, split)
+    )
+    assert one.content_hash() == other.content_hash()
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": "x"}, {"type": "text"}, {"text": "x"}, "x", None]
+)
+def test_a_part_that_is_no_text_is_refused(refused, write, part):
+    content = [{"type": "text", "text": "What is this?"}, part]
+    path = write([{"messages": [{"role": "user", "content": content}, *turns("a:It.")]}])
+    error = refused("--dataset_path", path, "--text_format", "messages")
+    assert "row 1: turn 1: the content is [" in error and error.endswith("not text")
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\n", " \t\n"])
+def test_a_blank_answer_has_nothing_to_learn(write, tokenizer, blank):
+    rows = [{"messages": turns(f"u:One?|a:{blank}|u:Two?|a: Good.")}]
+    dataset = load_dataset(write(rows), tokenizer, text_format="messages")
+    shown = spelled(dataset, tokenizer)
+    assert f"### Response:{blank}{END}" in shown and f"[[ Good.{END}]]" in shown
+    assert shown.count("[[") == 1
+
+
+def test_a_prompt_that_ends_in_an_answer_asks_for_it(tokenizer):
+    """Rows of held-out conversations are prompts as they are."""
+    encode = data_pipeline.encode_prompt
+    asked = encode({"messages": turns("u:One?|a:1|u:Two?")}, "messages", tokenizer)
+    assert encode({"messages": turns("u:One?|a:1|u:Two?|a:2")}, "messages", tokenizer) == asked
+    share_gpt = {"conversations": turns("u:One?|a:1|u:Two?|a:2", **SHARE_GPT)}
+    assert encode(share_gpt, "messages", tokenizer) == asked
+
+
 def test_share_gpts_system_beside_the_turns_and_mixed_keys_are_read():
     beside = {"system": "Be brief.", "conversations": turns("u:a|a:b", **SHARE_GPT)}
     mixed = {"conversations": [
@@ -184,17 +273,6 @@ def test_share_gpts_system_beside_the_turns_and_mixed_keys_are_read():
     expected = {"messages": turns("s:Be brief.|u:a|a:b")}
     read = data_pipeline.read_turns
     assert read(beside) == read(mixed) == read(expected)
-
-
-def test_a_date_that_python_does_not_have_is_refused(refused, write):
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {name: ["a"] for name in data_pipeline.ALPACA_COLUMNS}
-    table = pyarrow.table(columns | {"day": pyarrow.array([2**30], pyarrow.date32())})
-    file = io.BytesIO()
-    pyarrow.parquet.write_table(table, file)
-    assert "days=" in refused("--dataset_path", write(file.getvalue(), "a.parquet"))
 
 
 def test_a_column_that_is_called_messages_fills_in_a_template(write, tokenizer, reference):

@@ -1,8 +1,11 @@
 """What the tests of train_llm.py share: a small model with a token a byte, 26 rows, and finished runs."""
 
 import json
+import os
 import random
+import select
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -153,14 +156,18 @@ def in_new_processes(tmp_path_factory):
     with (
         errors.open("w") as stderr,
         subprocess.Popen(
-            [sys.executable, new_processes.__file__], **pipes, stderr=stderr
+            [sys.executable, new_processes.__file__], **pipes, stderr=stderr, start_new_session=True
         ) as server,
     ):
 
         def ask(*requests):
             said = errors.stat().st_size
             print(json.dumps(requests, default=str), file=server.stdin, flush=True)
-            return json.loads(server.stdout.readline()), errors.read_bytes()[said:].decode()
+            if not select.select([server.stdout], [], [], 180)[0]:
+                os.killpg(server.pid, signal.SIGKILL)
+            answer = server.stdout.readline()
+            assert answer, f"no answer within three minutes: {errors.read_text()}"
+            return json.loads(answer), errors.read_bytes()[said:].decode()
 
         yield ask
         server.stdin.close()

@@ -20,12 +20,24 @@ CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "shutil.rmtree")
 
 
 def main_with_hooks(
-    argv, output_dir, journal=os.devnull, die_at=0, signals=(), file_limit=None, environment=()
-):
+    argv, output_dir, journal=os.devnull, die_at=0, signals=(), group=False, ignored=(), fail_at=0, file_limit=None,
+    closed_stdout=False, environment=(), constants=(),
+):  # fmt: skip
     """train_llm.main in a process of its own: it writes down each change that it is about to make to the output
-    directory, kills itself right before the die_at-th, sends itself signals, (micro-step of training, or -micro-step of evaluation,
-    signal), and can write no file beyond the limit."""
+    directory, kills itself right before the die_at-th, sends itself signals, (micro-step of training, or -micro-step
+    of evaluation, signal), as a member of a group the whole group too, ignores some from the start, raises in a
+    micro-step of training, and can write no file beyond the limit. constants: of train_llm."""
     os.environ.update(environment)
+    for name, value in dict(constants).items():
+        setattr(train_llm, name, value)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    if group:
+        os.setsid()
+    if closed_stdout:
+        read, write = os.pipe()
+        os.dup2(write, 1)
+        os.close(read)
     book, changes, steps = (
         os.open(journal, os.O_WRONLY | os.O_CREAT),
         itertools.count(1),
@@ -47,10 +59,14 @@ def main_with_hooks(
 
     def counted(self, *args, **kwargs):
         number = next(steps) if self.training else -next(evaluations)
+        if number == fail_at:
+            raise RuntimeError("no luck")
         for at, by in signals:
             if at == number:
                 time.sleep(0.2)  # later than what `timeout` sends twice
                 os.kill(os.getpid(), by)
+                if group:
+                    os.killpg(0, by)
         return forward(self, *args, **kwargs)
 
     sys.addaudithook(watch)

@@ -8,20 +8,9 @@ import sys
 
 import filelock
 import pytest
-from runs import (
-    RESUME,
-    checkpoints,
-    hidden_leftovers,
-    metrics,
-    outcome,
-    refused,
-    run,
-    script,
-    snapshot,
-)
+from runs import RESUME, checkpoints, hidden_leftovers, metrics, outcome, refused, run, snapshot
 
 import modify_llm
-import train_llm
 
 
 def test_a_start_that_is_refused_leaves_the_directory_of_the_one_at_work(
@@ -33,26 +22,6 @@ def test_a_start_that_is_refused_leaves_the_directory_of_the_one_at_work(
     monkeypatch.setattr(filelock.FileLock, "acquire", at_work)
     assert "another run writes there" in refused(flags(tmp_path / "new" / "out"), capsys)
     assert (tmp_path / "new" / "out").is_dir()
-
-
-def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path):
-    """As a start does that was refused, and that had made the directory."""
-    acquire, taken = filelock.FileLock.acquire, []
-
-    def after_a_removal(lock, **settings):
-        proxy = acquire(lock, **settings)
-        if not taken:
-            shutil.rmtree(tmp_path / "new")
-        taken.append(lock)
-        return proxy
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(filelock.FileLock, "acquire", after_a_removal)
-        made = []
-        lock = train_llm.lock_directory(tmp_path / "new" / "out", made)
-    assert (tmp_path / "new" / "out" / ".lock").exists() and len(taken) == 2
-    assert made == [tmp_path / "new" / "out", tmp_path / "new"]
-    lock.release()
 
 
 def test_a_directory_that_cannot_be_made_is_refused(flags, capsys):
@@ -67,12 +36,17 @@ def test_a_file_of_the_users_own_is_not_overwritten(flags, tmp_path, capsys, nam
 
 
 def test_stale_temporary_directories_are_ignored_and_removed(flags, half, half_done):
-    for name in (".new_step_00000009", ".trash_step_00000001", ".old_best", ".new_best"):
+    for name in (".old_best", ".new_best_0123abcd", ".old_final_0123abcd"):
         shutil.copytree(half / "best", half / name)
-    (half / ".new_step_00000009" / "manifest.json").write_text("{")
+    (half / "checkpoints" / ".new_step_00000009").write_text("{")
+    (half / "checkpoints" / ".new_step_00000008").mkdir()
+    unfinished = [half / f"{name}.new" for name in ("run.json", "metrics.jsonl")]
+    for path in (*unfinished, half / "notes.json.new"):
+        path.write_text("{")
     assert run([*flags(half, eval_interval=2), *RESUME]) == 0
     assert outcome(half) == half_done[1]
-    assert not hidden_leftovers(half)
+    assert not hidden_leftovers(half) and not any(path.exists() for path in unfinished)
+    assert (half / "notes.json.new").exists()  # nobody's but the user's
 
 
 def test_hidden_directories_of_others_are_left_alone(flags, half, half_done):
@@ -240,13 +214,13 @@ def test_a_lock_file_without_an_owner_stops_nobody(flags, tmp_path):
     assert run(flags(tmp_path, max_steps=1)) == 0
 
 
-def test_of_two_starts_with_auto_the_second_goes_on_from_what_the_first_wrote(flags, tmp_path):
+def test_of_two_starts_with_auto_the_second_goes_on_from_what_the_first_wrote(
+    flags, tmp_path, in_new_processes
+):
     """The second has prepared while the first was at work: it looks at the directory only once it
     is its own."""
-    argv = [*flags(tmp_path / "out", max_steps=4), *RESUME]
-    first, second = script(argv), script(argv)
-    said = [process.communicate(timeout=120) for process in (first, second)]
-    statuses = [process.returncode for process in (first, second)]
+    start = {"argv": [*flags(tmp_path / "out", max_steps=4), *RESUME], "output_dir": tmp_path}
+    statuses, said = in_new_processes(start, start)
     assert statuses == [0, 0] or sorted(statuses) == [0, 2], said
     assert [row["step"] for row in metrics(tmp_path / "out") if "loss" in row] == [1, 2, 3, 4]
 

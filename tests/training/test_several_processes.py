@@ -48,13 +48,6 @@ def step(run, *rest):
 train_llm.train_step = step
 sys.exit(train_llm.main())
 """
-IN_PARTS = """
-import sys
-sys.path.insert(0, {root!r})
-import train_llm
-train_llm.CPU_TOKENS = 30  # each process takes its rows in some number of parts
-sys.exit(train_llm.main())
-"""
 
 
 def torchrun(program, argv):
@@ -72,17 +65,29 @@ def torchrun(program, argv):
     )
 
 
+def two_ranks(in_new_processes, *requests):
+    """Two processes that train together: (exit statuses, stderr)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    asked = [{"environment": rank} | request for rank, request in zip(ranks, requests, strict=True)]
+    return in_new_processes(*asked)
+
+
 @pytest.fixture(scope="module")
-def two_processes(flags, tmp_path_factory):
-    """(output directory, and how it went) of two ranks: one is killed, then both finish the run, in parts."""
+def two_processes(flags, in_new_processes, tmp_path_factory):
+    """(output directory, and how it went) of two ranks: one is killed under torchrun, then both finish the run, each
+    in some number of parts."""
     directory = tmp_path_factory.mktemp("two")
     output_dir, program, start = directory / "out", directory / "mortal.py", time.monotonic()
     program.write_text(MORTAL.format(root=str(ROOT), directory=str(directory)))
     killed = torchrun(program, flags(output_dir, **TWO_BY_FOUR))
     seconds, kept = time.monotonic() - start, [path.name for path in checkpoints(output_dir)]
     pids = [int((directory / f"pid_{rank}").read_text()) for rank in (0, 1)]
-    program.write_text(IN_PARTS.format(root=str(ROOT)))
-    finished = torchrun(program, [*flags(output_dir, **TWO_BY_FOUR), *RESUME])
+    asked = {"argv": [*flags(output_dir, **TWO_BY_FOUR), *RESUME], "output_dir": output_dir}
+    asked |= {"constants": {"CPU_TOKENS": 30}}
+    finished = two_ranks(in_new_processes, asked, asked)
     return output_dir, {
         "killed": killed,
         "seconds": seconds,
@@ -106,8 +111,9 @@ def test_torchrun_with_two_times_four_rows_has_the_losses_of_one_process_with_ei
     two_processes, flags, tmp_path
 ):
     output_dir, told = two_processes
-    assert told["finished"].returncode == 0, told["finished"].stderr
-    assert "at step 4\n" in told["finished"].stdout  # resumed
+    assert told["finished"] == ([0, 0], "")
+    logs = "".join(path.read_text("utf-8") for path in output_dir.glob("training_*.log"))
+    assert "step_00000004 at step 4\n" in logs  # resumed
     assert run(flags(tmp_path, **(TWO_BY_FOUR | {"batch_size": 8}))) == 0
     alone, together = metrics(tmp_path), metrics(output_dir)
     assert len(alone) == len(together) == 8 + 5
@@ -122,24 +128,14 @@ def test_other_rows_a_step_are_refused_and_another_split_of_the_same_goes_on(
     shutil.copytree(two_processes[0], output_dir)
     before = snapshot(output_dir)
     told = refused([*flags(output_dir, **TWO_BY_FOUR), *RESUME], capsys)
-    assert "took 8 rows a step" in told and "not 4" in told and "another --output_dir" in told
+    assert "processes) is 8, this run's 4" in told and "another --output_dir" in told
     assert snapshot(output_dir) == before
     split = TWO_BY_FOUR | {"batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 10}
     assert run([*flags(output_dir, **split), *RESUME]) == 0
     said = capsys.readouterr().out
-    assert "By 1 processes from here on, not 2" in said
-    assert "The run grows from 8 to 10 steps" in said
+    assert "From here on processes: 1, not 2" in said
+    assert "From here on steps in all: 10, not 8" in said
     assert [row["step"] for row in metrics(output_dir) if "loss" in row] == list(range(1, 11))
-
-
-def two_ranks(in_new_processes, *requests):
-    """Two processes that train together: (exit statuses, stderr)."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
-    asked = [{"environment": rank} | request for rank, request in zip(ranks, requests, strict=True)]
-    return in_new_processes(*asked)
 
 
 def test_processes_that_start_on_different_states_are_refused_by_rank(
@@ -176,20 +172,13 @@ def test_after_an_error_a_process_leaves_without_waiting_for_the_others(status, 
     assert calls == (["waits"] if waits else [status])
 
 
-def test_a_rank_that_raises_ends_all_at_once(flags, tmp_path):
-    program, start = tmp_path / "raises.py", time.monotonic()
-    program.write_text(
-        MORTAL.format(root=str(ROOT), directory=str(tmp_path)).replace(
-            "os.kill(os.getpid(), signal.SIGKILL)", "raise RuntimeError('no luck')"
-        )
-    )
-    done = torchrun(program, flags(tmp_path / "out", **TWO_BY_FOUR))
-    assert done.returncode != 0
-    assert time.monotonic() - start < 60
-    assert "train_llm.py: error: process 1: no luck\n" in done.stderr
-    for rank in (0, 1):
-        with pytest.raises(ProcessLookupError):
-            os.kill(int((tmp_path / f"pid_{rank}").read_text()), 0)
+def test_a_rank_that_raises_ends_all_at_once(flags, in_new_processes, tmp_path):
+    start = time.monotonic()
+    asked = {"argv": flags(tmp_path, **TWO_BY_FOUR), "output_dir": tmp_path}
+    statuses, error = two_ranks(in_new_processes, asked, asked | {"fail_at": 5})
+    assert statuses == [1, 1] and time.monotonic() - start < 60
+    assert "train_llm.py: error: process 1: no luck\n" in error
+    assert "Traceback" not in error
 
 
 def test_two_processes_train_on_one_row(flags, in_new_processes, tmp_path, rows):

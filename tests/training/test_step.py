@@ -34,55 +34,19 @@ import train_llm
 
 
 @pytest.fixture(scope="module")
-def cut_three_ways(tmp_path_factory, base_dir):
+def cut_three_ways(flags, tmp_path_factory):
     """The same 8 rows a step as 8 x 1, 2 x 4 and 1 x 8; the last step of each epoch has 5 rows."""
     directory, draw = tmp_path_factory.mktemp("cuts"), random.Random(1)
     lengths = [1, 60, 2, 45, 3, 30, 1, 55, 5, 20] * 3
     text = [
-        {
-            "instruction": f"Say {i}.",
-            "input": "x " * (i % 3),
-            "output": " ".join(draw.choices(["red", "blue", "I"], k=n)),
-        }
+        {"q": f"Say {i}: " + "x " * (i % 3), "a": "".join(draw.choices("red blue", k=n))}
         for i, n in enumerate(lengths[:26])
     ]
     (directory / "rows.json").write_text(json.dumps(text))
-    for batch_size, accumulation in ((8, 1), (2, 4), (1, 8)):
-        argv = [
-            "--dataset_path",
-            directory / "rows.json",
-            "--model_name_or_path",
-            base_dir,
-            "--text_format",
-            "alpaca",
-        ]
-        argv += [
-            "--output_dir",
-            directory / f"{batch_size}x{accumulation}",
-            "--max_length",
-            128,
-            "--epochs",
-            2,
-        ]
-        argv += [
-            "--batch_size",
-            batch_size,
-            "--gradient_accumulation_steps",
-            accumulation,
-            "--eval_fraction",
-            0.2,
-        ]
-        argv += [
-            "--precision",
-            "fp32",
-            "--log_interval",
-            1,
-            "--num_samples",
-            0,
-            "--learning_rate",
-            "3e-3",
-        ]
-        assert run([str(word) for word in argv]) == 0
+    settings = {"dataset_path": directory / "rows.json", "max_steps": None, "epochs": 2}
+    for size, steps in ((8, 1), (2, 4), (1, 8)):
+        cut = settings | {"batch_size": size, "gradient_accumulation_steps": steps}
+        assert run(flags(directory / f"{size}x{steps}", **cut, learning_rate=3e-3)) == 0
     return directory
 
 
@@ -129,7 +93,8 @@ def test_two_steps_are_those_of_pytorchs_adamw_on_its_own_smoothed_cross_entropy
         adamw.step()
         adamw.zero_grad()
     assert training_losses(tmp_path) == pytest.approx(plain, rel=1e-5)
-    weights = load_file(checkpoints(tmp_path)[-1] / "trainable.safetensors")
+    tensors = load_file(checkpoints(tmp_path)[-1])
+    weights = {name: tensors[f"weight.{name}"] for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-4, atol=2e-5)
 
@@ -272,8 +237,8 @@ def test_bf16_follows_fp32(flags, tmp_path):
     assert training_losses(tmp_path / "bf16") == pytest.approx(
         training_losses(tmp_path / "fp32"), abs=0.05
     )
-    weights = load_file(checkpoints(tmp_path / "bf16")[-1] / "trainable.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    tensors = load_file(checkpoints(tmp_path / "bf16")[-1])
+    assert {t.dtype for name, t in tensors.items() if "random" not in name} == {torch.float32}
 
 
 def test_an_fp16_step_that_overflows_is_left_out_and_null_in_the_metrics(
@@ -287,8 +252,8 @@ def test_an_fp16_step_that_overflows_is_left_out_and_null_in_the_metrics(
     assert "Infinity" not in text and "NaN" not in text
     norms = [row["grad_norm"] for row in metrics(tmp_path) if "loss" in row]
     assert [norm is None for norm in norms] == [False, True, False, False]
-    state = json.loads((checkpoints(tmp_path)[-1] / "state.json").read_text())
+    state = train_llm.read_checkpoint(checkpoints(tmp_path)[-1])
     assert state["grad_scaler"]["scale"] == 2**15  # halved once
     steps = saved(checkpoints(tmp_path)[-1])
-    taken = {v[2] for k, v in steps.items() if k.endswith(".step")}
+    taken = {v[2] for k, v in steps.items() if ": step." in k}
     assert taken == {torch.tensor(3.0).numpy().tobytes()}  # AdamW's own count, of four
