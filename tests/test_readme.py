@@ -92,13 +92,8 @@ def test_flags_of_the_measuring_commands_are_known():
 
 @pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 def test_every_flag_that_is_named_is_one(page):
-    others = {
-        "--nproc_per_node",
-        "--nnodes",
-        "--rdzv_backend",
-        "--rdzv_endpoint",
-        "--index",
-    }  # torchrun's, pip's
+    others = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}  # torchrun's
+    others |= {"--index", "--dist"}  # pip's, pytest's
     others |= {"--number", "--seed", "--rates"}  # campaign.py's, measure.py's of another version
     known = {f"--{name}" for name in train_llm.DEFAULTS} | {"--plot", "--merge_to"}
     measuring = {script for script in re.findall(r"python (tests/\w+\.py)", TEXTS[page])}
@@ -148,5 +143,6 @@ def test_the_messages_of_the_table_of_errors_are_the_scripts():
     assert len(rows) >= 10
     for row in rows:
         message = re.match(r"\| `([^`]+)`", row)[1]
-        longest = max(re.split(r"\.\.\.|\d+|--\w+|'\w+'|WORLD_SIZE=", message), key=len)
+        parts = re.split(r"\.\.\.|\d+|--\w+|'\w+'|RANK=|, | is ", message)
+        longest = max((part.strip(" :;") for part in parts), key=len)
         assert len(longest) > 8 and any(longest in text for text in texts), message
