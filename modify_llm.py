@@ -1826,6 +1826,7 @@ def idle_flags(given: Iterable[str], args: Namespace, task: str = "") -> list[st
     if not task:
         task = f"modification_type {args.modification_type}"
         used = {*BASE_FLAGS, *TECHNIQUES[args.modification_type].flags}
+        used -= {"trainable_modules"} if args.modification_type == "full" else set()
     if not args.from_scratch:
         used, task = used - SCRATCH_FLAGS.keys(), f"{task} and no --from_scratch"
     idle = [name for name in given if name in model_flags() and name not in used]

@@ -51,6 +51,7 @@ import threading
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -2872,6 +2873,8 @@ def main(argv: list[str] | None = None) -> int:
     status, given, rank = 1, {}, 0
     with ExitStack() as closing:
         try:
+            closing.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # no harm
             rank = place_of_process()["rank"]
             closing.enter_context(logging_to_screen(rank))
             given = parse_flags(argv)
@@ -2904,7 +2907,9 @@ OUT_OF_MEMORY = "not enough memory|annot allocate memory|can't allocate memory|A
 
 def in_one_line(error: Exception, given: dict[str, Any]) -> str:
     """What went wrong, and what to do where memory was short or a path misspelt."""
-    reason = modify_llm.first_line(error)
+    reason, lines = modify_llm.first_line(error), str(error).strip().splitlines()
+    if reason.startswith("Caught "):  # in a worker, whose own error ends the traceback
+        reason += f" {lines[-1]}"
     for path in [given[name] for name in PATH_FLAGS & given.keys()]:
         directory, name = os.path.split(path)
         beside = directory or os.curdir

@@ -135,7 +135,9 @@ def reproduce(args: argparse.Namespace, more: list[str]) -> str:
     contexts = [{"context": text} for text in dict.fromkeys(pair["context"] for pair in test)]
     asked = write_rows(directory / "contexts.jsonl", contexts)
     run({"adapter_path": run_dir / "final", "prompts_file": asked} | DECODING)
-    with open(directory / "contexts.answers.jsonl", encoding="utf-8") as file:
+    written = directory.glob("contexts.jsonl.*.answers.jsonl")
+    newest = max(written, key=lambda path: path.stat().st_mtime)
+    with open(newest, encoding="utf-8") as file:
         lines = zip(contexts, map(json.loads, file), strict=True)
         answers = {row["context"]: answered["answer"] for row, answered in lines}
     return bleu(answers, test)

@@ -45,7 +45,7 @@ def test_equal_prompts_at_a_temperature_get_different_answers_and_the_same_again
 def test_an_answers_indentation_stays_and_half_a_character_goes(finished, monkeypatch, capsys):
     asked = [f"--adapter_path={finished[0] / 'final'}", "--prompt=a", "--device=cpu"]
     said = [("\n    return x\n", True), (" Paris", True)]
-    monkeypatch.setattr(train_llm, "generate_answers", lambda *_: said)
+    monkeypatch.setattr(train_llm, "generate_answers", lambda *_, **__: said)
     assert run([*asked, "--prompt=b"]) == 0
     assert "Answer:     return x\n" in (out := capsys.readouterr().out)
     assert "Answer: Paris\n" in out

@@ -100,7 +100,7 @@ def test_settings_that_make_no_sense_are_refused(settings, told, flags, tmp_path
 BAD_NUMBERS = {
     "max_length": ["1", "0", "-1", "x", "1.5"], "batch_size": ["0", "-8"], "num_workers": ["-1"],
     "seed": ["-1", "9223372036854775808"], "eval_fraction": ["-0.1", "1", "nan", "inf"], "max_samples": ["-1"],
-    "max_eval_samples": ["-1"], "vocab_size": ["0"], "hidden_size": ["0", "10"], "num_attention_heads": ["0"],
+    "max_eval_samples": ["-1"], "vocab_size": ["0"], "hidden_size": ["0"], "num_attention_heads": ["0"],
     "num_hidden_layers": ["0"], "max_position_embeddings": ["0"], "dropout": ["-0.1", "1", "nan"],
     "lora_rank": ["0", "-4", "nan"], "lora_alpha": ["0", "-1", "nan", "inf"], "lora_dropout": ["1", "-1", "nan"],
     "adapter_size": ["0"], "prefix_length": ["0"], "prefix_projection_size": ["-1", "8"], "epochs": ["0", "-1"],
