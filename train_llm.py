@@ -81,6 +81,8 @@ from transformers import (
     AttentionInterface,
     GenerationConfig,
     GPT2LMHeadModel,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     PreTrainedTokenizerBase,
     TextStreamer,
 )
@@ -1688,9 +1690,10 @@ def finished(run: Run) -> bool:
 
 ANSWERS_AT_ONCE = 32  # sequences; a beam each
 GENERATION_FLAGS = (
-    "max_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "num_beams", "length_penalty",
+    "max_new_tokens", "repetition_penalty", "num_beams", "length_penalty",
 )  # fmt: skip
-DRAWING = ("temperature", "top_p", "seed", "text_format")  # what decides an answer besides
+# What decides an answer besides
+DRAWING = ("no_repeat_ngram_size", "temperature", "top_p", "seed", "text_format")
 
 
 def prompt_templates(text_format: str) -> list[str]:
@@ -1816,8 +1819,11 @@ def generate_answers(
             padded = tokenizer.pad(
                 {"input_ids": [prompts[i] for i in batch]}, padding_side="left", return_tensors="pt"
             ).to(runtime.device)
-            output = model.generate(**padded, generation_config=settings, streamer=streamer)
             width = padded["input_ids"].shape[1]
+            output = model.generate(
+                **padded, generation_config=settings, streamer=streamer,
+                logits_processor=no_repeats(args.no_repeat_ngram_size, width),
+            )  # fmt: skip
             for i, answer in zip(batch, output[:, width:].tolist(), strict=True):
                 stopped = eos in answer
                 text = tokenizer.decode(answer[: answer.index(eos)] if stopped else answer)
@@ -1825,6 +1831,14 @@ def generate_answers(
                 answers[i] = (text if stopped else text.removesuffix("\ufffd"), stopped)
             bar.update(len(batch))
     return [answers[i] for i in range(len(prompts))]
+
+
+def no_repeats(size: int, width: int) -> LogitsProcessorList:
+    """--no_repeat_ngram_size, behind a prompt of `width` tokens alone: transformers' own setting
+    would ban the prompt's names, too."""
+    no_repeat = NoRepeatNGramLogitsProcessor(size) if size else None
+    chain = [lambda ids, logits: no_repeat(ids[:, width:], logits)] if size else []
+    return LogitsProcessorList(chain)
 
 
 def check_prompts(args: Args, model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
